@@ -1,0 +1,94 @@
+"""Frozen dataclasses of a run's settings, with units and checks."""
+
+from dataclasses import dataclass, field
+
+from morphserve.configs.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """How device memory is cut up."""
+
+    block_tokens: int = 16  # tokens per KV block
+    memory_budget: int | None = None  # bytes of the arena; None: enough for max_num_seqs
+    staging_slots: int = 2  # layers that may be in flight at once
+    min_run_bytes: int = 64 * 1024  # shortest wanted run of one layer's pages in a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step."""
+
+    max_num_seqs: int = 64  # requests running at once
+    max_num_batched_tokens: int = 512  # tokens per step, prefill and decode together
+    max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}): each running request needs one per step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When the controller demotes and promotes layers. Loaded from the presets beside this file."""
+
+    name: str
+    max_demoted_share: float  # largest share of layers that may be INT4, 0 to 1
+    static_layers: int  # layers held at INT4 all the time; -1: the controller decides
+    window_s: float  # one look at the signals
+    entry_windows: int  # consecutive pressed windows before the first demotion
+    demote_above: float  # KV demand over capacity that counts as pressure, and what depth aims for
+    max_queue_delay_s: float  # age of the oldest request waiting for memory that counts as pressure
+    horizon_tokens: int  # output tokens per request that demand looks ahead
+    promote_below: float  # demand over the shallower rung's capacity that allows promotion
+    quiet_s: float  # time without a preemption before promotion
+    dwell_s: float  # time that calm must have lasted before promotion
+    cooldown_s: float  # time between opposite actions
+    max_flips_per_minute: int  # changes of direction
+
+    def __post_init__(self) -> None:
+        if not 0 < self.promote_below < self.demote_above <= 1:
+            raise ConfigError(
+                f"policy {self.name}: promote_below ({self.promote_below}) must lie under "
+                f"demote_above ({self.demote_above}), both between 0 and 1"
+            )
+        if not 0 <= self.max_demoted_share <= 1:
+            raise ConfigError(f"policy {self.name}: max_demoted_share must lie between 0 and 1")
+
+    def max_demoted(self, num_layers: int) -> int:
+        """Deepest rung this policy may reach."""
+        if self.static_layers >= 0:
+            return min(self.static_layers, num_layers)
+        return round(self.max_demoted_share * num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine process is told."""
+
+    model: str  # Hugging Face folder
+    policy: Policy
+    bundle: str | None = None  # folder made by `morph quantize`; None: full precision only
+    kernels: str = "cpu"  # cpu or reference
+    dtype: str = "auto"  # of weights and KV: auto, float32, bfloat16
+    threads: int | None = None  # compute threads; None: one per core
+    order: str = "bundle"  # bundle (its ranking), front-to-back, back-to-front, random
+    seed: int = 0  # of the random order and of unseeded sampling
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None  # None: the model folder's name
+    shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
+    log_interval_s: float = 10.0

@@ -1,0 +1,5 @@
+"""`python -m morphserve.morphcli` is `morph`."""
+
+from morphserve.morphcli.app import main
+
+main()

@@ -1,0 +1,1 @@
+"""The engine: control plane (no torch) and data plane."""

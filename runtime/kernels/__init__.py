@@ -1,0 +1,136 @@
+"""The operations a device must offer, with shapes and dtypes.
+
+M: tokens in the batch, N and K: output and input features, H and G: query and KV heads,
+D: head dimension, B: tokens per block, S: sequences in the batch.
+
+A KV page holds one block of one layer: K as [G, D, B] (tokens contiguous, so that a query is
+multiplied by a plain matrix), then V as [G, B, D].
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FullLinear:
+    """Weight in the layout that `Kernels.pack_full` made."""
+
+    weight: Tensor
+    bias: Tensor | None  # [N]
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Linear:
+    """Codes and scales in the layout that `Kernels.pack_int4` made."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None  # [N]
+    group_size: int  # input features that share a scale
+
+
+Linear = FullLinear | Int4Linear
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    num_heads: int  # H
+    num_kv_heads: int  # G
+    head_dim: int  # D
+    block_tokens: int  # B
+    norm_eps: float  # of the q and k norms
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """Per-head RMSNorm weights applied before the rotation (Qwen3)."""
+
+    q: Tensor  # [D]
+    k: Tensor  # [D]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMeta:
+    """Where the tokens of one step lie. All int32, contiguous; tokens of a sequence are adjacent."""
+
+    positions: Tensor  # [M]
+    token_page: Tensor  # [M] page0 of the block each token is written to
+    token_slot: Tensor  # [M] its place in that block, 0..B-1
+    query_start: Tensor  # [S + 1] first token of each sequence in the batch
+    context_len: Tensor  # [S] tokens in the cache after this step
+    block_table: Tensor  # [S, max_blocks] page0 of each block; the rest of a row is padding
+
+
+class Kernels(Protocol):
+    """One device's operations. Results are new tensors unless a docstring says otherwise."""
+
+    name: str
+
+    def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        """Dtype of activations when weights have this dtype."""
+        ...
+
+    def pack_full(self, weight: Tensor) -> Tensor:
+        """A [N, K] weight in this device's layout (same dtype, any shape, contiguous)."""
+        ...
+
+    def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 codes 0..15 [N, K] and float scales [N, K / group] in this device's layout.
+
+        The weight is `(codes - 8) * scales`.
+        """
+        ...
+
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
+        """[M, K] times the weight, transposed: [M, N]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[M, hidden] scaled to unit root mean square, times `weight` [hidden]."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds `x` into `residual` in place and returns the norm of the sum, [M, hidden]."""
+        ...
+
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        """Rotates q and k, writes k and v into the pages, returns q [M, H, D].
+
+        qkv: [M, (H + 2 G) * D]; cache: [pages, 2 * G * D * B] of this layer, written in place;
+        cos_sin: [max_position, D] float32, D/2 cosines then D/2 sines. Channels i and i + D/2
+        form a pair (the Hugging Face convention).
+        """
+        ...
+
+    def attention(self, q: Tensor, cache: Tensor, meta: BatchMeta, shape: AttentionShape) -> Tensor:
+        """Causal attention of each token over its sequence's pages: [M, H * D].
+
+        The last query of sequence s stands at position `context_len[s] - 1`.
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up for [M, 2 I] with gate in the first half: [M, I]."""
+        ...
+
+
+def load_kernels(device: str) -> Kernels:
+    """The kernels for `cpu`, or `reference` for the plain torch ones. Imports only that module."""
+    if device == "reference":
+        from morphserve.runtime.kernels.reference import ReferenceKernels
+
+        return ReferenceKernels()
+    from morphserve.runtime.kernels.cpu import CpuKernels
+
+    return CpuKernels()

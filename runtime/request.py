@@ -1,0 +1,64 @@
+"""A request's life: what was asked, what has been produced, where it stands."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How the next token is chosen and when to stop."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int | None = None
+    min_tokens: int = 0  # end-of-sequence is not allowed before
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """State of one request. Written by the scheduler only."""
+
+    id: str
+    prompt: list[int]  # token ids
+    params: SamplingParams
+    arrival_s: float  # monotonic clock
+    output: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed: int = 0  # tokens whose K and V are in the cache
+    blocks: list[int] = field(default_factory=list)  # page0 of each KV block
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens this request can come to hold, prompt included."""
+        return len(self.prompt) + self.params.max_tokens
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids start..end of prompt and output together."""
+        split = len(self.prompt)
+        if end <= split:
+            return self.prompt[start:end]
+        return self.prompt[start:] + self.output[max(0, start - split) : end - split]

@@ -1,0 +1,1 @@
+"""The HTTP process: OpenAI-compatible API in front of the engine process."""
