@@ -57,7 +57,8 @@ class Architecture:
 def read_architecture(config: Mapping[str, Any], generation: Mapping[str, Any]) -> Architecture:
     """The facts in a checkpoint's `config.json` and `generation_config.json` (may be empty).
 
-    Raises UnsupportedModel, with the reason, for anything the forward pass does not compute.
+    Raises UnsupportedModel, with the reason, for anything the forward pass does not compute, and
+    KeyError, TypeError or ValueError for a config that lacks a fact or has a wrong one.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -69,7 +70,10 @@ def read_architecture(config: Mapping[str, Any], generation: Mapping[str, Any]) 
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     max_position = int(config["max_position_embeddings"])
-    attention_bias = bool(config.get("attention_bias", False))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise ValueError(f"{heads} attention heads cannot share {kv_heads} key and value heads")
+    attention_bias = bool(config.get("attention_bias", False)) and family != "mistral"
     _refuse_short_window(config, max_position)
     return Architecture(
         family=family,
@@ -77,16 +81,16 @@ def read_architecture(config: Mapping[str, Any], generation: Mapping[str, Any]) 
         hidden_size=hidden,
         intermediate_size=int(config["intermediate_size"]),
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        num_kv_heads=kv_heads,
         head_dim=int(config.get("head_dim") or hidden // heads),
         vocab_size=int(config["vocab_size"]),
         max_position=max_position,
-        norm_eps=float(config["rms_norm_eps"]),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_read_rope(config),
         tied_head=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias and family != "qwen2",
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)) and family == "llama",
         qk_norm=family == "qwen3",
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         eos_token_ids=_read_eos(config, generation),
@@ -149,7 +153,9 @@ def _scale_llama3(frequency: float, rope: Rope) -> float:
 
 
 def _read_eos(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        eos = config.get("eos_token_id")
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -1,4 +1,4 @@
-"""One decoder layer's tensors, at full precision and at INT4, fused as the forward pass wants them."""
+"""One decoder layer's tensors, full precision or INT4, fused as the forward pass wants them."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar

@@ -1,0 +1,151 @@
+"""Files of tensors: strict safetensors reading into owned memory, and atomic writing."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from morphserve.configs.errors import MorphError
+
+_MAX_HEADER_BYTES = 100_000_000
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class BadFile(MorphError):
+    """A file of the model or the bundle is missing, damaged or not what it should be."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies in its file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    num_bytes: int
+
+
+def read_entries(path: Path) -> dict[str, TensorEntry]:
+    """The tensors a safetensors file holds. Raises BadFile unless header and size agree."""
+    try:
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
+                raise BadFile(f"{path} is not a whole safetensors file: copy or download it again")
+            header = file.read(header_bytes)
+    except OSError as error:
+        raise BadFile(f"cannot read {path}: {error.strerror}") from error
+    entries = _parse_header(path, header, 8 + header_bytes)
+    _check_layout(path, entries, 8 + header_bytes, file_bytes)
+    return entries
+
+
+def _parse_header(path: Path, header: bytes, data_start: int) -> dict[str, TensorEntry]:
+    try:
+        table = json.loads(header, object_pairs_hook=_unique)
+        table.pop("__metadata__", None)
+        return {name: _entry(path, fact, data_start) for name, fact in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadFile(f"{path} has a malformed safetensors header ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} is listed twice")
+    return table
+
+
+def _entry(path: Path, fact: dict[str, Any], data_start: int) -> TensorEntry:
+    dtype = _DTYPES[fact["dtype"]]
+    shape = tuple(fact["shape"])
+    start, end = fact["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError("sizes must be whole numbers")
+    if end - start != prod(shape) * dtype.itemsize:
+        raise ValueError("a tensor's size does not match its shape")
+    return TensorEntry(path, dtype, shape, data_start + start, end - start)
+
+
+def _check_layout(
+    path: Path, entries: Mapping[str, TensorEntry], data_start: int, file_bytes: int
+) -> None:
+    """Tensors must follow each other without hole or overlap up to the end of the file."""
+    expected = data_start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.num_bytes)):
+        if entry.start != expected:
+            raise BadFile(f"{path} has tensors that overlap or leave a hole")
+        expected += entry.num_bytes
+    if expected != file_bytes:
+        kind = "truncated" if file_bytes < expected else "longer than its header says"
+        raise BadFile(
+            f"{path} is {kind} ({file_bytes} bytes instead of {expected}): "
+            "copy or download it again"
+        )
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """The tensor in memory of its own (a file that changes later cannot touch it)."""
+    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    try:
+        with entry.path.open("rb") as file:
+            file.seek(entry.start)
+            if file.readinto(data.numpy().data) != entry.num_bytes:
+                raise BadFile(f"{entry.path} became shorter while it was read")
+    except OSError as error:
+        raise BadFile(f"cannot read {entry.path}: {error.strerror}") from error
+    return data.view(entry.dtype).view(entry.shape)
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """The safetensors file that holds these tensors."""
+    return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes `path` so that it holds all of `data` or what it held before, even after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadFile(f"cannot write {path}: {error.strerror}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
