@@ -1,0 +1,193 @@
+"""The load generator: sends a plan open-loop from its own process and times the answers.
+
+It runs as `python -m morphserve.morphcli.bench.client`: a Plan as JSON on standard input; on
+standard output one line `Started`, then one line `Outcome` per request, as each ends. Requests
+leave at their planned times whether or not earlier ones were answered.
+"""
+
+import asyncio
+import hashlib
+import sys
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from morphserve.morphcli.bench.http import HttpError, ServerSentEvents, post_stream
+
+_LEAD_S = 0.3  # from reading the plan to the first possible send
+
+
+class PlannedRequest(msgspec.Struct, frozen=True):
+    index: int
+    send_s: float  # since the start
+    prompt: str | list[int]
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """One replay against one server."""
+
+    url: str  # http://host:port
+    model: str
+    timeout_s: float  # per request, from its send
+    requests: list[PlannedRequest]
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    epoch_s: float  # wall clock at time 0 of the plan
+
+
+class Outcome(msgspec.Struct, tag=True):
+    """What became of one request; times in seconds since its send unless said otherwise."""
+
+    index: int
+    intended_s: float  # since the start of the plan
+    sent_s: float  # since the start of the plan
+    prompt_tokens: int
+    max_tokens: int
+    status: int = 0  # HTTP status; 0: no answer
+    error: str | None = None  # None: answered to the end
+    timed_out: bool = False
+    finish_reason: str | None = None
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    event_times_s: list[float] = []  # one per streamed piece, which may hold several tokens
+    output_tokens: int = 0  # from the usage block
+    tokens_full: int | None = None  # tokens per precision, where the server reports them
+    tokens_int4: int | None = None
+    text_sha256: str | None = None
+
+    @property
+    def lag_s(self) -> float:
+        """How late the request was sent."""
+        return self.sent_s - self.intended_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first; 0 for a single token."""
+        if self.ttft_s is None or self.e2e_s is None:
+            return None
+        if self.output_tokens <= 1:
+            return 0.0
+        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int = 0
+    morph: dict[str, int] | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str = ""
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+def request_body(plan: Plan, request: PlannedRequest) -> bytes:
+    """The JSON of a completion that yields exactly the planned number of tokens."""
+    return msgspec.json.encode(
+        {
+            "model": plan.model,
+            "prompt": request.prompt,
+            "max_tokens": request.output_tokens,
+            "min_tokens": request.output_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    )
+
+
+async def replay(plan: Plan, started_s: float) -> AsyncIterator[Outcome]:
+    """Outcomes in the order in which requests end; `started_s` is on the monotonic clock."""
+    bodies = [request_body(plan, request) for request in plan.requests]
+    tasks = [
+        asyncio.create_task(_one(plan, request, body, started_s))
+        for request, body in zip(plan.requests, bodies, strict=True)
+    ]
+    for done in asyncio.as_completed(tasks):
+        yield await done
+
+
+async def _one(plan: Plan, request: PlannedRequest, body: bytes, started_s: float) -> Outcome:
+    await asyncio.sleep(started_s + request.send_s - time.monotonic())
+    sent = time.monotonic()
+    outcome = Outcome(
+        request.index,
+        request.send_s,
+        sent - started_s,
+        request.prompt_tokens,
+        request.output_tokens,
+    )
+    try:
+        async with asyncio.timeout(plan.timeout_s):
+            await _stream(plan.url, body, sent, outcome)
+    except TimeoutError:
+        outcome.timed_out = True
+        outcome.error = f"unfinished after {plan.timeout_s:g} s"
+    except (OSError, HttpError, msgspec.MsgspecError) as error:
+        outcome.error = str(error) or type(error).__name__
+    return outcome
+
+
+async def _stream(url: str, body: bytes, sent: float, outcome: Outcome) -> None:
+    text = hashlib.sha256()
+    ended = False
+    async with post_stream(url, "/v1/completions", body) as answer:
+        outcome.status = answer.status
+        if answer.status != 200:
+            raise HttpError(f"refused with {answer.status}: {(await answer.read())[:200]!r}")
+        async for data in ServerSentEvents(answer):
+            if ended := data == b"[DONE]":
+                break
+            _take(_decode_chunk(data), time.monotonic() - sent, text, outcome)
+    if not ended:
+        raise HttpError("the connection ended before the answer did")
+    if outcome.ttft_s is None:
+        raise HttpError("the answer held no token")
+    outcome.e2e_s = outcome.event_times_s[-1]
+    outcome.text_sha256 = text.hexdigest()[:16]
+
+
+def _take(chunk: _Chunk, at_s: float, text: "hashlib._Hash", outcome: Outcome) -> None:
+    if chunk.error is not None:
+        raise HttpError(f"error while streaming: {bytes(chunk.error)[:200]!r}")
+    for choice in chunk.choices:
+        if choice.text or choice.finish_reason:  # tokens may have no text, as half a character
+            outcome.ttft_s = at_s if outcome.ttft_s is None else outcome.ttft_s
+            outcome.event_times_s.append(at_s)
+            text.update(choice.text.encode())
+        outcome.finish_reason = choice.finish_reason or outcome.finish_reason
+    if chunk.usage is not None:
+        outcome.output_tokens = chunk.usage.completion_tokens
+        if chunk.usage.morph is not None:
+            outcome.tokens_full = chunk.usage.morph.get("full")
+            outcome.tokens_int4 = chunk.usage.morph.get("int4")
+
+
+async def _main() -> None:
+    plan = msgspec.json.decode(sys.stdin.buffer.read(), type=Plan)
+    started = time.monotonic() + _LEAD_S
+    _emit(Started(time.time() + _LEAD_S))
+    async for outcome in replay(plan, started):
+        _emit(outcome)
+
+
+def _emit(message: Started | Outcome) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

@@ -1,0 +1,137 @@
+"""The schedule of a replay: a trace cut to a window and scaled, and where its burst lies."""
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from morphserve.configs.errors import ConfigError
+from morphserve.morphcli.bench.traces import Arrival, Trace, TraceError
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a trace is cut and scaled for one replay."""
+
+    window_s: tuple[float, float] | None = None  # seconds of the file; None: all of it
+    rate_scale: float = 1.0  # requests per second times this; the shape stays
+    time_scale: float = 1.0  # seconds times this; 0.5 replays twice as fast
+    length_scale: float = 1.0  # tokens of prompts and outputs times this
+    max_prompt: int | None = None  # tokens
+    max_output: int | None = None  # tokens
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rate_scale", "time_scale", "length_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
+        for name in ("max_prompt", "max_output"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1 token")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What one replay sends."""
+
+    arrivals: tuple[Arrival, ...]
+    duration_s: float
+    clipped_prompts: int = 0  # requests cut to max_prompt
+    clipped_outputs: int = 0  # requests cut to max_output
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    """Seconds `(start, end)` of `t:A-B`."""
+    start, dash, end = text.removeprefix("t:").partition("-")
+    try:
+        window = float(start), float(end)
+    except ValueError:
+        window = 0.0, 0.0
+    if not text.startswith("t:") or not dash or not 0 <= window[0] < window[1] < math.inf:
+        raise ConfigError(f"--window {text!r}: write t:A-B in seconds, for example t:92-154")
+    return window
+
+
+def shape_trace(trace: Trace, shape: Shape) -> Schedule:
+    """The arrivals that a replay of `trace` sends; equal inputs give equal schedules.
+
+    Raises TraceError if no request is left.
+    """
+    start, end = shape.window_s or (0.0, math.inf)
+    window = [a for a in trace.arrivals if start <= a.time_s < end]
+    arrivals = [_scaled(a, start, shape) for a in _resample(window, shape, end)]
+    if not arrivals:
+        last = trace.arrivals[-1].time_s
+        raise TraceError(
+            f"no request of {trace.path} is left in the window t:{start:g}-{end:g} at rate scale "
+            f"{shape.rate_scale:g}; the trace runs from 0 to {last:.0f} s"
+        )
+    clipped = [_clipped(a, shape) for a in arrivals]
+    duration_s = (end - start) * shape.time_scale
+    return Schedule(
+        tuple(clipped),
+        duration_s if math.isfinite(duration_s) else arrivals[-1].time_s,
+        sum(a.prompt_tokens != b.prompt_tokens for a, b in zip(arrivals, clipped, strict=True)),
+        sum(a.output_tokens != b.output_tokens for a, b in zip(arrivals, clipped, strict=True)),
+    )
+
+
+def _resample(window: Sequence[Arrival], shape: Shape, end: float) -> list[Arrival]:
+    # Evenly spaced picks with a seeded phase: bursts stay as sharp as they are, where independent
+    # draws would blur them. Further copies of a row come within a second of it, not at once.
+    rng = random.Random(shape.seed)
+    phase, scale = rng.random(), shape.rate_scale
+    picked: list[Arrival] = []
+    for i, arrival in enumerate(window):
+        copies = math.floor((i + 1) * scale + phase) - math.floor(i * scale + phase)
+        picked.extend([arrival] * (copies > 0))
+        for _ in range(copies - 1):
+            later = arrival.time_s + rng.random()
+            picked.append(replace(arrival, time_s=later if later < end else arrival.time_s))
+    return sorted(picked, key=lambda a: a.time_s)
+
+
+def _scaled(arrival: Arrival, start: float, shape: Shape) -> Arrival:
+    return Arrival(
+        (arrival.time_s - start) * shape.time_scale,
+        max(1, round(arrival.prompt_tokens * shape.length_scale)),
+        max(1, round(arrival.output_tokens * shape.length_scale)),
+    )
+
+
+def _clipped(arrival: Arrival, shape: Shape) -> Arrival:
+    return replace(
+        arrival,
+        prompt_tokens=min(arrival.prompt_tokens, shape.max_prompt or arrival.prompt_tokens),
+        output_tokens=min(arrival.output_tokens, shape.max_output or arrival.output_tokens),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """The stretch of a schedule in which far more requests arrive than usual."""
+
+    start_s: float
+    end_s: float
+    usual_rate: float  # median, requests/s
+    peak_rate: float  # highest mean over 5 s, requests/s
+
+
+def find_burst(arrivals: Sequence[Arrival], duration_s: float) -> Burst | None:
+    """From the first to the last second in which the 5 s mean rate is over twice its median."""
+    counts = rate_per_second(arrivals, duration_s)
+    means = [statistics.fmean(counts[max(0, i - 2) : i + 3]) for i in range(len(counts))]
+    usual = statistics.median(means)
+    high = [i for i, mean in enumerate(means) if mean > 2 * usual]
+    if not high:
+        return None
+    return Burst(float(high[0]), min(high[-1] + 1.0, duration_s), usual, max(means))
+
+
+def rate_per_second(arrivals: Sequence[Arrival], duration_s: float) -> list[int]:
+    """Arrivals in each second of the schedule."""
+    counts = [0] * max(1, math.ceil(max(duration_s, arrivals[-1].time_s)))
+    for arrival in arrivals:
+        counts[min(int(arrival.time_s), len(counts) - 1)] += 1
+    return counts

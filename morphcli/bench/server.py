@@ -1,0 +1,186 @@
+"""A server under test: started fresh for one policy, or already running at a URL."""
+
+import contextlib
+import http.client
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from morphserve.configs.errors import MorphError
+from morphserve.morphcli.bench.http import host_and_port
+
+_START_TIMEOUT_S = 300.0  # the first start compiles kernels
+_STOP_TIMEOUT_S = 15.0
+_SAMPLE_INTERVAL_S = 0.1
+_LOG_LINES = 8
+
+
+class ServerFailed(MorphError):
+    """A server under test did not start or died; the message holds the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What every server of one comparison is started with."""
+
+    model: Path
+    bundle: Path | None
+    memory_budget: str | None  # as given to `morph serve`
+    max_model_len: int | None
+
+    def arguments(self, policy: str, port: int) -> list[str]:
+        """Command line of `morph serve`."""
+        options = {
+            "--bundle": self.bundle,
+            "--policy": policy,
+            "--memory-budget": self.memory_budget,
+            "--max-model-len": self.max_model_len,
+            "--port": port,
+        }
+        given = [[name, str(value)] for name, value in options.items() if value is not None]
+        start = [sys.executable, "-m", "morphserve.morphcli", "serve", str(self.model)]
+        return [*start, *(word for pair in given for word in pair), "--no-monitor"]
+
+
+class State(msgspec.Struct):
+    """The part of a server's state that a run is judged by."""
+
+    time: float  # seconds since the epoch
+    layers: list[str]  # per layer: full, int4, demoting, promoting
+    blocks_used: int
+    blocks_capacity: int
+    blocks_full: int  # capacity with every layer at full precision
+    block_tokens: int
+    running: int
+    waiting: int
+    preemptions: int
+    generated_tokens: int
+    generated_tokens_int4: int
+    swaps: int
+    order: list[int] = []  # layer ids, first to be demoted first
+
+    @property
+    def num_int4(self) -> int:
+        """Layers that compute in INT4 now: a layer on its way down still runs at full precision."""
+        return sum(layer in ("int4", "promoting") for layer in self.layers)
+
+
+@contextlib.contextmanager
+def running_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[str]:
+    """The URL of a server started by `arguments`; SIGTERM at the end.
+
+    Raises ServerFailed with the end of its log if it does not become healthy.
+    """
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            _await_health(process, url, log)
+            yield url
+        finally:
+            _stop(process)
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _await_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerFailed(
+                f"the server ended with exit code {process.returncode}: {_tail(log)}"
+            )
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if get(url, "/health")[0] == 200:
+                return
+        time.sleep(0.05)
+    raise ServerFailed(f"the server was not healthy after {_START_TIMEOUT_S:g} s: {_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    return "\n" + "\n".join(lines[-_LOG_LINES:]) if lines else "it wrote nothing"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def get(url: str, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
+    """Status and body of one GET."""
+    connection = http.client.HTTPConnection(*host_and_port(url), timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def served_model(url: str) -> str:
+    """The id of the first model that the server at `url` offers."""
+    try:
+        status, body = get(url, "/v1/models")
+        if status != 200:
+            raise ServerFailed(f"{url}/v1/models answered {status}")
+        return str(msgspec.json.decode(body)["data"][0]["id"])
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerFailed(f"nothing answers at {url}: {error}") from error
+    except (msgspec.MsgspecError, LookupError, TypeError) as error:
+        raise ServerFailed(f"{url}/v1/models is not a list of models") from error
+
+
+class Sampler:
+    """Reads the state of a server ten times a second until closed; without one, has no states."""
+
+    def __init__(self, url: str) -> None:
+        self.states: list[State] = []
+        self._url = url
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="state-sampler", daemon=True)
+
+    def __enter__(self) -> "Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._closing.is_set():
+            state = read_state(self._url)
+            if state is not None:
+                self.states.append(state)
+            due = max(due + _SAMPLE_INTERVAL_S, time.monotonic())
+            self._closing.wait(due - time.monotonic())
+
+
+def read_state(url: str) -> State | None:
+    """The state of a MorphServe server; None if it gives none."""
+    try:
+        status, body = get(url, "/morph/v1/state")
+        return msgspec.json.decode(body, type=State) if status == 200 else None
+    except (OSError, http.client.HTTPException, msgspec.MsgspecError):
+        return None

@@ -1,0 +1,124 @@
+"""Reading of request traces."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from morphserve.configs.errors import MorphError
+
+COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_SHOWN_BAD_ROWS = 5
+
+
+class TraceError(MorphError):
+    """A trace file cannot be replayed; the message names the file and what it lacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of a trace."""
+
+    time_s: float  # since the start of the file or window
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    line: int  # in the file, from 1
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The readable rows of a file, in order of time, and the rows that were skipped."""
+
+    path: str
+    arrivals: tuple[Arrival, ...]
+    bad_rows: tuple[BadRow, ...] = ()
+
+    def describe_bad_rows(self) -> str:
+        """One sentence that counts and names the skipped rows; empty without any."""
+        if not self.bad_rows:
+            return ""
+        shown = "; ".join(
+            f"line {bad.line}: {bad.reason}" for bad in self.bad_rows[:_SHOWN_BAD_ROWS]
+        )
+        more = len(self.bad_rows) - _SHOWN_BAD_ROWS
+        tail = f"; and {more} more" if more > 0 else ""
+        total = len(self.bad_rows) + len(self.arrivals)
+        return f"skipped {len(self.bad_rows)} of {total} rows of {self.path} ({shown}{tail})"
+
+
+def read_azure(path: Path) -> Trace:
+    """All rows of an Azure LLM inference trace; lines that start with # are comments.
+
+    Raises TraceError if the file cannot be read, lacks a column, or holds no usable row.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"cannot read trace {path}: {error}") from error
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if _is_data(line)]
+    if not lines:
+        raise TraceError(f"{path} is empty: a trace needs a header with {', '.join(COLUMNS)}")
+    positions = _positions(path, lines[0][1])
+    rows, bad_rows = _parse_rows(lines[1:], positions)
+    if not rows:
+        first = f" (line {bad_rows[0].line}: {bad_rows[0].reason})" if bad_rows else ""
+        raise TraceError(f"{path} holds no usable row{first}")
+    rows.sort(key=lambda row: row[0])
+    start = rows[0][0]
+    arrivals = (Arrival((at - start).total_seconds(), *tokens) for at, tokens in rows)
+    return Trace(str(path), tuple(arrivals), tuple(bad_rows))
+
+
+def _is_data(line: str) -> bool:
+    return bool(line.strip()) and not line.startswith("#")
+
+
+def _positions(path: Path, header: str) -> list[int]:
+    names = [name.strip() for name in next(csv.reader([header]))]
+    missing = [column for column in COLUMNS if column not in names]
+    if missing:
+        raise TraceError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
+            f"its header is {', '.join(names)}"
+        )
+    return [names.index(column) for column in COLUMNS]
+
+
+_Row = tuple[datetime, tuple[int, int]]
+
+
+def _parse_rows(
+    lines: Iterable[tuple[int, str]], positions: Sequence[int]
+) -> tuple[list[_Row], list[BadRow]]:
+    rows: list[_Row] = []
+    bad_rows: list[BadRow] = []
+    for number, line in lines:
+        try:
+            rows.append(_parse_row(next(csv.reader([line])), positions))
+        except ValueError as error:
+            bad_rows.append(BadRow(number, str(error)))
+    return rows, bad_rows
+
+
+def _parse_row(fields: Sequence[str], positions: Sequence[int]) -> _Row:
+    if len(fields) <= max(positions):
+        raise ValueError(f"{len(fields)} fields")
+    time, prompt, output = (fields[i].strip() for i in positions)
+    try:
+        at = datetime.fromisoformat(time)
+    except ValueError:
+        raise ValueError(f"TIMESTAMP is not a time: {time!r}") from None
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    return at, (_tokens(prompt, COLUMNS[1]), _tokens(output, COLUMNS[2]))
+
+
+def _tokens(text: str, column: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"{column} is not a count of tokens: {text!r}")
+    return int(text)
