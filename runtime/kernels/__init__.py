@@ -54,7 +54,7 @@ class QKNorm:
 
 @dataclass(frozen=True, slots=True)
 class BatchMeta:
-    """Where the tokens of one step lie. All int32, contiguous; tokens of a sequence are adjacent."""
+    """Where one step's tokens lie. All int32, contiguous; tokens of a sequence are adjacent."""
 
     positions: Tensor  # [M]
     token_page: Tensor  # [M] page0 of the block each token is written to
@@ -68,6 +68,10 @@ class Kernels(Protocol):
     """One device's operations. Results are new tensors unless a docstring says otherwise."""
 
     name: str
+
+    def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """Dtype to keep weights of a checkpoint in this dtype in: float32 or bfloat16."""
+        ...
 
     def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """Dtype of activations when weights have this dtype."""

@@ -1,0 +1,122 @@
+"""Every operation in plain torch, written as the formula: what fast kernels are checked against."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from morphserve.runtime.kernels import AttentionShape, BatchMeta, Int4Linear, Linear, QKNorm
+
+
+class ReferenceKernels:
+    """Works on any device and dtype; float32 inside, rounded once to the activation dtype."""
+
+    name = "reference"
+
+    def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float32
+
+    def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        return weight_dtype
+
+    def pack_full(self, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Two codes to a byte, [N, K / 2], the even feature in the low half; scales as given."""
+        return codes[:, 0::2] | codes[:, 1::2] << 4, scales.contiguous()
+
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
+        if isinstance(weight, Int4Linear):
+            return F.linear(x, dequantise(weight).to(x.dtype), _as(x.dtype, weight.bias))
+        return F.linear(x, weight.weight.to(x.dtype), _as(x.dtype, weight.bias))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _unit_rms(x.float(), weight, eps).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual.add_(x)
+        return self.rms_norm(residual, weight, eps)
+
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        heads = qkv.float().view(len(qkv), -1, shape.head_dim)
+        q, k, v = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], 1)
+        if norm is not None:
+            q = _unit_rms(q, norm.q, shape.norm_eps)
+            k = _unit_rms(k, norm.k, shape.norm_eps)
+        turn = cos_sin[meta.positions.long()].unsqueeze(1)  # [M, 1, D]
+        page, slot = meta.token_page.long(), meta.token_slot.long()
+        k_pages, v_pages = split_pages(cache, shape)
+        k_pages[page, :, :, slot] = _rotate(k, turn).to(cache.dtype)
+        v_pages[page, :, slot, :] = v.to(cache.dtype)
+        return _rotate(q, turn).to(qkv.dtype)
+
+    def attention(self, q: Tensor, cache: Tensor, meta: BatchMeta, shape: AttentionShape) -> Tensor:
+        starts, lengths = meta.query_start.tolist(), meta.context_len.tolist()
+        outputs = []
+        for i, length in enumerate(lengths):
+            pages = meta.block_table[i, : -(-length // shape.block_tokens)]
+            k, v = _gather(cache, pages, length, shape)
+            outputs.append(_attend(q[starts[i] : starts[i + 1]], k, v))
+        return torch.cat(outputs)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def dequantise(weight: Int4Linear) -> Tensor:
+    """The float32 weight [N, K] of `ReferenceKernels.pack_int4`'s layout."""
+    codes = torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).flatten(1)
+    return (codes.float() - 8) * weight.scales.float().repeat_interleave(weight.group_size, dim=1)
+
+
+def split_pages(cache: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    """Views of the pages' K [pages, G, D, B] and V [pages, G, B, D]."""
+    heads, dim, tokens = shape.num_kv_heads, shape.head_dim, shape.block_tokens
+    k, v = cache.view(-1, 2, heads * dim * tokens).unbind(1)
+    return k.view(-1, heads, dim, tokens), v.view(-1, heads, tokens, dim)
+
+
+def _as(dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
+
+
+def _unit_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """x [M, heads, D] by angles given as D/2 cosines, then D/2 sines, [M, 1, D]."""
+    cos, sin = turn.chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _gather(
+    cache: Tensor, pages: Tensor, length: int, shape: AttentionShape
+) -> tuple[Tensor, Tensor]:
+    """One sequence's K [G, D, length] and V [G, length, D] as float32."""
+    k_pages, v_pages = split_pages(cache, shape)
+    k = k_pages[pages.long()].permute(1, 2, 0, 3).flatten(2)
+    v = v_pages[pages.long()].transpose(0, 1).flatten(1, 2)
+    return k[:, :, :length].float(), v[:, :length].float()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [n, H, D], the last n of the sequence's tokens: [n, H * D]."""
+    num_queries, num_heads, dim = q.shape
+    length = k.shape[-1]
+    grouped = q.float().view(num_queries, len(k), num_heads // len(k), dim)
+    scores = torch.einsum("ngrd,gdt->ngrt", grouped, k) * dim**-0.5
+    position = torch.arange(length - num_queries, length, device=q.device)
+    future = torch.arange(length, device=q.device) > position[:, None]
+    weights = scores.masked_fill(future[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("ngrt,gtd->ngrd", weights, v).reshape(num_queries, -1).to(q.dtype)
