@@ -53,14 +53,35 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if file_bytes < 8 or header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
-                raise BadFile(f"{path} is not a whole safetensors file: copy or download it again")
+            header_bytes = _header_bytes(path, file.read(8), file_bytes)
             header = file.read(header_bytes)
     except OSError as error:
         raise BadFile(f"cannot read {path}: {error.strerror}") from error
-    entries = _parse_header(path, header, 8 + header_bytes)
-    _check_layout(path, entries, 8 + header_bytes, file_bytes)
+    return _checked_entries(path, header, file_bytes)
+
+
+def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors in a whole safetensors file that was read from `path`, in memory of their own."""
+    header_bytes = _header_bytes(path, data[:8], len(data))
+    entries = _checked_entries(path, data[8 : 8 + header_bytes], len(data))
+    return {name: _copy(entry, data) for name, entry in entries.items()}
+
+
+def _copy(entry: TensorEntry, data: bytes) -> Tensor:
+    piece = bytearray(data[entry.start : entry.start + entry.num_bytes])
+    return torch.frombuffer(piece, dtype=entry.dtype).view(entry.shape)
+
+
+def _header_bytes(path: Path, length: bytes, file_bytes: int) -> int:
+    header_bytes = int.from_bytes(length, "little")
+    if file_bytes < 8 or header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
+        raise BadFile(f"{path} is not a whole safetensors file: copy or download it again")
+    return header_bytes
+
+
+def _checked_entries(path: Path, header: bytes, file_bytes: int) -> dict[str, TensorEntry]:
+    entries = _parse_header(path, header, 8 + len(header))
+    _check_layout(path, entries, 8 + len(header), file_bytes)
     return entries
 
 
