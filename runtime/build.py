@@ -1,0 +1,221 @@
+"""From an engine's settings to its parts: the one place where they are put together."""
+
+import os
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+
+from morphserve.configs.errors import ConfigError, OutOfBudget
+from morphserve.configs.schema import EngineConfig
+from morphserve.quantize.architecture import Architecture
+from morphserve.quantize.bundle import Bundle, open_bundle
+from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.runtime.arena import Arena
+from morphserve.runtime.blocks import BlockPool
+from morphserve.runtime.kernels import AttentionShape, Kernels, load_kernels
+from morphserve.runtime.layers import Image, Layers, full_image, int4_image
+from morphserve.runtime.memory import MemoryPlan, ModelSizes, budget_for, plan_memory
+from morphserve.runtime.model import (
+    Model,
+    PackedStatics,
+    pack_statics,
+    place_statics,
+    rope_table,
+)
+from morphserve.runtime.runner import Runner
+from morphserve.runtime.scheduler import Scheduler
+from morphserve.runtime.swapper import Swapper
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the engine drives."""
+
+    architecture: Architecture
+    max_model_len: int
+    order: list[int]  # layer ids, first to be demoted first
+    capacities: tuple[int, ...]  # KV blocks at rung 0, 1, ... the deepest allowed
+    pool: BlockPool
+    scheduler: Scheduler
+    layers: Layers
+    swapper: Swapper
+    runner: Runner
+    startup_s: dict[str, float]  # seconds per phase
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A checkpoint and its bundle in host memory, in the kernels' layout."""
+
+    architecture: Architecture
+    kernels: Kernels
+    dtype: torch.dtype  # of full-precision weights and of the KV cache
+    statics: PackedStatics
+    full: list[Image]
+    int4: list[Image]  # empty without a bundle
+    order: list[int]
+
+    def sizes(self, block_tokens: int) -> ModelSizes:
+        return ModelSizes(
+            static_bytes=self.statics.num_bytes,
+            full_bytes=tuple(image.num_bytes for image in self.full),
+            int4_bytes=tuple(image.num_bytes for image in self.int4),
+            kv_bytes_per_token=2 * self.architecture.kv_size * self.dtype.itemsize,
+            block_tokens=block_tokens,
+        )
+
+
+def build(config: EngineConfig) -> Parts:
+    """Loads the model and lays out its memory. Raises MorphError with what to change."""
+    started = time.monotonic()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model = load_model(config)
+    loaded = time.monotonic()
+    max_model_len = _max_model_len(config, model.architecture)
+    plan = _plan(config, model, max_model_len)
+    parts = assemble(config, model, plan, max_model_len)
+    parts.startup_s.update(load=loaded - started, arena=time.monotonic() - loaded)
+    return parts
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Reads checkpoint and bundle, layer by layer, into images."""
+    checkpoint = open_checkpoint(config.model)
+    architecture = checkpoint.architecture
+    bundle = None if config.bundle is None else open_bundle(config.bundle, checkpoint)
+    if bundle is None and config.policy.max_demoted(architecture.num_layers):
+        raise ConfigError(
+            f"policy {config.policy.name} swaps layers and needs a bundle: make one with "
+            f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
+        )
+    kernels = load_kernels(config.kernels)
+    dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
+    layers = range(architecture.num_layers)
+    return LoadedModel(
+        architecture=architecture,
+        kernels=kernels,
+        dtype=dtype,
+        statics=pack_statics(checkpoint.static(), kernels, dtype),
+        full=[full_image(checkpoint.layer(i), kernels, dtype) for i in layers],
+        int4=[int4_image(bundle.int4_layer(i), kernels, dtype) for i in layers] if bundle else [],
+        order=layer_order(config, architecture.num_layers, bundle),
+    )
+
+
+def assemble(
+    config: EngineConfig, model: LoadedModel, plan: MemoryPlan, max_model_len: int
+) -> Parts:
+    """Puts the images into an arena and connects the parts around it."""
+    architecture = model.architecture
+    arena = Arena(plan)
+    layers = Layers(arena, plan, model.full, model.int4)
+    pool = BlockPool(plan.base_blocks)
+    scheduler = Scheduler(
+        config.scheduler,
+        pool,
+        config.cache.block_tokens,
+        max_model_len,
+        architecture.eos_token_ids,
+    )
+    forward = Model(
+        kernels=model.kernels,
+        static=place_statics(arena, model.statics),
+        layers=layers.active,
+        caches=[arena.cache(i, model.dtype) for i in range(architecture.num_layers)],
+        cos_sin=rope_table(architecture, max_model_len),
+        shape=_attention_shape(architecture, config.cache.block_tokens),
+    )
+    max_demoted = config.policy.max_demoted(architecture.num_layers)
+    return Parts(
+        architecture=architecture,
+        max_model_len=max_model_len,
+        order=model.order,
+        capacities=plan.capacities(model.order, max_demoted),
+        pool=pool,
+        scheduler=scheduler,
+        layers=layers,
+        swapper=Swapper(arena, plan, layers, pool, scheduler.move_blocks),
+        runner=Runner(forward, architecture.eos_token_ids),
+        startup_s={},
+    )
+
+
+def choose_dtype(asked: str, checkpoint: str, kernels: Kernels) -> torch.dtype:
+    """Of weights and KV: what was asked for, or what the kernels make of the checkpoint's."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if asked == "auto":
+        return kernels.weight_dtype(dtypes[checkpoint])
+    if asked not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype {asked!r} is not known: use auto, float32 or bfloat16")
+    return dtypes[asked]
+
+
+def layer_order(config: EngineConfig, num_layers: int, bundle: Bundle | None) -> list[int]:
+    """In which order layers are demoted."""
+    layers = list(range(num_layers))
+    match config.order:
+        case "bundle":
+            return layers if bundle is None else list(bundle.order)
+        case "front-to-back":
+            return layers
+        case "back-to-front":
+            return layers[::-1]
+        case "random":
+            random.Random(config.seed).shuffle(layers)
+            return layers
+    raise ConfigError(
+        f"order {config.order!r} is not known: use bundle, front-to-back, back-to-front or random"
+    )
+
+
+def _max_model_len(config: EngineConfig, architecture: Architecture) -> int:
+    asked = config.scheduler.max_model_len
+    if asked is None:
+        return architecture.max_position
+    if not 1 < asked <= architecture.max_position:
+        raise ConfigError(
+            f"--max-model-len {asked} is out of range: this model takes 2 to "
+            f"{architecture.max_position} tokens"
+        )
+    return asked
+
+
+def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> MemoryPlan:
+    """The arena's layout; its KV cache holds at least one request of full length."""
+    cache = config.cache
+    sizes = model.sizes(cache.block_tokens)
+    budget = cache.memory_budget
+    if budget is None:
+        wanted = config.scheduler.max_num_seqs * max_model_len
+        budget = budget_for(sizes, cache.staging_slots, cache.min_run_bytes, wanted)
+        least = budget_for(sizes, cache.staging_slots, cache.min_run_bytes, max_model_len)
+        budget = max(least, min(budget, _free_memory() // 2))
+    plan = plan_memory(sizes, budget, cache.staging_slots, cache.min_run_bytes)
+    held = config.policy.max_demoted(sizes.num_layers) if config.policy.static_layers >= 0 else 0
+    tokens = plan.capacities(model.order, held)[-1] * cache.block_tokens
+    if tokens < max_model_len:
+        least = budget_for(sizes, cache.staging_slots, cache.min_run_bytes, max_model_len)
+        raise OutOfBudget(
+            f"a memory budget of {budget / 2**20:.1f} MiB leaves room for {tokens} tokens of KV "
+            f"cache, less than one request of {max_model_len}: raise --memory-budget to "
+            f"{least / 2**20 + 0.1:.1f} MiB or lower --max-model-len to {tokens}"
+        )
+    return plan
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that nobody uses."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _attention_shape(architecture: Architecture, block_tokens: int) -> AttentionShape:
+    return AttentionShape(
+        num_heads=architecture.num_heads,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        block_tokens=block_tokens,
+        norm_eps=architecture.norm_eps,
+    )

@@ -1,0 +1,156 @@
+"""Layer images: one run of bytes per layer and variant, and which one each layer uses now."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from morphserve.quantize.weights import Int4Weight, LayerTensors
+from morphserve.runtime.arena import Arena
+from morphserve.runtime.kernels import FullLinear, Int4Linear, Kernels, Linear, QKNorm
+from morphserve.runtime.memory import MemoryPlan, align
+
+LINEARS = ("qkv", "o", "gate_up", "down")
+
+
+class Variant(Enum):
+    FULL = "full"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    offset: int  # bytes from the image's start
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A layer's tensors in the kernels' layout, packed into host memory."""
+
+    specs: Mapping[str, TensorSpec]
+    group_size: int  # of INT4 linears; 0 at full precision
+    host: Tensor  # uint8 [num_bytes]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.host.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Views of an image where it lies in the arena."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    qk_norm: QKNorm | None
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+
+
+def full_image(layer: LayerTensors[Tensor], kernels: Kernels, dtype: torch.dtype) -> Image:
+    """The full-precision image, weights in `dtype`."""
+    tensors = _norms_and_biases(layer, kernels.activation_dtype(dtype))
+    for name in LINEARS:
+        tensors[f"{name}.weight"] = kernels.pack_full(getattr(layer, name).to(dtype))
+    return _pack(tensors, group_size=0)
+
+
+def int4_image(layer: LayerTensors[Int4Weight], kernels: Kernels, dtype: torch.dtype) -> Image:
+    """The INT4 image; `dtype` is that of the full-precision weights beside it."""
+    tensors = _norms_and_biases(layer, kernels.activation_dtype(dtype))
+    for name in LINEARS:
+        weight: Int4Weight = getattr(layer, name)
+        codes, scales = kernels.pack_int4(weight.codes, weight.scales)
+        tensors[f"{name}.codes"], tensors[f"{name}.scales"] = codes, scales
+    return _pack(tensors, layer.qkv.group_size)
+
+
+def _norms_and_biases(
+    layer: LayerTensors[Tensor] | LayerTensors[Int4Weight], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    norms, biases = layer.norms, layer.biases
+    named = {
+        "norm.input": norms.input,
+        "norm.post": norms.post_attention,
+        "norm.q": norms.q,
+        "norm.k": norms.k,
+        "qkv.bias": biases.qkv,
+        "o.bias": biases.o,
+        "gate_up.bias": biases.gate_up,
+        "down.bias": biases.down,
+    }
+    return {name: tensor.to(dtype) for name, tensor in named.items() if tensor is not None}
+
+
+def _pack(tensors: Mapping[str, Tensor], group_size: int) -> Image:
+    specs, end = {}, 0
+    for name, tensor in tensors.items():
+        specs[name] = TensorSpec(end, tuple(tensor.shape), tensor.dtype)
+        end = align(end + tensor.numel() * tensor.element_size())
+    host = torch.zeros(end, dtype=torch.uint8)
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        host[specs[name].offset : specs[name].offset + raw.numel()] = raw
+    return Image(specs, group_size, host)
+
+
+def weights_at(arena: Arena, offset: int, image: Image) -> LayerWeights:
+    """Views of an image that lies at a byte offset of the arena."""
+    tensors = {
+        name: arena.view(offset + spec.offset, spec.shape, spec.dtype)
+        for name, spec in image.specs.items()
+    }
+
+    def linear(name: str) -> Linear:
+        bias = tensors.get(f"{name}.bias")
+        if image.group_size:
+            codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+            return Int4Linear(codes, scales, bias, image.group_size)
+        return FullLinear(tensors[f"{name}.weight"], bias)
+
+    qk_norm = QKNorm(tensors["norm.q"], tensors["norm.k"]) if "norm.q" in tensors else None
+    return LayerWeights(
+        input_norm=tensors["norm.input"],
+        post_norm=tensors["norm.post"],
+        qk_norm=qk_norm,
+        **{name: linear(name) for name in LINEARS},
+    )
+
+
+class Layers:
+    """Host images of every layer, their views in the arena, and the active variant of each."""
+
+    def __init__(
+        self, arena: Arena, plan: MemoryPlan, full: Sequence[Image], int4: Sequence[Image]
+    ) -> None:
+        self.full = full
+        self.int4 = int4  # empty without a bundle
+        self.variants = [Variant.FULL] * len(full)
+        self._views: dict[Variant, list[LayerWeights]] = {
+            Variant.FULL: [
+                weights_at(arena, slab.full_offset, image)
+                for slab, image in zip(plan.slabs, full, strict=True)
+            ],
+            Variant.INT4: [
+                weights_at(arena, slab.int4_offset, image)
+                for slab, image in zip(plan.slabs, int4, strict=False)
+            ],
+        }
+        self.active = list(self._views[Variant.FULL])
+        for slab, image in zip(plan.slabs, full, strict=True):
+            arena.span(slab.full_offset, image.num_bytes).copy_(image.host)
+
+    @property
+    def num_int4(self) -> int:
+        return sum(variant is Variant.INT4 for variant in self.variants)
+
+    def activate(self, layer: int, variant: Variant) -> None:
+        """From the next forward pass on, the layer uses this variant."""
+        self.variants[layer] = variant
+        self.active[layer] = self._views[variant][layer]

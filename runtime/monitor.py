@@ -1,0 +1,64 @@
+"""Counts what happens in the engine and turns it into the controller's signals."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from morphserve.runtime.controller import Signals
+from morphserve.runtime.messages import Event
+from morphserve.runtime.scheduler import Batch, Scheduler
+
+KEPT_EVENTS = 50
+
+
+class Monitor:
+    """Every update is O(1); counters count from the engine's start."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.generated_tokens_int4 = 0
+        self.steps = 0
+        self.step_s = 0.0
+        self.swaps = 0
+        self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._num_events = 0
+        self._num_preemptions = 0
+        self._preempted_s = float("-inf")
+        self._blocked_since_s: float | None = None
+
+    def event(self, kind: str, text: str) -> None:
+        self._num_events += 1
+        self.events.append(Event(self._num_events, time.time(), kind, text))
+
+    def scheduled(self, scheduler: Scheduler, now_s: float) -> None:
+        """Notes what the scheduler ran into while it made a batch."""
+        if scheduler.num_preemptions > self._num_preemptions:
+            self._preempted_s = now_s
+            count = scheduler.num_preemptions - self._num_preemptions
+            self._num_preemptions = scheduler.num_preemptions
+            self.event("preempt", f"{count} preempted, to be computed again")
+        if not scheduler.memory_blocked:
+            self._blocked_since_s = None
+        elif self._blocked_since_s is None:
+            self._blocked_since_s = now_s
+
+    def stepped(self, batch: Batch, num_int4_layers: int, step_s: float) -> None:
+        """Notes a step that was carried out."""
+        new = sum(piece.samples for piece in batch)
+        self.generated_tokens += new
+        self.generated_tokens_int4 += new if num_int4_layers else 0
+        self.prompt_tokens += sum(piece.end - piece.start for piece in batch) - new
+        self.steps += 1
+        self.step_s = step_s
+
+    def signals(self, now_s: float, demand: int, rung: int, capacities: Sequence[int]) -> Signals:
+        blocked = self._blocked_since_s
+        return Signals(
+            now_s=now_s,
+            rung=rung,
+            demand=demand,
+            capacities=capacities,
+            memory_wait_s=0.0 if blocked is None else now_s - blocked,
+            preemption_age_s=now_s - self._preempted_s,
+        )
