@@ -1,9 +1,11 @@
-"""Train the demo model: a 10.5M-parameter Llama on the Python standard library's own source and documentation.
+"""Train the demo model: a 10.5M-parameter Llama on the Python standard library's own text.
 
-    python train.py OUT_DIR --hours 1
+    python docs/demo_model/train.py OUT_DIR --hours 1
 
-Writes a Hugging Face folder (config.json, generation_config.json, model.safetensors in bf16, tokenizer files) and
-held-out text. Corpus: the interpreter's standard library, PSF licence. Needs torch, transformers, tokenizers.
+Writes a Hugging Face folder (config.json, generation_config.json, model.safetensors in bf16,
+tokenizer files), held-out text and a report. Corpus: source and documentation of the running
+interpreter's standard library, PSF licence. The learning rate follows the clock, so the number
+of tokens seen, and with it the quality, depends on the machine.
 """
 
 import argparse
@@ -17,8 +19,9 @@ import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import pydoc_data.topics
+
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -135,9 +138,8 @@ def main() -> None:
     start, budget, step, running = time.monotonic(), args.hours * 3600, 0, None
     while (elapsed := time.monotonic() - start) < budget:
         progress = elapsed / budget
-        scale = min(1.0, (step + 1) / 100) * min(
-            1.0, (1 - progress) / 0.5 + 0.02
-        )  # flat, then linear to zero
+        # Warm up over 100 steps, stay flat for half of the time, then fall linearly.
+        scale = min(1.0, (step + 1) / 100) * min(1.0, (1 - progress) / 0.5 + 0.02)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * scale
@@ -154,7 +156,8 @@ def main() -> None:
         if step % 100 == 0:
             tokens_per_s = step * BATCH_TOKENS / (time.monotonic() - start)
             print(
-                f"step {step} {progress:.0%} loss {running:.3f} {tokens_per_s:.0f} tok/s scale {scale:.2f}",
+                f"step {step} {progress:.0%} loss {running:.3f} {tokens_per_s:.0f} tok/s "
+                f"scale {scale:.2f}",
                 flush=True,
             )
         if step % 500 == 0:
