@@ -1,0 +1,193 @@
+"""A tiny random model in memory, and a driver that turns the step loop with scripted swaps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from morphserve.configs.load import load_policy
+from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
+from morphserve.quantize.architecture import Architecture, Rope
+from morphserve.quantize.int4 import dequantize, quantize_rtn
+from morphserve.quantize.weights import Biases, Int4Weight, LayerTensors, Norms, StaticTensors
+from morphserve.runtime.arena import Arena
+from morphserve.runtime.build import LoadedModel, Parts, assemble
+from morphserve.runtime.kernels import Kernels
+from morphserve.runtime.layers import Variant, full_image, int4_image
+from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
+from morphserve.runtime.model import pack_statics
+from morphserve.runtime.request import Request, SamplingParams, Status
+from morphserve.runtime.scheduler import Batch
+
+ARCHITECTURE = Architecture(
+    family="llama",
+    num_layers=5,
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=96,
+    max_position=512,
+    norm_eps=1e-6,
+    rope=Rope(10000.0),
+    tied_head=True,
+    qkv_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    dtype="float32",
+    eos_token_ids=(),
+)
+ORDER = [3, 0, 4, 1, 2]
+BLOCK_TOKENS = 8
+
+
+def _random_layer(generator: torch.Generator) -> LayerTensors[Tensor]:
+    arch = ARCHITECTURE
+
+    def weight(outputs: int, inputs: int) -> Tensor:
+        return torch.randn(outputs, inputs, generator=generator) * 2 * inputs**-0.5
+
+    norms = Norms(
+        torch.rand(arch.hidden_size, generator=generator) + 0.5,
+        torch.rand(arch.hidden_size, generator=generator) + 0.5,
+    )
+    return LayerTensors(
+        norms=norms,
+        biases=Biases(),
+        qkv=weight(arch.q_size + 2 * arch.kv_size, arch.hidden_size),
+        o=weight(arch.hidden_size, arch.q_size),
+        gate_up=weight(2 * arch.intermediate_size, arch.hidden_size),
+        down=weight(arch.hidden_size, arch.intermediate_size),
+    )
+
+
+def _quantise(layer: LayerTensors[Tensor]) -> LayerTensors[Int4Weight]:
+    return LayerTensors(
+        layer.norms,
+        layer.biases,
+        *(quantize_rtn(w, 32) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+    )
+
+
+def _exact(layer: LayerTensors[Int4Weight]) -> LayerTensors[Tensor]:
+    return LayerTensors(
+        layer.norms,
+        layer.biases,
+        *(dequantize(w) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+    )
+
+
+def tiny_model(kernels: Kernels, exact: bool = False) -> LoadedModel:
+    """A random model; with `exact`, INT4 stands for the very weights of full precision."""
+    generator = torch.Generator().manual_seed(7)
+    full = [_random_layer(generator) for _ in range(ARCHITECTURE.num_layers)]
+    int4 = [_quantise(layer) for layer in full]
+    if exact:
+        full = [_exact(layer) for layer in int4]
+    embedding = torch.randn(ARCHITECTURE.vocab_size, ARCHITECTURE.hidden_size, generator=generator)
+    static = StaticTensors(embedding, torch.ones(ARCHITECTURE.hidden_size), embedding)
+    return LoadedModel(
+        architecture=ARCHITECTURE,
+        kernels=kernels,
+        dtype=torch.float32,
+        statics=pack_statics(static, kernels, torch.float32),
+        full=[full_image(layer, kernels, torch.float32) for layer in full],
+        int4=[int4_image(layer, kernels, torch.float32) for layer in int4],
+        order=ORDER,
+    )
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, ARCHITECTURE.vocab_size, (length,), generator=generator).tolist()
+
+
+@dataclass
+class Driver:
+    """The engine's step loop, with swaps started by a script instead of the controller."""
+
+    model: LoadedModel
+    kv_tokens: int
+    max_num_batched_tokens: int = 24
+    max_num_seqs: int = 8
+    parts: Parts = field(init=False)
+    plan: MemoryPlan = field(init=False)
+    requests: dict[str, Request] = field(init=False, default_factory=dict)
+    moved: int = field(init=False, default=0)  # blocks that evacuations copied
+    precisions: dict[str, list[tuple[int, int, tuple[Variant, ...]]]] = field(
+        init=False, default_factory=dict
+    )  # per request: tokens start..end were computed with these variants
+
+    def __post_init__(self) -> None:
+        config = EngineConfig(
+            model="",
+            policy=load_policy("performance"),
+            cache=CacheConfig(block_tokens=BLOCK_TOKENS, min_run_bytes=1),
+            scheduler=SchedulerConfig(self.max_num_seqs, self.max_num_batched_tokens),
+        )
+        sizes = self.model.sizes(BLOCK_TOKENS)
+        self.plan = plan_memory(sizes, budget_for(sizes, 2, 1, self.kv_tokens), 2, 1)
+        self.parts = assemble(config, self.model, self.plan, max_model_len=256)
+        relocate = self.parts.swapper._relocate
+
+        def counted(moves: Mapping[int, int]) -> None:
+            self.moved += len(moves)
+            relocate(moves)
+
+        self.parts.swapper._relocate = counted
+        self._poison()
+
+    def add(self, name: str, prompt: Sequence[int], max_tokens: int) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        self.requests[name] = Request(name, list(prompt), params, arrival_s=0.0)
+        self.precisions[name] = []
+        self.parts.scheduler.add(self.requests[name])
+        return self.requests[name]
+
+    def step(self, swaps: Sequence[tuple[int, Variant]] = ()) -> Batch:
+        """Commits, starts these swaps (those that can start), and runs one batch."""
+        parts = self.parts
+        parts.swapper.commit_ready()
+        for layer, to in swaps:
+            if parts.swapper.has_room and parts.layers.variants[layer] is not to:
+                if all(swap.layer != layer for swap in parts.swapper.in_flight):
+                    parts.swapper.start(layer, to)
+        batch = parts.scheduler.schedule()
+        parts.swapper.advance()
+        if batch:
+            variants = tuple(parts.layers.variants)
+            for piece in batch:
+                if piece.start == 0:
+                    self.precisions[piece.request.id].clear()
+                self.precisions[piece.request.id].append((piece.start, piece.end, variants))
+            parts.scheduler.update(batch, parts.runner.run(batch))
+        self.check()
+        return batch
+
+    def run(
+        self, script: Callable[[int], Sequence[tuple[int, Variant]]], limit: int = 3000
+    ) -> None:
+        """Steps until every request has ended."""
+        for turn in range(limit):
+            self.step(script(turn))
+            if all(r.status is Status.FINISHED for r in self.requests.values()):
+                return
+        raise AssertionError("requests did not end")
+
+    def check(self) -> None:
+        scheduler = self.parts.scheduler
+        self.parts.pool.check([r.blocks for r in scheduler.running])
+        assert not any(r.blocks for r in scheduler.waiting)
+
+    @property
+    def arena(self) -> Arena:
+        return self.parts.swapper._arena
+
+    def _poison(self) -> None:
+        """NaN in all KV pages, so that a token read from a page nobody wrote shows."""
+        for block in self.plan.base_blocks:
+            for layer in range(ARCHITECTURE.num_layers):
+                self.arena.cache(layer, torch.float32)[block] = float("nan")
