@@ -53,6 +53,13 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     message: str  # one sentence with the numbers
 
 
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The engine cannot start or cannot go on; its process ends after this."""
+
+    message: str  # one sentence
+    exit_code: int
+
+
 class Event(msgspec.Struct, frozen=True):
     """Something the monitor shows: a swap, a decision, a preemption, an error."""
 
@@ -91,4 +98,4 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Submit | Abort | Shutdown
-FromEngine = Hello | Step | Refused | Snapshot
+FromEngine = Hello | Step | Refused | Failed | Snapshot
