@@ -64,7 +64,7 @@ class Ranking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     evaluation: TextSample
     replaced: list[int]  # numbers of INT4 layers at which orders were compared
     orders: list[RankedOrder]
-    chosen: str  # name of the order with the lowest mean perplexity
+    chosen: str  # name of the order with the lowest mean divergence
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
