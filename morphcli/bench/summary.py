@@ -86,8 +86,22 @@ class Run(msgspec.Struct):
         return state.time - self.started_epoch_s
 
 
+class ServerFigures(msgspec.Struct, frozen=True):
+    """What the server's own state tells of a run. Shares from 0 to 1."""
+
+    preemptions: int
+    swaps: int
+    int4_token_share: float | None  # generated while at least one layer was INT4; None: no token
+    int4_layers_mean: float | None  # over generated tokens
+    int4_layers_max: int
+    int4_layers_at_end: int
+    kv_tokens_min: int  # capacity of the KV cache
+    kv_tokens_max: int
+    full_again_s: float | None  # from the end of the burst; None: never left, or not back
+
+
 class PolicySummary(msgspec.Struct):
-    """The figures of one policy. Shares from 0 to 1; None: the server does not tell."""
+    """The figures of one policy."""
 
     policy: str
     offered: int
@@ -107,15 +121,7 @@ class PolicySummary(msgspec.Struct):
     lag_p99_s: float
     lag_max_s: float
     wrong_lengths: int  # finished requests with another number of tokens than planned
-    preemptions: int | None
-    swaps: int | None
-    int4_token_share: float | None  # generated while at least one layer was INT4
-    int4_layers_mean: float | None  # over generated tokens
-    int4_layers_max: int | None
-    int4_layers_at_end: int | None
-    kv_tokens_min: int | None  # capacity of the KV cache
-    kv_tokens_max: int | None
-    full_again_s: float | None  # from the end of the burst to the last moment of an INT4 layer
+    server: ServerFigures | None  # None: the server gives no state
     perplexity: float | None = None  # of the precisions served, weighted by tokens
 
     @property
@@ -123,9 +129,14 @@ class PolicySummary(msgspec.Struct):
         return self.slo_misses / self.offered
 
     @property
-    def valid(self) -> bool:
-        """Whether the load generator kept to the schedule and the answers to their lengths."""
-        return self.lag_p99_s <= MAX_LAG_P99_S and self.wrong_lengths == 0
+    def faults(self) -> list[str]:
+        """Reasons for which the run proves nothing; empty for a valid run."""
+        faults = []
+        if self.lag_p99_s > MAX_LAG_P99_S:
+            faults.append(f"requests left up to {show_s(self.lag_p99_s)} late (P99)")
+        if self.wrong_lengths:
+            faults.append(f"{self.wrong_lengths} answers had another length than asked for")
+        return faults
 
 
 def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
@@ -158,33 +169,31 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
         lag_p99_s=percentile(lags, 99),
         lag_max_s=max(lags),
         wrong_lengths=sum(o.output_tokens != o.max_tokens for o in finished),
-        **_server_figures(run, burst_end_s),
+        server=_server_figures(run, burst_end_s),
     )
 
 
-def _server_figures(run: Run, burst_end_s: float) -> dict[str, float | int | None]:
+def _server_figures(run: Run, burst_end_s: float) -> ServerFigures | None:
     states = run.states
     if not states:
-        names = ("preemptions", "swaps", "int4_token_share", "int4_layers_mean", "int4_layers_max")
-        more = ("int4_layers_at_end", "kv_tokens_min", "kv_tokens_max", "full_again_s")
-        return dict.fromkeys((*names, *more))
+        return None
     first, last = states[0], states[-1]
     tokens = tokens_per_level(states)
     total = sum(tokens.values())
     generated = last.generated_tokens - first.generated_tokens
     generated_int4 = last.generated_tokens_int4 - first.generated_tokens_int4
     capacities = [state.blocks_capacity * state.block_tokens for state in states]
-    return {
-        "preemptions": last.preemptions - first.preemptions,
-        "swaps": last.swaps - first.swaps,
-        "int4_token_share": generated_int4 / generated if generated else None,
-        "int4_layers_mean": sum(k * n for k, n in tokens.items()) / total if total else None,
-        "int4_layers_max": max(state.num_int4 for state in states),
-        "int4_layers_at_end": last.num_int4,
-        "kv_tokens_min": min(capacities),
-        "kv_tokens_max": max(capacities),
-        "full_again_s": _full_again(run, burst_end_s),
-    }
+    return ServerFigures(
+        preemptions=last.preemptions - first.preemptions,
+        swaps=last.swaps - first.swaps,
+        int4_token_share=generated_int4 / generated if generated else None,
+        int4_layers_mean=sum(k * n for k, n in tokens.items()) / total if total else None,
+        int4_layers_max=max(state.num_int4 for state in states),
+        int4_layers_at_end=last.num_int4,
+        kv_tokens_min=min(capacities),
+        kv_tokens_max=max(capacities),
+        full_again_s=_full_again(run, burst_end_s),
+    )
 
 
 def _full_again(run: Run, burst_end_s: float) -> float | None:

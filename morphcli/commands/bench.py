@@ -1,0 +1,84 @@
+"""`morph bench`: the same trace against several policies, told in one table and one report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_COMPARE = "full,static:all,morph"
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, or demo.")],
+    trace: Annotated[Path, typer.Option(help="CSV of the Azure LLM inference trace.")],
+    bundle: Annotated[Path | None, typer.Option(help="Folder made by `morph quantize`.")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory for weights and KV cache, as 96MiB; every server's.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Most tokens of a request, prompt and output.")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help=f"Policies, one after another. [default: {_COMPARE}]"),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Bench a running OpenAI-compatible server instead.")
+    ] = None,
+    window: Annotated[str | None, typer.Option(help="Seconds of the trace, as t:92-154.")] = None,
+    rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
+    time_scale: Annotated[float, typer.Option(help="Seconds times this.")] = 1.0,
+    length_scale: Annotated[float, typer.Option(help="Tokens per request times this.")] = 1.0,
+    max_prompt: Annotated[int | None, typer.Option(help="Cut longer prompts, tokens.")] = None,
+    max_output: Annotated[int | None, typer.Option(help="Cut longer outputs, tokens.")] = None,
+    slo: Annotated[str, typer.Option(help="Targets of a request.")] = "ttft=2s,tpot=200ms",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text to cut prompts from. [default: the model's held-out]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling and prompts.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("morph-bench"),
+    json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout.")] = False,
+) -> None:
+    """Replay a trace against each policy and compare latency, throughput and quality."""
+    from rich.console import Console
+
+    from morphserve.configs.errors import ConfigError
+    from morphserve.morphcli.bench.compare import parse_policies
+    from morphserve.morphcli.bench.run import REPORT, BenchRequest, print_table, run_bench
+    from morphserve.morphcli.bench.schedule import Shape, parse_window
+    from morphserve.morphcli.bench.summary import parse_slo
+    from morphserve.morphcli.bench.table import verdict
+
+    if url is not None and compare is not None:
+        raise ConfigError("--compare starts servers of its own: leave it out with --url")
+    request = BenchRequest(
+        model=model,
+        trace=trace,
+        shape=Shape(
+            window_s=parse_window(window) if window else None,
+            rate_scale=rate_scale,
+            time_scale=time_scale,
+            length_scale=length_scale,
+            max_prompt=max_prompt,
+            max_output=max_output,
+            seed=seed,
+        ),
+        policies=("server",) if url else parse_policies(compare or _COMPARE),
+        slo=parse_slo(slo),
+        output=output,
+        bundle=bundle,
+        memory_budget=memory_budget,
+        max_model_len=max_model_len,
+        prompts=prompts,
+        url=url,
+    )
+    console = Console(stderr=True)
+    summary = run_bench(request, console)
+    if json:
+        typer.echo((output / "summary.json").read_text("utf-8"), nl=False)
+        return
+    console = Console()
+    print_table(summary, console, details=True)
+    if found := verdict(summary):
+        console.print(*found.sentences, sep="\n", highlight=False)
+    console.print(f"wrote {output}, open: {output / REPORT}", highlight=False, soft_wrap=True)
