@@ -1,0 +1,180 @@
+"""The engine as a whole on the demo model: it morphs under pressure, returns, and loses nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from morphserve.configs.errors import ConfigError, OutOfBudget
+from morphserve.configs.load import load_policy
+from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, SchedulerConfig
+from morphserve.quantize.build import build_bundle
+from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.runtime.build import Parts
+from morphserve.runtime.engine import Engine
+from morphserve.runtime.messages import Submit, TokenOutput
+from morphserve.runtime.request import SamplingParams
+
+QUICK = replace(
+    load_policy("performance"),
+    window_s=0.0,
+    entry_windows=1,
+    quiet_s=0.0,
+    dwell_s=0.0,
+    cooldown_s=0.0,
+    max_flips_per_minute=1000,
+)
+PROMPT = list(range(100, 160))
+TIGHT = 50 * 2**20  # bytes in float32: the model and a few requests
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder: Path = tmp_path_factory.mktemp("demo-bundle")
+    build_bundle(open_checkpoint("demo"), folder, 64, lambda layer: None)
+    return str(folder)
+
+
+def config(bundle: str | None, policy: Policy, budget: int | None = TIGHT) -> EngineConfig:
+    return EngineConfig(
+        model="demo",
+        bundle=bundle,
+        policy=policy,
+        kernels="reference",
+        dtype="float32",
+        cache=CacheConfig(memory_budget=budget),
+        scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=256),
+    )
+
+
+def submit(engine: Engine, count: int, max_tokens: int, **params: object) -> None:
+    for i in range(count):
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)  # type: ignore[arg-type]
+        assert engine.submit(Submit(f"r{i}", PROMPT, sampling)) is None
+
+
+def drain(engine: Engine) -> dict[str, list[int]]:
+    """All tokens by request, and the engine stepped until it is idle."""
+    tokens: dict[str, list[int]] = {}
+    ended = set()
+    while engine.has_work:
+        step = engine.step()
+        for output in step.outputs if step else []:
+            tokens.setdefault(output.request_id, []).extend(output.tokens)
+            if output.finish_reason:
+                ended.add(output.request_id)
+    assert ended == tokens.keys()
+    return tokens
+
+
+def test_it_morphs_under_pressure_and_returns_when_it_is_over(bundle: str) -> None:
+    engine = Engine(config(bundle, QUICK))
+    submit(engine, 10, max_tokens=24, temperature=0.0)
+    engine.step()
+    for _ in range(8):
+        engine.step()
+    pressed = engine.snapshot()
+    assert pressed.rung > 0
+    assert pressed.blocks_capacity > pressed.blocks_full
+    assert pressed.layers.count("int4") > 0
+    drain(engine)
+    while engine.snapshot().rung:
+        engine.step()
+    calm = engine.snapshot()
+    while "promoting" in calm.layers:
+        engine.step()
+        calm = engine.snapshot()
+    assert calm.layers == ["full"] * 12
+    assert calm.blocks_capacity == calm.blocks_full
+    assert calm.blocks_used == 0
+    assert 0 < calm.generated_tokens_int4 <= calm.generated_tokens == 240
+    assert {"decision", "demote", "promote"} <= {event.kind for event in calm.events}
+
+
+def test_static_layers_are_int4_before_the_first_request(bundle: str) -> None:
+    engine = Engine(config(bundle, load_policy("static:5")))
+    state = engine.snapshot()
+    assert state.layers.count("int4") == 5
+    assert state.blocks_capacity == state.blocks_max > state.blocks_full
+    submit(engine, 1, max_tokens=3, temperature=0.0)
+    assert engine.step().num_int4_layers == 5  # type: ignore[union-attr]
+
+
+def test_seeded_sampling_repeats_alone_and_in_company(bundle: str) -> None:
+    def first(count: int, seed: int) -> list[int]:
+        engine = Engine(config(None, load_policy("off")))
+        submit(engine, count, max_tokens=12, temperature=0.9, top_p=0.95, top_k=50, seed=seed)
+        return drain(engine)["r0"]
+
+    assert first(1, seed=3) == first(5, seed=3)
+    assert first(1, seed=3) != first(1, seed=4)
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
+    bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(config(None, load_policy("off")))
+    parts: Parts = engine._parts
+    submit(engine, 2, max_tokens=4, temperature=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(parts.runner), "run", lambda self, batch: 1 / 0)
+        step = engine.step()
+    assert step is not None
+    assert {o.finish_reason for o in step.outputs} == {"error"}
+    assert engine.snapshot().blocks_used == 0
+    submit(engine, 1, max_tokens=4, temperature=0.0)
+    assert len(drain(engine)["r0"]) == 4
+
+
+def test_aborted_requests_give_their_blocks_back(bundle: str) -> None:
+    engine = Engine(config(None, load_policy("off")))
+    submit(engine, 3, max_tokens=50, temperature=0.0)
+    engine.step()
+    for i in range(3):
+        engine.abort(f"r{i}")
+    engine.abort("never seen")
+    assert engine.snapshot().blocks_used == 0
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        (
+            list(range(250)),
+            10,
+            "250 prompt tokens + max_tokens 10 = 260, more than this model's limit",
+        ),
+        ([], 10, "at least one prompt token"),
+        ([5000], 10, "token ids must lie between 0 and 4095"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused_with_the_numbers(
+    prompt: list[int], max_tokens: int, message: str
+) -> None:
+    engine = Engine(config(None, load_policy("off")))
+    refused = engine.submit(Submit("x", prompt, SamplingParams(max_tokens=max_tokens)))
+    assert refused is not None
+    assert refused.request_id == "x"
+    assert message in refused.message
+
+
+def test_a_budget_that_holds_no_full_request_is_refused_with_both_ways_out(bundle: str) -> None:
+    with pytest.raises(OutOfBudget, match=r"raise --memory-budget to .* or lower --max-model-len"):
+        Engine(config(bundle, QUICK, budget=44 * 2**20))
+
+
+def test_a_policy_that_swaps_needs_a_bundle() -> None:
+    with pytest.raises(ConfigError, match="morph quantize demo"):
+        Engine(config(None, QUICK))
+
+
+def test_outputs_carry_one_token_and_the_finish_reason_at_the_end(bundle: str) -> None:
+    engine = Engine(config(None, load_policy("off")))
+    submit(engine, 1, max_tokens=2, temperature=0.0)
+    outputs: list[TokenOutput] = []
+    while engine.has_work:
+        step = engine.step()
+        outputs += step.outputs if step else []
+    assert [len(o.tokens) for o in outputs] == [1, 1]
+    assert [o.finish_reason for o in outputs] == [None, "length"]
