@@ -1,5 +1,6 @@
 """Running token windows through any mix of full-precision and INT4 layers."""
 
+import math
 from collections.abc import Collection, Iterator
 
 import torch
@@ -82,4 +83,12 @@ class Run:
 
 def batches(windows: Tensor) -> Iterator[Tensor]:
     """[n, length] windows in batches of about 2,048 tokens."""
-    yield from torch.split(windows, max(1, _BATCH_TOKENS // windows.shape[1]))
+    yield from torch.split(windows, _batch_windows(windows))
+
+
+def num_batches(windows: Tensor) -> int:
+    return math.ceil(len(windows) / _batch_windows(windows))
+
+
+def _batch_windows(windows: Tensor) -> int:
+    return max(1, _BATCH_TOKENS // windows.shape[1])

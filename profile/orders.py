@@ -2,9 +2,9 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
+from itertools import count, takewhile
 
-from morphserve.profile.mixes import Model
+from morphserve.profile.mixes import Model, num_batches
 from morphserve.profile.perplexity import Mix, Quality, measure
 from morphserve.profile.sensitivity import rank_layers
 from morphserve.quantize.bundle import Bundle
@@ -17,7 +17,7 @@ LIS = "lis"
 
 def replacement_counts(num_layers: int) -> list[int]:
     """0, 1, 2, 4, 8, ... and all layers: the numbers of replacements at which orders compare."""
-    powers = takewhile(lambda count: count < num_layers, (2**i for i in range(num_layers)))
+    powers = takewhile(lambda power: power < num_layers, (2**i for i in count()))
     return [0, *powers, num_layers]
 
 
@@ -31,32 +31,30 @@ def fixed_orders(num_layers: int, seed: int) -> dict[str, list[int]]:
     }
 
 
-def num_rank_steps(num_layers: int) -> int:
-    """Candidates that ranking tries per batch of windows."""
-    return num_layers * (num_layers + 1) // 2
-
-
 def rank(
     checkpoint: Checkpoint,
     bundle: Bundle,
     calibration: Windows,
     evaluation: Windows,
     seed: int,
-    on_step: Callable[[str], None],
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Ranking:
     """Ranks layers by LIS on one text and compares orders on another.
 
     The order with the lowest mean KL divergence from full precision, between no and all
     replacements, is chosen. Perplexity is recorded but does not choose: on a text of practical
     size one layer moves it by less than chance does, and rounding may even seem to improve it.
-    `on_step` is told `rank` or `compare` after each forward pass of a batch.
+    `on_progress` is told the phase, the steps done in it and their total.
     """
     model = Model(checkpoint, bundle)
-    ranked = rank_layers(model, calibration.tokens, lambda: on_step("rank"))
+    candidates = model.num_layers * (model.num_layers + 1) // 2
+    step = _steps("ranking layers", candidates * num_batches(calibration.tokens), on_progress)
+    ranked = rank_layers(model, calibration.tokens, step)
     orders = {LIS: [entry.layer for entry in ranked]} | fixed_orders(model.num_layers, seed)
     counts = replacement_counts(model.num_layers)
-    mixes = {frozenset(order[:count]) for order in orders.values() for count in counts}
-    quality = measure(model, evaluation.tokens, mixes, lambda: on_step("compare"))
+    mixes = {frozenset(order[:number]) for order in orders.values() for number in counts}
+    step = _steps("comparing orders", len(mixes) * num_batches(evaluation.tokens), on_progress)
+    quality = measure(model, evaluation.tokens, mixes, step)
     scores = {LIS: [entry.score for entry in ranked]}
     described = [
         _describe(name, order, scores.get(name, []), counts, quality)
@@ -72,6 +70,14 @@ def rank(
     )
 
 
+def _steps(
+    phase: str, total: int, on_progress: Callable[[str, int, int], None]
+) -> Callable[[], None]:
+    """A function that reports one more step each time it is called."""
+    done = count(1)
+    return lambda: on_progress(phase, next(done), total)
+
+
 def mean_divergence(order: RankedOrder) -> float:
     """Over the numbers of replacements at which orders can differ: not none, not all."""
     between = order.divergence[1:-1] or order.divergence
@@ -85,7 +91,7 @@ def _describe(
     counts: Sequence[int],
     quality: Mapping[Mix, Quality],
 ) -> RankedOrder:
-    costs = [quality[frozenset(order[:count])] for count in counts]
+    costs = [quality[frozenset(order[:number])] for number in counts]
     return RankedOrder(
         name=name,
         layers=order,

@@ -37,7 +37,7 @@ def default_group_size(arch: Architecture) -> int:
     return 64 if arch.hidden_size < 2048 else 128
 
 
-def check_group_size(arch: Architecture, group_size: int) -> None:
+def _check_group_size(arch: Architecture, group_size: int) -> None:
     """Raises ConfigError unless groups fill every linear's inputs."""
     for inputs in {arch.hidden_size, arch.q_size, arch.intermediate_size}:
         if group_size < 8 or group_size % 8 or inputs % group_size:
@@ -47,8 +47,8 @@ def check_group_size(arch: Architecture, group_size: int) -> None:
             )
 
 
-def prepare_folder(folder: Path, force: bool) -> None:
-    """Makes `folder`; with `force` a bundle in it becomes unfinished, without it is an error."""
+def _prepare_folder(folder: Path, force: bool) -> None:
+    """Makes `folder`; a bundle in it becomes unfinished with `force` and is an error without."""
     manifest = folder / MANIFEST
     if manifest.exists() and not force:
         raise ConfigError(f"{folder} holds a bundle already: pass --force to replace it")
@@ -60,14 +60,20 @@ def prepare_folder(folder: Path, force: bool) -> None:
 
 
 def build_bundle(
-    checkpoint: Checkpoint, folder: Path, group_size: int, on_layer: Callable[[int], None]
+    checkpoint: Checkpoint,
+    folder: Path,
+    group_size: int,
+    force: bool = False,
+    on_layer: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Writes a bundle of round-to-nearest INT4 layers; `on_layer` is called after each.
 
-    The folder is a bundle only when this has returned: the manifest is written last.
+    The folder is a bundle only when this has returned: the manifest is written last. A bundle that
+    is there is replaced only with `force`.
     """
     arch = checkpoint.architecture
-    check_group_size(arch, group_size)
+    _check_group_size(arch, group_size)
+    _prepare_folder(folder, force)
     files: list[LayerFile] = []
     for i in range(arch.num_layers):
         files.append(_build_layer(checkpoint, folder, i, group_size))

@@ -56,6 +56,12 @@ class Checkpoint:
             down=linear(modules.DOWN),
         )
 
+    def layer_bytes(self, i: int) -> int:
+        """Size of decoder layer `i` in its files."""
+        prefix = modules.layer_prefix(i)
+        entries = self._entries.items()
+        return sum(entry.num_bytes for name, entry in entries if name.startswith(prefix))
+
     def static(self) -> StaticTensors:
         """Embedding, final norm and head; a tied head is the embedding itself."""
         embedding = self._read(modules.EMBEDDING)
