@@ -1,7 +1,6 @@
 """The HTTP process's side of the engine: requests out, tokens back, and news of its health."""
 
 import asyncio
-import contextlib
 import os
 import socket
 import subprocess
@@ -92,6 +91,7 @@ class EngineClient:
         self.failure = "the engine process ended unexpectedly"
         self._sock = sock
         self._queues: dict[str, asyncio.Queue[Chunk | RequestRefused]] = {}
+        self._writer: asyncio.StreamWriter | None = None  # before start()
         self._greeted: asyncio.Future[None] | None = None
 
     @property
@@ -144,16 +144,16 @@ class EngineClient:
 
     async def close(self) -> None:
         """Tells the engine to stop and hangs up. Requests in flight end with `abort`."""
+        if self._writer is None:
+            return self._sock.close()
         self.abort_all()
         self._send(Shutdown())
         self._listener.cancel()
         self._writer.close()
-        with contextlib.suppress(asyncio.CancelledError, OSError):
-            await self._listener
-            await self._writer.wait_closed()
+        await asyncio.gather(self._listener, self._writer.wait_closed(), return_exceptions=True)
 
     def _send(self, message: ToEngine) -> None:
-        if not self.died.is_set():
+        if self._writer is not None and not self.died.is_set():
             self._writer.write(encode_frame(message))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:

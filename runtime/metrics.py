@@ -107,10 +107,6 @@ class Metrics:
             registry=registry,
         )
 
-    def start_request(self) -> "RequestTimer":
-        """A timer for a request that was received now."""
-        return RequestTimer(self)
-
     def latency(self) -> Latency:
         return Latency(self._ttft_window.percentiles(), self._tpot_window.percentiles())
 
@@ -134,11 +130,14 @@ class Metrics:
 
 
 class RequestTimer:
-    """Measures one request; a request with several prompts has one timer for each."""
+    """Measures one request; a request with several prompts has one timer for each.
 
-    def __init__(self, metrics: Metrics) -> None:
+    `received` is when the request reached this process, by the metrics' clock.
+    """
+
+    def __init__(self, metrics: Metrics, received: float) -> None:
         self._metrics = metrics
-        self._started = metrics.clock()
+        self._received = received
         self._first = self._latest = 0.0  # when tokens came
         self._num_tokens = 0
 
@@ -149,7 +148,7 @@ class RequestTimer:
         now = self._metrics.clock()
         if self._num_tokens == 0:
             self._first = now
-            self._metrics.observe_first_token(now - self._started)
+            self._metrics.observe_first_token(now - self._received)
         else:
             self._metrics.observe_gap(now - self._latest)
         self._latest = now
@@ -159,7 +158,7 @@ class RequestTimer:
         tpot_s = None
         if self._num_tokens > 1:
             tpot_s = (self._latest - self._first) / (self._num_tokens - 1)
-        self._metrics.observe_finish(reason, self._metrics.clock() - self._started, tpot_s)
+        self._metrics.observe_finish(reason, self._metrics.clock() - self._received, tpot_s)
 
 
 class _EngineCollector(Collector):

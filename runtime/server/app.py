@@ -1,0 +1,189 @@
+"""The HTTP API: which paths there are and what each answers."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from importlib.metadata import version
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from morphserve.configs.errors import MorphError
+from morphserve.runtime.metrics import RequestTimer
+from morphserve.runtime.server.body import read_body
+from morphserve.runtime.server.errors import (
+    ApiError,
+    on_crash,
+    on_http_error,
+    on_known_error,
+    unavailable,
+)
+from morphserve.runtime.server.generation import Generator, Job, Piece
+from morphserve.runtime.server.middleware import Gate, RequestIds
+from morphserve.runtime.server.protocol import (
+    DEFAULT_MAX_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    Model,
+    ModelList,
+    SamplingFields,
+)
+from morphserve.runtime.server.replies import ChatReply, CompletionReply, Reply
+from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.server.streaming import DONE, EventStream, event, unless_disconnected
+
+_COMPLETION = msgspec.json.Decoder(CompletionRequest)
+_CHAT = msgspec.json.Decoder(ChatRequest)
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def make_app(serving: Serving) -> Starlette:
+    """The ASGI application for one served model."""
+    api = Api(serving)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", api.completions, methods=["POST"]),
+            Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/models", api.models),
+            Route("/health", api.health),
+            Route("/metrics", api.metrics),
+            Route("/version", api.version),
+            Route("/morph/v1/state", api.state),
+        ],
+        middleware=[Middleware(RequestIds), Middleware(Gate, serving=serving)],
+        exception_handlers={
+            ApiError: on_known_error,
+            MorphError: on_known_error,
+            HTTPException: on_http_error,
+            Exception: on_crash,
+        },
+    )
+
+
+class Api:
+    """The endpoints."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._generator = Generator(serving.engine, serving.tokenizer)
+
+    async def completions(self, request: Request) -> Response:
+        received = self._serving.metrics.clock()
+        fields = await read_body(request, _COMPLETION)
+        self._check(fields)
+        prompts = [await self._serving.encode(prompt, "prompt") for prompt in fields.prompts()]
+        wanted = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
+        for prompt in prompts:
+            self._serving.fit(len(prompt), wanted, "prompt")
+        job = self._job("cmpl", prompts, fields, wanted, received)
+        reply = CompletionReply(job.id, int(time.time()), self._serving.model_name)
+        return await self._answer(request, fields, job, reply)
+
+    async def chat(self, request: Request) -> Response:
+        received = self._serving.metrics.clock()
+        fields = await read_body(request, _CHAT)
+        self._check(fields)
+        messages = [message.plain(f"messages[{i}]") for i, message in enumerate(fields.messages)]
+        prompt = await self._serving.encode_chat(messages)
+        max_tokens = self._serving.fit(len(prompt), fields.token_limit, "messages")
+        job = self._job("chatcmpl", [prompt], fields, max_tokens, received)
+        reply = ChatReply(job.id, int(time.time()), self._serving.model_name)
+        return await self._answer(request, fields, job, reply)
+
+    def _check(self, fields: SamplingFields) -> None:
+        self._serving.check_model(fields.model)
+        fields.refuse_unsupported()
+
+    def _job(
+        self,
+        prefix: str,
+        prompts: list[list[int]],
+        fields: SamplingFields,
+        max_tokens: int,
+        received: float,
+    ) -> Job:
+        return Job(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            prompts=prompts,
+            params=fields.sampling(max_tokens),
+            stops=fields.stops,
+            timers=[RequestTimer(self._serving.metrics, received) for _ in prompts],
+        )
+
+    async def _answer(
+        self, request: Request, fields: SamplingFields, job: Job, reply: Reply
+    ) -> Response:
+        """Whole or streamed; the engine drops the job as soon as the client leaves."""
+        pieces = self._generator.run(job)
+        if not fields.stream:
+            body = await unless_disconnected(request.receive, _whole(pieces, job, reply))
+            return _client_left() if body is None else _json(body)
+        # The status is sent only when the engine has taken the request.
+        first = await unless_disconnected(request.receive, _first(pieces))
+        if first is None:
+            return _client_left()
+        return EventStream(_events(first, pieces, job, reply, fields.wants_usage))
+
+    async def models(self, _request: Request) -> Response:
+        serving = self._serving
+        model = Model(serving.model_name, serving.created, serving.engine.hello.max_model_len)
+        return _json(msgspec.json.encode(ModelList([model])))
+
+    async def health(self, _request: Request) -> Response:
+        if self._serving.engine.died.is_set():
+            raise unavailable(self._serving.engine.failure)
+        return _json(b'{"status":"ok"}')
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(self._serving.metrics.exposition(), media_type=_PROMETHEUS)
+
+    async def version(self, _request: Request) -> Response:
+        return _json(msgspec.json.encode({"version": version("morphserve")}))
+
+    async def state(self, _request: Request) -> Response:
+        snapshot = msgspec.structs.asdict(self._serving.engine.snapshot)
+        latency = self._serving.metrics.latency()
+        return _json(msgspec.json.encode(snapshot | {"latency": latency}))
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+def _client_left() -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _first(pieces: AsyncGenerator[Piece]) -> Piece:
+    return await anext(pieces)
+
+
+async def _whole(pieces: AsyncGenerator[Piece], job: Job, reply: Reply) -> bytes:
+    texts = [""] * len(job.prompts)
+    reasons: list[str | None] = [None] * len(job.prompts)
+    async with aclosing(pieces):
+        async for piece in pieces:
+            texts[piece.index] += piece.text
+            reasons[piece.index] = piece.finish_reason
+    choices = [Piece(i, *choice) for i, choice in enumerate(zip(texts, reasons, strict=True))]
+    return reply.whole(choices, job.usage())
+
+
+async def _events(
+    first: Piece, pieces: AsyncGenerator[Piece], job: Job, reply: Reply, wants_usage: bool
+) -> AsyncGenerator[bytes]:
+    async with aclosing(pieces):
+        for chunk in reply.opening():
+            yield event(chunk)
+        yield event(reply.chunk(first))
+        async for piece in pieces:
+            yield event(reply.chunk(piece))
+        if wants_usage:
+            yield event(reply.closing(job.usage()))
+        yield DONE

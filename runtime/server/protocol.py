@@ -1,0 +1,255 @@
+"""Bodies of requests and responses, with the bounds of every field."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from morphserve.runtime.request import SamplingParams
+from morphserve.runtime.server.errors import bad_request
+
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_MESSAGES = 4096
+DEFAULT_MAX_TOKENS = 16
+_MAX_INT32 = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
+_GREEDY_BELOW = 1e-5  # temperatures under this would overflow the softmax and mean greedy anyway
+
+Count = Annotated[int, Meta(ge=1, le=_MAX_INT32)]
+TokenId = Annotated[int, Meta(ge=0, le=_MAX_INT32)]
+StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class StreamOptions(Struct):
+    include_usage: bool = False
+
+
+class SamplingFields(Struct, kw_only=True):
+    """What completions and chat completions share. null means the default."""
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=_MAX_INT32)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=_MAX_INT64)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=_MAX_INT32)] = 0
+    ignore_eos: bool = False
+    stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # Known to OpenAI clients, not yet done here: refused unless they ask for nothing.
+    n: Annotated[int, Meta(ge=1, le=_MAX_INT32)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: Any = None
+
+    @property
+    def stops(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def refuse_unsupported(self) -> None:
+        """Raises ApiError naming the first field that asks for something not done here."""
+        if self.n not in (None, 1):
+            raise _unsupported("n", "only n=1; send the request several times")
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise _unsupported(name, "leave it out")
+        if self.response_format not in (None, {"type": "text"}):
+            raise _unsupported("response_format", 'only {"type": "text"}')
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        temperature = 1.0 if self.temperature is None else self.temperature
+        if self.min_tokens > max_tokens:
+            raise bad_request(
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({max_tokens})",
+                "min_tokens",
+            )
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),  # -1 means all, too
+            seed=self.seed,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+        )
+
+
+class CompletionRequest(SamplingFields, kw_only=True):
+    prompt: str | list[str | TokenId | list[TokenId]]
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=_MAX_INT32)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=_MAX_INT32)] | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise bad_request("prompt must not be empty", "prompt")
+        kinds = {type(part) for part in self.prompt}
+        if len(kinds) > 1:
+            raise bad_request("prompt must not mix texts, token ids and lists", "prompt")
+        if kinds == {int}:
+            return [self.prompt]  # type: ignore[list-item]
+        if len(self.prompt) > MAX_PROMPTS:
+            raise bad_request(
+                f"prompt has {len(self.prompt)} entries, at most {MAX_PROMPTS} are taken", "prompt"
+            )
+        return self.prompt  # type: ignore[return-value]
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.best_of not in (None, 1):
+            raise _unsupported("best_of", "only best_of=1")
+        for name in ("echo", "suffix"):
+            if getattr(self, name):
+                raise _unsupported(name, "leave it out")
+        if self.logprobs is not None:
+            raise _unsupported("logprobs", "leave it out")
+
+
+class ContentPart(Struct):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Struct):
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | list[ContentPart] | None = None
+
+    def plain(self, path: str) -> dict[str, str]:
+        """As chat templates want it: role and text. `path` names the message in errors."""
+        if isinstance(self.content, str):
+            return {"role": self.role, "content": self.content}
+        parts = self.content or []
+        if any(part.type != "text" or part.text is None for part in parts):
+            raise bad_request(f"{path}.content may hold text parts only", f"{path}.content")
+        return {"role": self.role, "content": "".join(part.text or "" for part in parts)}
+
+
+class ChatRequest(SamplingFields, kw_only=True):
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=_MAX_INT32)] | None = None
+    tools: list[Any] | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """The newer name wins; None: as many as fit."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        for name in ("logprobs", "top_logprobs", "tools"):
+            if getattr(self, name):
+                raise _unsupported(name, "leave it out")
+
+
+def _unsupported(name: str, instead: str) -> Exception:
+    return bad_request(f"{name} is not supported by this server: {instead}", name, "unsupported")
+
+
+class MorphUsage(Struct):
+    """Completion tokens by the precision of the step that made them."""
+
+    full: int = 0  # every layer at full precision
+    int4: int = 0  # at least one layer at INT4
+
+
+class Usage(Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    morph: MorphUsage
+
+
+class CompletionChoice(Struct):
+    index: int
+    text: str
+    finish_reason: str | None = None
+    logprobs: None = None
+
+
+class Completion(Struct, omit_defaults=False):
+    """A whole completion, or one chunk of a stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    object: Literal["text_completion"] = "text_completion"
+
+
+class ChatDelta(Struct, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Struct):
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None = None
+    logprobs: None = None
+
+
+class ChatChunk(Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class AssistantMessage(Struct):
+    content: str
+    role: Literal["assistant"] = "assistant"
+
+
+class ChatChoice(Struct):
+    index: int
+    message: AssistantMessage
+    finish_reason: str | None
+    logprobs: None = None
+
+
+class ChatCompletion(Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class Model(Struct):
+    id: str
+    created: int
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: str = "morphserve"
+
+
+class ModelList(Struct):
+    data: list[Model] = field(default_factory=list)
+    object: Literal["list"] = "list"
+
+
+encode = msgspec.json.Encoder().encode

@@ -1,0 +1,87 @@
+"""Pieces of text as completions or chat completions, whole or in chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from morphserve.runtime.server.generation import Piece
+from morphserve.runtime.server.protocol import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    Completion,
+    CompletionChoice,
+    Usage,
+    encode,
+)
+
+
+class Reply(Protocol):
+    """One kind of answer; all results are JSON."""
+
+    def opening(self) -> list[bytes]:
+        """Chunks before the first piece."""
+        ...
+
+    def chunk(self, piece: Piece) -> bytes: ...
+
+    def closing(self, usage: Usage) -> bytes:
+        """The chunk that says what the stream has cost."""
+        ...
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionReply:
+    id: str
+    created: int  # seconds since the epoch
+    model: str
+
+    def opening(self) -> list[bytes]:
+        return []
+
+    def chunk(self, piece: Piece) -> bytes:
+        return self._encode([piece], None)
+
+    def closing(self, usage: Usage) -> bytes:
+        return self._encode([], usage)
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes:
+        return self._encode(choices, usage)
+
+    def _encode(self, pieces: Sequence[Piece], usage: Usage | None) -> bytes:
+        choices = [
+            CompletionChoice(piece.index, piece.text, piece.finish_reason) for piece in pieces
+        ]
+        return encode(Completion(self.id, self.created, self.model, choices, usage))
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    id: str
+    created: int  # seconds since the epoch
+    model: str
+
+    def opening(self) -> list[bytes]:
+        return [self._encode([ChatChunkChoice(0, ChatDelta(role="assistant", content=""))], None)]
+
+    def chunk(self, piece: Piece) -> bytes:
+        delta = ChatDelta(content=piece.text or None)
+        return self._encode([ChatChunkChoice(piece.index, delta, piece.finish_reason)], None)
+
+    def closing(self, usage: Usage) -> bytes:
+        return self._encode([], usage)
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes:
+        answers = [
+            ChatChoice(piece.index, AssistantMessage(piece.text), piece.finish_reason)
+            for piece in choices
+        ]
+        return encode(ChatCompletion(self.id, self.created, self.model, answers, usage))
+
+    def _encode(self, choices: list[ChatChunkChoice], usage: Usage | None) -> bytes:
+        return encode(ChatChunk(self.id, self.created, self.model, choices, usage))

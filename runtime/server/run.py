@@ -1,0 +1,212 @@
+"""Runs a server from start to exit: engine, HTTP, signals, draining."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+import uvloop
+
+from morphserve.configs.errors import ConfigError
+from morphserve.configs.schema import EngineConfig, ServerConfig
+from morphserve.runtime.engine_client import ENGINE_COMMAND, EngineClient, launch_engine
+from morphserve.runtime.metrics import Metrics
+from morphserve.runtime.server.app import make_app
+from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.tokenizer import Tokenizer
+
+KEEP_ALIVE_S = 30
+_BACKLOG = 2048
+_ABORT_GRACE_S = 0.5  # for sending the last words of requests that were ended
+_ENGINE_EXIT_S = 5.0
+
+T = TypeVar("T")
+Watch = Callable[[Serving], Coroutine[Any, Any, None]]
+
+
+logger = logging.getLogger(__name__)
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its signal handling, which cannot answer 503 while draining."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Interrupts:
+    """SIGINT and SIGTERM: the first asks for an end, the second for an end at once."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        self.signal_number = 0
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        self.signal_number = self.signal_number or number
+        (self.second if self.first.is_set() else self.first).set()
+
+
+def run_server(
+    engine: EngineConfig,
+    server: ServerConfig,
+    watch: Watch,
+    command: Sequence[str] = ENGINE_COMMAND,
+) -> int:
+    """Serves until a signal or the engine's death; returns the exit code (0, 1, 128 + signal).
+
+    `watch` runs beside the server once it serves. Raises MorphError if it cannot start.
+    """
+    listener = _bind(server.host, server.port)
+    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(engine, server, watch, command, listener))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Port 0: a free one."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot listen on host {host!r}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error}; choose another with --port (0: any free one)"
+        ) from error
+    return listener
+
+
+async def _run(
+    config: EngineConfig,
+    server: ServerConfig,
+    watch: Watch,
+    command: Sequence[str],
+    listener: socket.socket,
+) -> int:
+    interrupts = Interrupts()
+    process = launch_engine(command)
+    engine = EngineClient(process.sock)
+    try:
+        tokenizer = await _unless(interrupts.first, _start(engine, config))
+        if tokenizer is None:
+            return 128 + interrupts.signal_number
+        name = server.served_model_name or Path(config.model).resolve().name
+        serving = Serving(engine, tokenizer, Metrics(lambda: engine.snapshot), name)
+        return await _serve(serving, server, watch, listener, interrupts)
+    finally:
+        await engine.close()
+        await process.wait(_ENGINE_EXIT_S)
+
+
+async def _start(engine: EngineClient, config: EngineConfig) -> Tokenizer:
+    """The tokenizer, once the engine serves; the two load at the same time."""
+    tokenizer, _ = await asyncio.gather(
+        asyncio.to_thread(Tokenizer, Path(config.model)), engine.start(config)
+    )
+    return tokenizer
+
+
+async def _serve(
+    serving: Serving,
+    server: ServerConfig,
+    watch: Watch,
+    listener: socket.socket,
+    interrupts: Interrupts,
+) -> int:
+    url = _listen(listener)
+    http = _Http(_http_config(serving))
+    listening = asyncio.create_task(http.serve(sockets=[listener]))
+    print(f"serving {serving.model_name} on {url}", file=sys.stderr, flush=True)
+    watching = asyncio.create_task(_watch(watch, serving))
+    died = serving.engine.died
+    try:
+        await _first_of(interrupts.first.wait(), died.wait())
+        serving.draining = True
+        if died.is_set():
+            logger.error("stopping: %s", serving.engine.failure)
+        else:
+            await _drain(serving, server.shutdown_timeout_s, interrupts.second)
+        await _first_of(serving.idle(), asyncio.sleep(_ABORT_GRACE_S))
+        return 1 if died.is_set() else 0
+    finally:
+        watching.cancel()
+        http.should_exit = True
+        await asyncio.gather(watching, listening, return_exceptions=True)
+
+
+def _listen(listener: socket.socket) -> str:
+    """Lets clients connect; returns the server's URL."""
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:  # another process has taken the port since it was bound
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _watch(watch: Watch, serving: Serving) -> None:
+    try:
+        await watch(serving)
+    except Exception:
+        logger.exception("the view of the running server failed; serving goes on")
+
+
+async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> None:
+    """Lets running requests finish; what is left after the timeout, or a hurry, is aborted."""
+    print(f"stopping: {serving.num_active} requests to finish", file=sys.stderr)
+    await _first_of(
+        serving.idle(), hurry.wait(), serving.engine.died.wait(), asyncio.sleep(timeout_s)
+    )
+    serving.engine.abort_all()
+
+
+def _http_config(serving: Serving) -> uvicorn.Config:
+    return uvicorn.Config(
+        make_app(serving),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=1,  # responses are complete by then; a stuck reader is cut off
+    )
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; None, with the work cancelled, if the event comes first."""
+    working = asyncio.create_task(work)
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if working.done():
+        return working.result()
+    working.cancel()
+    return None
+
+
+async def _first_of(*works: Coroutine[Any, Any, object]) -> None:
+    """Returns when one of them is done; the others are cancelled."""
+    tasks = [asyncio.create_task(work) for work in works]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

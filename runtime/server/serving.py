@@ -1,0 +1,93 @@
+"""What all endpoints share, and the way from a request's fields to a job that fits."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from morphserve.runtime.engine_client import EngineClient
+from morphserve.runtime.messages import Hello
+from morphserve.runtime.metrics import Metrics
+from morphserve.runtime.server.errors import ApiError, bad_request
+from morphserve.runtime.tokenizer import Tokenizer
+
+_LONG_TEXT = 4096  # characters; tokenising more would hold up other streams for milliseconds
+
+
+@dataclass(slots=True)
+class Serving:
+    """One served model."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    metrics: Metrics
+    model_name: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False  # no new requests are taken
+    num_active: int = 0  # API calls not yet answered to the end
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens a request can come to hold, prompt included."""
+        hello = self.engine.hello
+        return min(hello.max_model_len, hello.max_request_tokens)
+
+    async def idle(self) -> None:
+        """Returns when every API call has been answered."""
+        while self.num_active:
+            await asyncio.sleep(0.01)
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model_name):
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r} here, only {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encode(self, prompt: str | list[int], path: str) -> list[int]:
+        """Token ids of a prompt; `path` names it in errors."""
+        if isinstance(prompt, str):
+            limit = self.max_tokens
+            text = prompt
+            prompt = await _off_loop(len(text), lambda: self.tokenizer.encode(text, limit))
+        return self._check_tokens(prompt, path)
+
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        size = sum(len(message["content"]) for message in messages)
+        limit = self.max_tokens
+        tokens = await _off_loop(size, lambda: self.tokenizer.encode_chat(messages, limit))
+        return self._check_tokens(tokens, "messages")
+
+    def _check_tokens(self, tokens: list[int], path: str) -> list[int]:
+        if not tokens:
+            raise bad_request(f"{path} holds no tokens", path)
+        if max(tokens) >= self.tokenizer.num_ids:
+            raise bad_request(
+                f"{path} holds token id {max(tokens)}; "
+                f"the largest of this model is {self.tokenizer.num_ids - 1}",
+                path,
+            )
+        return tokens
+
+    def fit(self, num_prompt: int, max_tokens: int | None, path: str) -> int:
+        """Output tokens to allow; as many as fit for None. Raises ApiError if it cannot fit."""
+        room = self.max_tokens - num_prompt
+        wanted = max(1, room) if max_tokens is None else max_tokens
+        if wanted > room:
+            raise _too_long(self.engine.hello, num_prompt, wanted, path)
+        return wanted
+
+
+async def _off_loop(size: int, work: Callable[[], list[int]]) -> list[int]:
+    return work() if size < _LONG_TEXT else await asyncio.to_thread(work)
+
+
+def _too_long(hello: Hello, num_prompt: int, max_tokens: int, path: str) -> ApiError:
+    total = f"the prompt's {num_prompt} tokens and max_tokens {max_tokens}"
+    if num_prompt + max_tokens > hello.max_model_len:
+        limit = f"the model's limit of {hello.max_model_len} tokens"
+    else:
+        limit = f"the {hello.max_request_tokens} tokens that the memory budget holds"
+    return bad_request(f"{total} together exceed {limit}", path, "context_length_exceeded")

@@ -1,0 +1,127 @@
+"""An engine that repeats each prompt, one token per step, and does on command what engines do."""
+
+import sys
+import time
+from dataclasses import dataclass
+
+from morphserve.configs.errors import OutOfBudget
+from morphserve.configs.schema import EngineConfig
+from morphserve.runtime.engine_process import main
+from morphserve.runtime.messages import Event, Hello, Refused, Snapshot, Step, Submit, TokenOutput
+
+# A prompt that begins with one of these ids:
+CRASH, REFUSE, INT4, STOP, MUTE = 4000, 4001, 4002, 4003, 4004
+NUM_LAYERS = 4
+MAX_MODEL_LEN = 2048
+MAX_REQUEST_TOKENS = 1024
+
+
+@dataclass
+class Running:
+    prompt: list[int]
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    produced: int = 0
+
+    def next_token(self) -> int:
+        return self.prompt[self.produced % len(self.prompt)]
+
+
+class FakeEngine:
+    def __init__(self, config: EngineConfig) -> None:
+        if config.cache.memory_budget == 1:
+            raise OutOfBudget("the budget of 1 B is too small: at least 42 MiB are needed")
+        self.config = config
+        self.requests: dict[str, Running] = {}
+        self.aborted: list[str] = []
+        self.generated = 0
+        self.steps = 0
+
+    def hello(self) -> Hello:
+        return Hello(MAX_MODEL_LEN, NUM_LAYERS, MAX_REQUEST_TOKENS, {"checkpoint": 0.0})
+
+    def submit(self, message: Submit) -> Refused | None:
+        if message.prompt[0] == REFUSE:
+            return Refused(message.request_id, "it would need 99 blocks, there are 42")
+        params = message.params
+        self.requests[message.request_id] = Running(
+            message.prompt, params.max_tokens, params.stop_token_ids
+        )
+        return None
+
+    def abort(self, request_id: str) -> None:
+        if self.requests.pop(request_id, None):
+            self.aborted.append(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> Step | None:
+        if not self.requests:
+            return None
+        time.sleep(0.001)
+        self.steps += 1
+        firsts = {running.prompt[0] for running in self.requests.values()}
+        if CRASH in firsts:
+            raise RuntimeError("told to crash")
+        outputs = [
+            self._advance(request_id, running)
+            for request_id, running in list(self.requests.items())
+            if running.prompt[0] != MUTE
+        ]
+        return Step(2 if INT4 in firsts else 0, outputs)
+
+    def _advance(self, request_id: str, running: Running) -> TokenOutput:
+        token = running.next_token()
+        running.produced += 1
+        self.generated += 1
+        reason = None
+        if running.produced == running.max_tokens:
+            reason = "length"
+        if token in running.stop_token_ids or token == STOP and running.produced > 1:
+            reason = "stop"
+        if reason:
+            del self.requests[request_id]
+        return TokenOutput(request_id, [token], reason)
+
+    def snapshot(self) -> Snapshot:
+        return make_snapshot(
+            running=len(self.requests),
+            generated_tokens=self.generated,
+            steps=self.steps,
+            preemptions=len(self.aborted),
+        )
+
+
+def make_snapshot(**changes: object) -> Snapshot:
+    values: dict[str, object] = {
+        "time": time.time(),
+        "policy": "balanced",
+        "layers": ["full", "int4", "demoting", "full"],
+        "order": [1, 2, 0, 3],
+        "rung": 2,
+        "target_rung": 2,
+        "blocks_used": 30,
+        "blocks_capacity": 60,
+        "blocks_full": 40,
+        "blocks_max": 80,
+        "block_tokens": 16,
+        "demand": 50,
+        "running": 0,
+        "waiting": 3,
+        "oldest_wait_s": 0.25,
+        "preemptions": 0,
+        "prompt_tokens": 100,
+        "generated_tokens": 0,
+        "generated_tokens_int4": 0,
+        "swaps": 5,
+        "steps": 0,
+        "step_s": 0.01,
+        "events": [Event(1, time.time(), "demote", "layer 1 to INT4: demand 50 of 40 blocks")],
+    }
+    return Snapshot(**values | changes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(FakeEngine))
