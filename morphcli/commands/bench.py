@@ -36,7 +36,7 @@ def bench(
         Path | None, typer.Option(help="Text to cut prompts from. [default: the model's held-out]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling and prompts.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("morph-bench"),
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),
     json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout.")] = False,
 ) -> None:
     """Replay a trace against each policy and compare latency, throughput and quality."""

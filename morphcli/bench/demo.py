@@ -1,0 +1,86 @@
+"""The demonstration: the shipped model, a shipped burst, and a budget that makes it bind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from morphserve.configs.errors import MorphError
+from morphserve.morphcli.bench.run import BenchRequest
+from morphserve.morphcli.bench.schedule import Shape
+from morphserve.morphcli.bench.summary import Slo
+from morphserve.profile.orders import rank
+from morphserve.quantize.build import build_bundle, default_group_size
+from morphserve.quantize.bundle import Bundle, open_bundle
+from morphserve.quantize.calibration import calibration_and_evaluation
+from morphserve.quantize.checkpoint import DEMO, Checkpoint, open_checkpoint
+
+TRACE = "azure2023_burst.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """Every number of the demonstration, chosen for two CPU cores and a few minutes."""
+
+    shape: Shape = field(
+        default_factory=lambda: Shape(
+            rate_scale=0.5, length_scale=0.25, max_prompt=512, max_output=128
+        )
+    )
+    policies: tuple[str, ...] = ("full", "static:all", "morph")
+    memory_budget: str = "40MiB"
+    max_model_len: int = 768
+    slo: Slo = field(default_factory=lambda: Slo(ttft_s=2.0, tpot_s=0.2))
+    timeout_s: float = 30.0
+    profile_windows: int = 4
+    profile_tokens: int = 256  # per window
+
+
+def demo_request(settings: DemoSettings, folder: Path, bundle: Path) -> BenchRequest:
+    """The comparison that the demonstration runs."""
+    return BenchRequest(
+        model=DEMO,
+        trace=Path(__file__).with_name(TRACE),
+        shape=settings.shape,
+        policies=settings.policies,
+        slo=settings.slo,
+        output=folder,
+        bundle=bundle,
+        memory_budget=settings.memory_budget,
+        max_model_len=settings.max_model_len,
+        timeout_s=settings.timeout_s,
+    )
+
+
+def prepare_bundle(
+    folder: Path, settings: DemoSettings, on_step: Callable[[str, int, int], None]
+) -> Path:
+    """A ranked bundle of the shipped model in `folder`; one that is there and sound is kept.
+
+    `on_step` is told the phase, the steps done and the steps in all.
+    """
+    checkpoint = open_checkpoint(DEMO)
+    bundle = _existing(folder, checkpoint)
+    if bundle is None:
+        total = checkpoint.architecture.num_layers
+        size = default_group_size(checkpoint.architecture)
+        build_bundle(
+            checkpoint,
+            folder,
+            size,
+            True,
+            lambda i: on_step("rounding layers to INT4", i + 1, total),
+        )
+        bundle = open_bundle(str(folder), checkpoint)
+    if bundle.manifest.ranking is None:
+        texts = calibration_and_evaluation(
+            checkpoint, None, settings.profile_windows, settings.profile_tokens, seed=0
+        )
+        bundle.with_ranking(rank(checkpoint, bundle, *texts, 0, on_step))
+    return folder
+
+
+def _existing(folder: Path, checkpoint: Checkpoint) -> Bundle | None:
+    try:
+        return open_bundle(str(folder), checkpoint)
+    except MorphError:
+        return None  # missing, unfinished or of another version: it is built anew

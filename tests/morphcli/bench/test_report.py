@@ -1,0 +1,158 @@
+"""Table, verdict and page say what the figures say."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from bench_runs import answered, make_run, make_summary, state, unanswered
+
+from morphserve.morphcli.bench.plot import Scale, nice_ceiling, spans, steps
+from morphserve.morphcli.bench.record import Summary, write_record
+from morphserve.morphcli.bench.report import render_report
+from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.bench.table import table_rows, verdict
+
+QUICK = [answered(i, 0.2) for i in range(5)]
+SLOW = [answered(0, 0.2), *(answered(i, 3.0) for i in range(1, 4)), unanswered(4, status=503)]
+CALM = [state(0, 0, 0), state(3, 0, 50)]
+
+
+def morph_states() -> list:
+    return [state(0, 0, 0), state(1, 4, 10), state(3, 0, 50)]
+
+
+def three(full: list, static: list, morph: list) -> tuple[Summary, list[Run], str]:
+    runs = [
+        make_run("full", full, CALM),
+        make_run("static:all", static, [state(0, 4, 0), state(3, 4, 50)]),
+        make_run("morph", morph, morph_states()),
+    ]
+    summary, schedule = make_summary(runs)
+    for policy, value in zip(summary.policies, (10.0, 11.0, 10.2), strict=True):
+        policy.perplexity = value
+    return summary, runs, render_report(summary, runs, schedule)
+
+
+def test_a_win_is_told_with_its_price() -> None:
+    found = verdict(three(SLOW, QUICK, QUICK)[0])
+    assert found is not None and found.won
+    assert found.sentences[0].startswith(
+        "Morphing paid: 0 of 5 requests missed the target against 4"
+    )
+    text = " ".join(found.sentences)
+    assert "50.0 % of the tokens with up to 4 INT4 layers" in text
+    assert "cost 2.00 % in perplexity" in text
+    assert "Static INT4 missed 0" in text and "worse than morph's" in text
+
+
+def test_a_loss_is_called_a_loss() -> None:
+    found = verdict(three([*QUICK[:4], answered(4, 3.0)], QUICK, SLOW)[0])
+    assert found is not None and not found.won
+    assert found.sentences[0].startswith("Morphing did not win here: 4 of 5 requests missed")
+
+
+def test_a_burst_that_did_not_bind_is_no_win() -> None:
+    found = verdict(three(QUICK, QUICK, QUICK)[0])
+    assert found is not None and not found.won
+    assert found.sentences[0].startswith("The burst did not bind")
+
+
+def test_an_invalid_run_proves_nothing() -> None:
+    late = [answered(i, 0.2) for i in range(5)]
+    for outcome in late:
+        outcome.sent_s += 1
+    found = verdict(three(SLOW, QUICK, late)[0])
+    assert found is not None and not found.won
+    assert found.sentences[0].startswith("This run proves nothing (morph: requests left up to")
+
+
+def test_no_verdict_without_both_sides() -> None:
+    summary, _ = make_summary([make_run("full", QUICK, CALM)])
+    assert verdict(summary) is None
+
+
+def test_rows_name_the_best_only_where_one_is_clearly_better() -> None:
+    rows = {row.label: row for row in table_rows(three(SLOW, QUICK, QUICK)[0])}
+    misses = rows["requests that missed the target (first token ≤ 1 s, per token ≤ 100 ms)"]
+    assert misses.cells == ("4 of 5 (80.0 %)", "0 of 5 (0 %)", "0 of 5 (0 %)")
+    assert misses.best is None  # two are equal
+    first = rows["95 % of requests had their first token within"]
+    assert first.cells == ("no answer", "200 ms", "200 ms")
+    assert rows["perplexity of what was served (lower is better)"].cells[0] == "10.000"
+    again = rows["all layers at full precision again"]
+    assert again.cells == ("never left it", "no: 4 INT4 at the end", "0 ms after the burst")
+    assert rows["KV cache capacity, tokens"].cells == ("160", "288", "160 – 288")
+
+
+def test_a_server_without_state_has_no_rows_about_memory() -> None:
+    summary, schedule = make_summary([make_run("server", QUICK, [])])
+    labels = [row.label for row in table_rows(summary)]
+    assert not [label for label in labels if "KV" in label or "preempt" in label]
+    page = render_report(summary, [make_run("server", QUICK, [])], schedule)
+    assert "does not report its state" in page and "time to first token" in page
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else() -> None:
+    _, runs, page = three(SLOW, QUICK, QUICK)
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert not {"src", "href", "srcset", "data", "xlink:href"} & {
+        name for name, _ in tags.attributes
+    }
+    assert "url(" not in page and "@import" not in page and "<script" not in page
+    assert page.count("<svg") == len(runs)
+    for words in ("prefers-color-scheme: dark", "KV cache, tokens", "precision of each layer",
+                  "preemptions per second", "target 1 s", "What the words mean"):  # fmt: skip
+        assert words in page
+
+
+def test_marks_are_where_the_data_is_and_text_is_escaped() -> None:
+    page = three(SLOW, QUICK, QUICK)[2]
+    full, static, morph = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert full.count("<circle") == 4 and full.count('class="cross"') == 1
+    assert full.count('class="bad"') == 3 and static.count('class="bad"') == 0
+    assert full.count("layer int4") == 0 and static.count("layer int4") == 4
+    assert morph.count("layer int4") == 4 and morph.count("layer full") == 8
+    assert "refused &lt;with&gt; 503" in full and "a &lt;fast&gt; cpu" in page
+
+
+def test_the_run_folder_can_be_read_back(tmp_path: Path) -> None:
+    summary, runs, _ = three(SLOW, QUICK, QUICK)
+    write_record(tmp_path, summary, runs)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["schema_version"] == 1
+    assert written["policies"][0]["slo_misses"] == 4
+    assert written["policies"][0]["ttft_s"]["p95"] is None
+    assert written["settings"]["policies"] == ["full", "static:all", "morph"]
+    requests = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert len(requests) == 15 and requests[4]["status"] == 503
+    timeline = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
+    assert [line["at_s"] for line in timeline if line["policy"] == "morph"] == [0, 1, 3]
+
+
+def test_scales_ticks_and_steps() -> None:
+    log = Scale(0.01, 100, 100, 0, log=True)
+    assert [log(v) for v in (0.001, 0.01, 1, 100, 1000)] == [100, 100, 50, 0, 0]
+    assert [nice_ceiling(v) for v in (0, 0.3, 1, 3, 41, 1100)] == [1, 0.4, 1, 4, 50, 2000]
+    assert steps([(0, 5), (1, 5), (2, 7), (4, 7)], "c") == '<path d="M0 5H2V7H4" class="c"/>'
+    assert spans([(0, "a"), (1, "a"), (2, "b")], 3) == [(0, 2, "a"), (2, 3, "b")]

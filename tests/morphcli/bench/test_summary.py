@@ -1,0 +1,131 @@
+"""Figures of a run, checked on runs small enough to count by hand."""
+
+import pytest
+from bench_runs import SLO, answered, make_run, state, unanswered
+
+from morphserve.configs.errors import ConfigError
+from morphserve.morphcli.bench.compare import agreement
+from morphserve.morphcli.bench.summary import (
+    Percentiles,
+    Slo,
+    mean_perplexity,
+    parse_slo,
+    percentile,
+    percentiles,
+    show_s,
+    summarise,
+    tokens_per_level,
+)
+
+
+@pytest.mark.parametrize(("q", "expected"), [(50, 2.0), (75, 3.0), (76, 4.0), (99, 4.0), (0, 1.0)])
+def test_percentiles_are_by_nearest_rank(q: float, expected: float) -> None:
+    assert percentile([4.0, 1.0, 3.0, 2.0], q) == expected
+
+
+def test_an_unanswered_request_is_slower_than_all_others() -> None:
+    assert percentiles([1.0, None, 2.0]) == Percentiles(p50=2.0, p95=None, p99=None)
+    assert percentiles([]) == Percentiles(None, None, None)
+
+
+def test_misses_are_counted_over_offered_requests() -> None:
+    outcomes = [
+        answered(0, ttft_s=0.5),
+        answered(1, ttft_s=1.5),  # first token too late
+        answered(2, ttft_s=0.5, tpot_s=0.2),  # too slow after it
+        unanswered(3, status=503),
+        unanswered(4, timed_out=True),
+        unanswered(5),
+    ]
+    found = summarise(make_run("full", outcomes, []), SLO, burst_end_s=3.0)
+    assert (found.offered, found.finished) == (6, 3)
+    assert (found.refused, found.unfinished, found.failed) == (1, 1, 1)
+    assert found.slo_misses == 5 and found.slo_miss_share == 5 / 6
+    assert found.ttft_s == Percentiles(p50=1.5, p95=None, p99=None)
+    assert found.tpot_s.p50 == pytest.approx(0.05) and found.tpot_s.p99 == pytest.approx(0.2)
+    assert found.server is None and found.perplexity is None
+
+
+def test_throughput_is_over_first_send_to_last_token() -> None:
+    outcomes = [answered(0, ttft_s=0.5), answered(3, ttft_s=0.5)]  # the last token at 3 + 1 s
+    found = summarise(make_run("full", outcomes, []), SLO, burst_end_s=3.0)
+    assert found.duration_s == pytest.approx(4.0)
+    assert found.output_tokens_per_s == pytest.approx(22 / 4)
+    assert found.finished_per_s == found.goodput_per_s == pytest.approx(0.5)
+
+
+def test_a_late_load_generator_and_wrong_lengths_are_faults() -> None:
+    on_time, late = answered(0, 0.1), answered(1, 0.1)
+    assert summarise(make_run("full", [on_time, late], []), SLO, 3.0).faults == []
+    late.sent_s = late.intended_s + 0.2
+    late.output_tokens = 3
+    found = summarise(make_run("full", [on_time, late], []), SLO, 3.0)
+    assert found.lag_p50_s == pytest.approx(0.001) and found.lag_max_s == pytest.approx(0.2)
+    assert found.faults == [
+        "requests left up to 200 ms late (P99)",
+        "1 answers had another length than asked for",
+    ]
+
+
+def test_figures_of_the_server_are_differences_within_the_run() -> None:
+    states = [state(0, 0, 100, 3), state(1, 2, 200, 3), state(2, 4, 300, 9), state(6, 0, 500, 9)]
+    server = summarise(make_run("morph", [answered(0, 0.1)], states), SLO, 1.5).server
+    assert server is not None
+    assert server.preemptions == 6
+    assert server.int4_token_share == 0.5
+    assert server.int4_layers_mean == (0 * 100 + 2 * 100 + 4 * 200) / 400
+    assert (server.int4_layers_max, server.int4_layers_at_end) == (4, 0)
+    assert (server.kv_tokens_min, server.kv_tokens_max) == (160, 288)
+    assert server.full_again_s == 0.5  # the last INT4 layer was seen at second 2
+
+
+def test_layers_that_never_came_back_are_not_called_recovered() -> None:
+    states = [state(0, 2, 100), state(1, 2, 200)]
+    server = summarise(make_run("morph", [answered(0, 0.1)], states), SLO, 1.5).server
+    assert server is not None
+    assert server.full_again_s is None and server.int4_layers_at_end == 2
+
+
+def test_a_layer_counts_as_int4_until_its_promotion_is_done() -> None:
+    moving = state(0, 0, 0)
+    moving.layers = ["full", "demoting", "promoting", "int4"]
+    assert moving.num_int4 == 2
+
+
+def test_mean_perplexity_weighs_levels_by_their_tokens() -> None:
+    states = [state(0, 0, 0), state(1, 4, 100), state(2, 4, 400)]
+    tokens = tokens_per_level(states)
+    assert tokens == {0: 100, 4: 300}
+    found = mean_perplexity(tokens, {0: 10.0, 4: 20.0})
+    assert found == pytest.approx(10 ** (1 / 4) * 20 ** (3 / 4))
+    assert mean_perplexity(tokens, {0: 10.0}) is None
+    assert mean_perplexity({}, {0: 10.0}) is None
+
+
+def test_agreement_is_over_requests_answered_in_both_runs() -> None:
+    reference = [answered(0, 0.1), answered(1, 0.1), unanswered(2)]
+    other = [answered(0, 0.9), answered(1, 0.9), answered(2, 0.9)]
+    assert agreement(reference, other) == 1.0
+    other[1].text_sha256 = "another"
+    assert agreement(reference, other) == 0.5
+    assert agreement([unanswered(0)], other) is None
+
+
+def test_slo_is_parsed_with_units() -> None:
+    assert parse_slo("ttft=2s,tpot=200ms") == Slo(2.0, 0.2)
+    assert parse_slo("tpot = 1.5s") == Slo(None, 1.5)
+    assert str(parse_slo("ttft=2s,tpot=200ms")) == "first token ≤ 2 s, per token ≤ 200 ms"
+
+
+@pytest.mark.parametrize("text", ["", "ttft=2", "e2e=2s", "ttft<2s", "ttft=-1s"])
+def test_an_slo_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="ttft=2s,tpot=200ms"):
+        parse_slo(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.0123, "12.3 ms"), (0.9999, "1 s"), (1.234, "1.23 s"), (99.9, "100 s"), (1234.0, "1234 s")],
+)
+def test_seconds_are_shown_with_three_figures(seconds: float, shown: str) -> None:
+    assert show_s(seconds) == shown

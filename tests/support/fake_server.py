@@ -1,0 +1,101 @@
+"""A small server that speaks the OpenAI completions API and misbehaves on request."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.started_s: list[float] = []
+        self.state: dict[str, Any] | None = None
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that hangs up is part of the tests
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._json(200, {"data": [{"id": "fake"}]})
+        elif self.path == "/morph/v1/state" and self.server.state is not None:
+            self._json(200, self.server.state | {"time": time.time()})
+        else:
+            self._json(200 if self.path == "/health" else 404, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
+        self.server.started_s.append(time.monotonic())
+        how, _, _ = str(body["prompt"]).partition(" ")
+        if how == "refuse":
+            self._json(503, {"error": {"message": "the queue is full"}})
+        elif how == "slow":
+            time.sleep(0.5)
+            self._stream(body)
+        else:
+            self._stream(body, drop=how == "drop", stuck=how == "stuck")
+
+    def _json(self, status: int, value: object) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _stream(self, body: dict[str, Any], drop: bool = False, stuck: bool = False) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        total = body["max_tokens"]
+        for first in range(0, total, 2):  # two tokens in a piece
+            if stuck:
+                time.sleep(30)
+            count = min(2, total - first)
+            last = first + count == total
+            reason = "length" if last else None
+            self._event({"choices": [{"text": "ab" * count, "finish_reason": reason}]})
+            if drop:
+                self.close_connection = True
+                return
+        usage = {"completion_tokens": total, "morph": {"full": total - 1, "int4": 1}}
+        self._event({"choices": [], "usage": usage})
+        self._chunk(b"data: [DO")
+        self._chunk(b"NE]\n\n")
+        self._chunk(b"")
+
+    def _event(self, value: object) -> None:
+        self._chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+
+@contextlib.contextmanager
+def fake_server() -> Iterator[tuple[str, _Server]]:
+    """Its URL and the server; the first word of a prompt says how it is treated."""
+    server = _Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
