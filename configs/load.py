@@ -11,8 +11,16 @@ from typing import Any
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import Policy
 
+DEMO_MODEL = "demo"
 PRESETS = ("accuracy", "balanced", "performance", "off", "static")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: `demo` is the one shipped with the product."""
+    if name == DEMO_MODEL:
+        return Path(str(resources.files("morphserve.morphcli").joinpath("demo_model")))
+    return Path(name).expanduser()
 
 
 def load_policy(name: str) -> Policy:

@@ -159,6 +159,11 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _load(folder: Path) -> tokenizers.Tokenizer:
+    if not folder.is_dir():
+        raise UnsupportedModel(
+            f"there is no model folder {folder}: give a Hugging Face folder, or `demo` for the "
+            "shipped model"
+        )
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UnsupportedModel(

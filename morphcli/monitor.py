@@ -1,0 +1,203 @@
+"""What a running server shows of itself: a live view on a terminal, else a line per interval."""
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from morphserve.runtime.messages import Snapshot
+from morphserve.runtime.metrics import Latency, Percentiles
+from morphserve.runtime.server.run import Watch
+from morphserve.runtime.server.serving import Serving
+
+REFRESH_S = 0.25
+HISTORY_S = 0.5  # between two points of the KV rows
+_MAX_POINTS = 400
+_EVENTS = 5
+_BARS = " ▁▂▃▄▅▆▇█"
+_LAYER_STYLES = {
+    "full": "green",
+    "int4": "yellow",
+    "demoting": "bold magenta",
+    "promoting": "bold cyan",
+}
+_MIN_WIDTH = 24
+
+
+def choose_watch(no_monitor: bool, log_interval_s: float) -> Watch:
+    """The live view if stderr is a terminal and nobody declined it, else log lines."""
+    console = Console(stderr=True)
+    if no_monitor or not console.is_terminal:
+        return lambda serving: watch_log(serving, log_interval_s)
+    return lambda serving: watch_live(serving, console)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens per second between two snapshots."""
+
+    prompt: float
+    generation: float
+
+    @classmethod
+    def between(cls, before: Snapshot, now: Snapshot) -> "Rates":
+        seconds = max(now.time - before.time, 1e-9)
+        prompt = now.prompt_tokens - before.prompt_tokens
+        generation = now.generated_tokens - before.generated_tokens
+        return cls(prompt / seconds, generation / seconds)
+
+
+async def watch_log(serving: Serving, interval_s: float) -> None:
+    """A line per interval; an idle server says so once."""
+    before, was_idle = serving.engine.snapshot, False
+    while True:
+        await asyncio.sleep(interval_s)
+        now = serving.engine.snapshot
+        is_idle = now.running + now.waiting == 0 and now.steps == before.steps
+        if not (is_idle and was_idle):
+            stamp = time.strftime("%H:%M:%S", time.localtime(now.time))
+            print(f"{stamp} {log_line(now, Rates.between(before, now))}", file=sys.stderr)
+        before, was_idle = now, is_idle
+
+
+def log_line(now: Snapshot, rates: Rates) -> str:
+    return (
+        f"Avg prompt throughput: {rates.prompt:.1f} tokens/s, "
+        f"Avg generation throughput: {rates.generation:.1f} tokens/s, "
+        f"Running: {now.running} reqs, Waiting: {now.waiting} reqs, "
+        f"Preemptions: {now.preemptions}, KV cache usage: {_share(now):.1%} "
+        f"of {now.blocks_capacity} blocks, INT4 layers: {_num_int4(now)}/{len(now.layers)}"
+    )
+
+
+async def watch_live(serving: Serving, console: Console) -> None:
+    """The live view, redrawn four times a second; the terminal is restored at the end."""
+    view = View(serving.model_name)
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        while True:
+            view.update(serving.engine.snapshot, serving.metrics.latency())
+            live.update(view.render(console.width), refresh=True)
+            await asyncio.sleep(REFRESH_S)
+
+
+@dataclass(slots=True)
+class View:
+    """What the live view remembers between two redraws."""
+
+    model: str
+    history: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=_MAX_POINTS))
+    now: Snapshot | None = None
+    latency: Latency = Latency(None, None)
+
+    def update(self, now: Snapshot, latency: Latency) -> None:
+        self.now, self.latency = now, latency
+        if not self.history or now.time - self.history[-1].time >= HISTORY_S:
+            self.history.append(now)
+
+    def render(self, width: int) -> RenderableType:
+        assert self.now is not None, "update comes before render"
+        now, width = self.now, max(width, _MIN_WIDTH)
+        parts: list[RenderableType] = [
+            _header(self.model, now),
+            _layer_map(now),
+            *_kv_rows(list(self.history), now, width),
+            _queue(now, self._rates(now)),
+            _latency_table(self.latency),
+            *_events(now, width),
+        ]
+        return Group(*parts)
+
+    def _rates(self, now: Snapshot) -> Rates:
+        """Over the last two seconds or so."""
+        recent = [point for point in self.history if now.time - point.time <= 2.0]
+        return Rates.between(recent[0] if recent else now, now)
+
+
+def _header(model: str, now: Snapshot) -> Text:
+    return Text.assemble(
+        (f"morph serve {model}", "bold"),
+        f"  policy {now.policy}  ",
+        (f"INT4 {_num_int4(now)}/{len(now.layers)}", "yellow" if _num_int4(now) else "green"),
+        f"  rung {now.rung} of {now.target_rung} wanted",
+        overflow="ellipsis",
+        no_wrap=True,
+    )
+
+
+def _layer_map(now: Snapshot) -> Text:
+    """One cell per layer, in the order of the model."""
+    cells = [("■ ", _LAYER_STYLES[state]) for state in now.layers]
+    legend = [(f" {state}", style) for state, style in _LAYER_STYLES.items()]
+    return Text.assemble("layers  ", *cells, *legend)
+
+
+def _kv_rows(history: Sequence[Snapshot], now: Snapshot, width: int) -> list[Text]:
+    """Used and capacity over time on one scale, so that growth shows, and their numbers."""
+    points = history[-max(1, width - len("KV capacity ")) :]
+    top = max(now.blocks_max, 1)
+    used = "".join(_bar(point.blocks_used / top) for point in points)
+    capacity = "".join(_bar(point.blocks_capacity / top) for point in points)
+    numbers = (
+        f"KV blocks {now.blocks_used} used of {now.blocks_capacity} now "
+        f"({now.blocks_full} at full precision, {now.blocks_max} at most)"
+    )
+    return [
+        Text.assemble("KV capacity ", (capacity, "cyan"), no_wrap=True),
+        Text.assemble("KV used     ", (used, "blue"), no_wrap=True),
+        Text(numbers),
+    ]
+
+
+def _bar(share: float) -> str:
+    return _BARS[min(len(_BARS) - 1, max(0, round(share * (len(_BARS) - 1))))]
+
+
+def _queue(now: Snapshot, rates: Rates) -> Text:
+    waiting = f"{now.waiting} waiting"
+    if now.waiting:
+        waiting += f" (oldest {now.oldest_wait_s:.1f} s)"
+    return Text(
+        f"{now.running} running  {waiting}  {now.preemptions} preemptions  "
+        f"{rates.prompt:.0f} prompt tok/s  {rates.generation:.0f} tok/s"
+    )
+
+
+def _latency_table(latency: Latency) -> Table:
+    table = Table("last minute", "p50", "p95", "p99", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("TTFT", *_milliseconds(latency.ttft_s))
+    table.add_row("TPOT", *_milliseconds(latency.tpot_s))
+    return table
+
+
+def _milliseconds(values: Percentiles | None) -> list[str]:
+    if values is None:
+        return ["–"] * 3
+    return [f"{value * 1000:.0f} ms" for value in (values.p50, values.p95, values.p99)]
+
+
+def _events(now: Snapshot, width: int) -> list[Text]:
+    lines = []
+    for event in now.events[-_EVENTS:]:
+        stamp = time.strftime("%H:%M:%S", time.localtime(event.time))
+        line = Text(f"{stamp} {event.kind:<9} {event.text}", style="dim", no_wrap=True)
+        line.truncate(width, overflow="ellipsis")
+        lines.append(line)
+    return lines
+
+
+def _num_int4(now: Snapshot) -> int:
+    """Layers that compute in INT4 now: one on its way down still runs at full precision."""
+    return sum(state in ("int4", "promoting") for state in now.layers)
+
+
+def _share(now: Snapshot) -> float:
+    return now.blocks_used / now.blocks_capacity if now.blocks_capacity else 0.0
