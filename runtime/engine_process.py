@@ -33,7 +33,7 @@ SNAPSHOT_INTERVAL_S = 0.1
 _READ_BYTES = 1 << 20
 _LAST_WORDS_S = 1.0  # for sending why the engine ends
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("morphserve.runtime.engine_process")  # not __main__
 
 
 class EngineLike(Protocol):
