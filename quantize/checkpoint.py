@@ -167,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_foreign(folder: Path, config: Mapping[str, Any]) -> None:
-    if "auto_map" in config:
+    if config.get("auto_map"):
         raise UnsupportedModel(
             f"{folder}/config.json asks for code that comes with the model (auto_map), which is "
             "never run: use a checkpoint of a supported family without it"

@@ -1,0 +1,90 @@
+"""Perplexity and divergence of mixes of full-precision and INT4 layers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from morphserve.configs.errors import ConfigError
+from morphserve.profile.mixes import Model, Run
+from morphserve.profile.perplexity import measure, perplexity
+from morphserve.quantize.build import build_bundle
+from morphserve.quantize.bundle import open_bundle
+from morphserve.quantize.calibration import calibration_and_evaluation
+from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Callable[[str], Path]) -> Checkpoint:
+    return open_checkpoint(str(tiny_model("llama")))
+
+
+@pytest.fixture
+def model(checkpoint: Checkpoint, tiny_bundle: Callable[[str], Path]) -> Model:
+    return Model(checkpoint, open_bundle(str(tiny_bundle("llama")), checkpoint))
+
+
+def tokens(n: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, length), generator=torch.Generator().manual_seed(3))
+
+
+@torch.inference_mode()
+def test_the_demo_models_perplexity_is_that_of_transformers_and_int4_costs_little(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint("demo")
+    build_bundle(checkpoint, tmp_path, 64)
+    bundle = open_bundle(str(tmp_path), checkpoint)
+    windows, _ = calibration_and_evaluation(checkpoint, None, 4, 256, seed=0)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    loss = theirs(windows.tokens, labels=windows.tokens).loss
+    full = perplexity(checkpoint, None, [], windows.tokens)
+    assert full == pytest.approx(float(loss.exp()), rel=1e-4)
+    int4 = perplexity(checkpoint, bundle, range(12), windows.tokens)
+    assert int4 == pytest.approx(full, rel=0.03)
+    assert int4 != full
+
+
+def test_quality_of_mixes_does_not_depend_on_their_company_or_on_batches(model: Model) -> None:
+    windows = tokens(24, 100)  # two batches
+    mixes = [frozenset[int](), frozenset({2}), frozenset({0, 2}), frozenset({1}), frozenset({0})]
+    together = measure(model, windows, mixes)
+    for mix in mixes:
+        alone = measure(model, windows, [mix])[mix]
+        assert together[mix].perplexity == pytest.approx(alone.perplexity, rel=1e-6)
+        assert together[mix].divergence == pytest.approx(alone.divergence, rel=1e-4, abs=1e-9)
+    halves = [
+        measure(model, part, mixes)[mixes[2]].divergence for part in torch.split(windows, [14, 10])
+    ]
+    expected = (14 * halves[0] + 10 * halves[1]) / 24
+    assert together[mixes[2]].divergence == pytest.approx(expected, rel=1e-4)
+
+
+def test_full_precision_diverges_from_itself_by_nothing(model: Model) -> None:
+    full, some = frozenset[int](), frozenset({1})
+    quality = measure(model, tokens(2, 64), [full, some])
+    assert quality[full].divergence == 0
+    assert quality[some].divergence > 1e-4
+
+
+@torch.inference_mode()
+def test_a_run_that_changes_equals_one_that_starts_so(model: Model) -> None:
+    windows = tokens(2, 48)
+    run = Run(model, windows)
+    for mix in ({1}, {0, 1}, {0, 1, 2}, {2}, set[int]()):
+        run.change(mix)
+        fresh = Run(model, windows)
+        fresh.change(mix)
+        torch.testing.assert_close(run.logits(), fresh.logits())
+    trial = run.logits_with(1)
+    torch.testing.assert_close(run.entering(3), Run(model, windows).entering(3))
+    run.change({1})
+    torch.testing.assert_close(run.logits(), trial)
+
+
+def test_int4_layers_need_a_bundle(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="need a bundle"):
+        perplexity(checkpoint, None, [0], tokens(1, 16))

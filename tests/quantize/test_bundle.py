@@ -1,0 +1,193 @@
+"""A bundle is whole, untouched and made for the checkpoint, or it is refused with a way out."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.quantize.build import build_bundle, default_group_size
+from morphserve.quantize.bundle import BadBundle, Bundle, open_bundle
+from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
+from morphserve.quantize.int4 import quantize_rtn
+from morphserve.quantize.manifest import RankedOrder, Ranking, TextSample
+
+KILLED_BUILD = """
+import os, signal, sys
+from pathlib import Path
+from morphserve.quantize.build import build_bundle
+from morphserve.quantize.checkpoint import open_checkpoint
+
+def kill(layer):
+    if layer == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+build_bundle(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), 32, force=True, on_layer=kill)
+"""
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Callable[[str], Path]) -> Checkpoint:
+    return open_checkpoint(str(tiny_model("llama")))
+
+
+@pytest.fixture
+def folder(tiny_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the tiny Llama's bundle that may be changed."""
+    return shutil.copytree(tiny_bundle("llama"), tmp_path / "bundle")
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-0000{layer}.int4.safetensors"
+
+
+def refusal(folder: Path, checkpoint: Checkpoint) -> str:
+    with pytest.raises(MorphError) as caught:
+        open_bundle(str(folder), checkpoint)
+    return str(caught.value)
+
+
+def a_ranking(layers: list[int]) -> Ranking:
+    text = TextSample("some.txt, first half", "00", 1, 16)
+    order = RankedOrder("lis", layers, [0.5, 0.25, 0.125], [1.5], [0.1])
+    return Ranking(0, text, text, [0], [order], "lis")
+
+
+def test_layers_come_back_as_they_were_rounded(
+    family: str, tiny_model: Callable[[str], Path], tiny_bundle: Callable[[str], Path]
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_model(family)))
+    bundle = open_bundle(str(tiny_bundle(family)), checkpoint)
+    for i in range(3):
+        full, int4 = checkpoint.layer(i), bundle.int4_layer(i)
+        for name in ("qkv", "o", "gate_up", "down"):
+            expected = quantize_rtn(getattr(full, name), 32)
+            assert torch.equal(getattr(int4, name).codes, expected.codes)
+            assert torch.equal(getattr(int4, name).scales, expected.scales)
+            bias, kept = getattr(full.biases, name), getattr(int4.biases, name)
+            assert (bias is None and kept is None) or torch.equal(bias, kept)
+
+
+def test_building_again_makes_the_same_files(checkpoint: Checkpoint, folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    build_bundle(checkpoint, folder, 32, force=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_bundle_is_not_replaced_unasked(checkpoint: Checkpoint, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--force"):
+        build_bundle(checkpoint, folder, 32)
+
+
+def test_a_wrong_group_size_leaves_the_old_bundle(checkpoint: Checkpoint, folder: Path) -> None:
+    for group_size in (48, 0, 4):
+        with pytest.raises(ConfigError, match=f"group size {group_size} does not divide"):
+            build_bundle(checkpoint, folder, group_size, force=True)
+    open_bundle(str(folder), checkpoint)
+    assert default_group_size(checkpoint.architecture) == 64
+
+
+def test_weights_that_are_not_finite_are_refused(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import safetensors.torch
+
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    path = model / "model.safetensors"
+    tensors = safetensors.torch.load(path.read_bytes())
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    path.write_bytes(safetensors.torch.save(tensors))
+    with pytest.raises(MorphError, match="layer 2 .* not finite"):
+        build_bundle(open_checkpoint(str(model)), tmp_path / "bundle", 32)
+
+
+def test_a_killed_build_leaves_an_unfinished_folder_that_can_be_built_again(
+    checkpoint: Checkpoint, folder: Path
+) -> None:
+    command = [sys.executable, "-c", KILLED_BUILD, str(checkpoint.path), str(folder)]
+    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    assert "not a finished bundle" in refusal(folder, checkpoint)
+    build_bundle(checkpoint, folder, 32)
+    open_bundle(str(folder), checkpoint)
+
+
+def test_every_tampered_byte_of_a_layer_is_noticed(checkpoint: Checkpoint, folder: Path) -> None:
+    path = layer_file(folder, 1)
+    whole = path.read_bytes()
+    bundle = open_bundle(str(folder), checkpoint)
+    for place in (0, 20, len(whole) // 2, len(whole) - 1):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(BadBundle, match=r"layer-00001.* is damaged .*run `morph quantize"):
+            bundle.int4_layer(1)
+    bundle.int4_layer(0)
+
+
+def test_truncated_and_missing_layers_are_refused(checkpoint: Checkpoint, folder: Path) -> None:
+    path = layer_file(folder, 2)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "bytes instead of" in refusal(folder, checkpoint)
+    path.unlink()
+    assert f"{path} is missing" in refusal(folder, checkpoint)
+
+
+def test_the_bundle_of_another_checkpoint_is_refused(
+    tiny_model: Callable[[str], Path], folder: Path
+) -> None:
+    other = open_checkpoint(str(tiny_model("mistral")))
+    message = refusal(folder, other)
+    assert "another checkpoint" in message and f"run `morph quantize {other.path}`" in message
+
+
+def test_folders_that_are_no_bundle_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    assert "there is no bundle" in refusal(tmp_path / "none", checkpoint)
+    assert "not a finished bundle" in refusal(tmp_path, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"schema": 2}, "its schema is 2, this program reads 1"),
+        ({"format": "other"}, "its format is 'other'"),
+        ({"note": "hello"}, "unknown field `note`"),
+        ({"layers": 3}, "Expected `array`"),
+        ({"tool": "mine"}, "edited or damaged"),
+    ],
+)
+def test_a_changed_manifest_is_refused(
+    checkpoint: Checkpoint, folder: Path, change: dict[str, Any], reason: str
+) -> None:
+    path = folder / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert reason in refusal(folder, checkpoint)
+
+
+def test_a_truncated_manifest_is_refused(checkpoint: Checkpoint, folder: Path) -> None:
+    path = folder / "bundle.json"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "bundle.json cannot be used" in refusal(folder, checkpoint)
+
+
+def test_the_order_is_front_to_back_until_a_ranking_is_stored(
+    checkpoint: Checkpoint, folder: Path
+) -> None:
+    bundle = open_bundle(str(folder), checkpoint)
+    assert bundle.order == [0, 1, 2]
+    assert bundle.with_ranking(a_ranking([2, 0, 1])).order == [2, 0, 1]
+    again = open_bundle(str(folder), checkpoint)
+    assert again.order == [2, 0, 1]
+    assert again.manifest.ranking == a_ranking([2, 0, 1])
+
+
+def test_a_ranking_that_lacks_a_layer_is_refused(checkpoint: Checkpoint, folder: Path) -> None:
+    bundle: Bundle = open_bundle(str(folder), checkpoint)
+    bundle.with_ranking(a_ranking([2, 2, 1]))
+    assert "does not hold every layer once" in refusal(folder, checkpoint)
