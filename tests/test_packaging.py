@@ -64,9 +64,8 @@ def test_every_data_file_is_shipped() -> None:
     patterns = SETUPTOOLS["package-data"]["*"]
     packages = [ROOT.joinpath(*name.split(".")[1:]) for name in SETUPTOOLS["packages"]]
     shipped = {path for package in packages for glob in patterns for path in package.glob(glob)}
-    files = (path for package in packages for path in package.iterdir() if path.is_file())
-    data = {path for path in files if path.suffix not in {".py", ".so"}}
-    assert data
+    files = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
+    data = {path for path in files if path.suffix not in {".py", ".pyc", ".so"}}
     assert data - shipped == set()
     assert ROOT / "morphcli" / "demo_model" / "model.safetensors" in shipped
 
