@@ -31,7 +31,7 @@ class DemoSettings:
     max_model_len: int = 768
     slo: Slo = field(default_factory=lambda: Slo(ttft_s=2.0, tpot_s=0.2))
     timeout_s: float = 30.0
-    profile_windows: int = 4
+    profile_windows: int = 2
     profile_tokens: int = 256  # per window
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -186,7 +187,7 @@ def _settings(request: BenchRequest) -> Settings:
 
 def print_table(summary: Summary, console: Console, *, details: bool) -> None:
     """The headline table; the best cell of a row is green."""
-    table = Table(title_justify="left", header_style="bold", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for policy in summary.policies:
         table.add_column(policy_title(policy.policy), justify="right")

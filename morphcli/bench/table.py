@@ -1,4 +1,4 @@
-"""The headline table and the verdict, in words for people who see them for the first time."""
+"""The headline table, in words for people who see them for the first time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def _best(costs: Sequence[float | None]) -> int | None:
 
 
 def _misses(policy: PolicySummary) -> str:
-    return f"{policy.slo_misses} of {policy.offered} ({_share(policy.slo_miss_share)})"
+    return f"{policy.slo_misses} of {policy.offered} ({show_share(policy.slo_miss_share)})"
 
 
 def _unanswered(policy: PolicySummary) -> str:
@@ -122,7 +122,7 @@ def _add_server_rows(build: _Rows) -> None:
 
     add("preemptions (work thrown away and redone)", _preemptions, lambda s: s.preemptions)
     add("KV cache capacity, tokens", _capacity)
-    add("tokens made while a layer was INT4", lambda s: _share(s.int4_token_share))
+    add("tokens made while a layer was INT4", lambda s: show_share(s.int4_token_share))
     add("INT4 layers: mean per token / most", _layers, detail=True)
     add("all layers at full precision again", _full_again)
 
@@ -156,99 +156,15 @@ def _add_agreement(build: _Rows, summary: Summary) -> None:
     first = summary.policies[0].policy
     build.add(
         f"answers with the same text as {policy_title(first)}",
-        lambda p: _NONE if p.policy == first else _share(summary.same_text_as_first.get(p.policy)),
+        lambda p: (
+            _NONE if p.policy == first else show_share(summary.same_text_as_first.get(p.policy))
+        ),
         detail=True,
     )
 
 
-def _share(share: float | None) -> str:
+def show_share(share: float | None) -> str:
+    """`4.2 %`; a dash for None."""
     if share is None:
         return _NONE
     return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the figures say about morphing, first sentence first."""
-
-    won: bool
-    sentences: tuple[str, ...]
-
-
-def verdict(summary: Summary) -> Verdict | None:
-    """Morph against full precision and static INT4; None if the comparison lacks either side."""
-    by_name = {policy.policy: policy for policy in summary.policies}
-    morph = next((p for name, p in by_name.items() if name.startswith("morph")), None)
-    full = by_name.get("full")
-    if morph is None or full is None:
-        return None
-    won, first = _against_full(morph, full)
-    sentences = [first, *_cost(morph, full)]
-    static = next((p for name, p in by_name.items() if name.startswith("static:")), None)
-    if static is not None:
-        sentences.append(_against_static(morph, static))
-    faulty = [f"{policy_title(p.policy)}: {fault}" for p in summary.policies for fault in p.faults]
-    if faulty:
-        won = False
-        sentences.insert(0, f"This run proves nothing ({'; '.join(faulty)}): run it again.")
-    return Verdict(won, tuple(sentences))
-
-
-def _against_full(morph: PolicySummary, full: PolicySummary) -> tuple[bool, str]:
-    ours, theirs = morph.ttft_s.p95, full.ttft_s.p95
-    times = f"{_first_token(ours)} against {_first_token(theirs)} at full precision"
-    misses = f"{morph.slo_misses} of {morph.offered} requests missed the target against "
-    misses += f"{full.slo_misses}"
-    if full.slo_misses == morph.slo_misses == 0:
-        return False, (
-            "The burst did not bind: full precision kept the target for every request too, so "
-            f"there was nothing to win. 95 % of first tokens came within {times}."
-        )
-    sooner = ours is not None and (theirs is None or ours < theirs)
-    if morph.slo_misses < full.slo_misses and sooner:
-        factor = f", {theirs / ours:.1f} times sooner" if ours and theirs else ""
-        return (
-            True,
-            f"Morphing paid: {misses}, and 95 % of first tokens came within {times}{factor}.",
-        )
-    return False, (
-        f"Morphing did not win here: {misses}, and 95 % of first tokens came within {times}."
-    )
-
-
-def _first_token(value: float | None) -> str:
-    return "no answer at all" if value is None else show_s(value)
-
-
-def _cost(morph: PolicySummary, full: PolicySummary) -> list[str]:
-    server = morph.server
-    if server is None:
-        return []
-    if not server.int4_layers_max:
-        return ["It never swapped a layer."]
-    price = (
-        f"It made {_share(server.int4_token_share)} of the tokens with up to "
-        f"{server.int4_layers_max} INT4 layers"
-    )
-    if morph.perplexity is not None and full.perplexity is not None:
-        worse = morph.perplexity / full.perplexity - 1
-        price += (
-            f", which cost {100 * worse:.2f} % in perplexity "
-            f"({morph.perplexity:.3f} against {full.perplexity:.3f})"
-        )
-    if server.full_again_s is not None:
-        end = f"Every layer was back {show_s(server.full_again_s)} after the burst."
-    else:
-        end = f"{server.int4_layers_at_end} layers were still INT4 when the run ended."
-    return [price + ".", end]
-
-
-def _against_static(morph: PolicySummary, static: PolicySummary) -> str:
-    text = (
-        f"{policy_title(static.policy).capitalize()}".replace("int4", "INT4")
-        + f" missed {static.slo_misses} (95 % within {_first_token(static.ttft_s.p95)})"
-    )
-    if static.perplexity is None or morph.perplexity is None:
-        return text + "."
-    relation = "worse" if static.perplexity > morph.perplexity else "no worse"
-    return text + f", at a perplexity of {static.perplexity:.3f} all day: {relation} than morph's."
