@@ -135,6 +135,6 @@ def load_kernels(device: str) -> Kernels:
         from morphserve.runtime.kernels.reference import ReferenceKernels
 
         return ReferenceKernels()
-    from morphserve.runtime.kernels.cpu import CpuKernels
+    from morphserve.runtime.kernels.cpu import cpu_kernels
 
-    return CpuKernels()
+    return cpu_kernels()

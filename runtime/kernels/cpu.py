@@ -1,0 +1,180 @@
+"""CPU kernels: C where a compiler is found, torch elsewhere. Activations are float32.
+
+Each output row of the C kernels is bit for bit the same whatever else is in the batch, however
+a prompt is cut into chunks and however many threads run. An INT4 linear equals, bit for bit,
+the full-precision linear over the dequantised weight in float32.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from morphserve.runtime.kernels import (
+    AttentionShape,
+    BatchMeta,
+    FullLinear,
+    Int4Linear,
+    Kernels,
+    Linear,
+    QKNorm,
+)
+from morphserve.runtime.kernels.native import NativeUnavailable, load_library
+from morphserve.runtime.kernels.reference import ReferenceKernels, dequantise
+
+log = logging.getLogger(__name__)
+
+_KIND = {torch.float32: 0, torch.bfloat16: 1}
+_INT4 = 2
+_STEP = 32  # features that the C linear takes at once; codes are packed in such runs
+_MIN_SHARED_WORK = 2_000_000  # multiply-adds below which waking a second thread costs more
+
+
+def cpu_kernels() -> Kernels:
+    """The C kernels, or torch with a warning where they cannot be built."""
+    try:
+        return CpuKernels()
+    except NativeUnavailable as error:
+        log.warning(
+            "C kernels are not available (%s): torch runs instead, several times slower and not "
+            "batch-invariant; install a C compiler with OpenMP",
+            error,
+        )
+        return TorchKernels()
+
+
+class TorchKernels(ReferenceKernels):
+    """What runs without a compiler: float32 throughout, which torch does well on any CPU."""
+
+    name = "torch"
+
+    def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
+        if isinstance(weight, FullLinear):
+            return super().linear(x, weight)
+        rows = 256  # dequantised at a time, so that they stay in the cache
+        pieces = [
+            F.linear(x, dequantise(Int4Linear(codes, scales, None, weight.group_size)))
+            for codes, scales in zip(
+                weight.codes.split(rows), weight.scales.split(rows), strict=True
+            )
+        ]
+        out = torch.cat(pieces, dim=1)
+        return out if weight.bias is None else out.add_(weight.bias)
+
+
+class CpuKernels:
+    """The C kernels. Raises NativeUnavailable where they cannot be built."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._library = load_library()
+
+    def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if checkpoint_dtype == torch.float32 else torch.bfloat16
+
+    def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def pack_full(self, weight: Tensor) -> Tensor:
+        """The weight itself, [N, K], float32 or bfloat16."""
+        return weight.contiguous()
+
+    def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, K / 2] bytes, of which 16 hold a run of 32 features: i low, 16 + i high."""
+        runs = codes.unflatten(1, (-1, 2, _STEP // 2))
+        packed = runs[:, :, 0] | runs[:, :, 1] << 4
+        return packed.flatten(1).contiguous(), scales.to(torch.float16).contiguous()
+
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
+        if isinstance(weight, Int4Linear):
+            data, scales, group = weight.codes, weight.scales.data_ptr(), weight.group_size
+            kind, features = _INT4, data.shape[1] * 2
+        else:
+            data, scales, group = weight.weight, None, 0
+            kind, features = _KIND[data.dtype], data.shape[1]
+        if features % _STEP:
+            x = F.pad(x, (0, -features % _STEP))
+        outputs = data.shape[0]
+        y = torch.empty(len(x), outputs)
+        self._library.morph_linear(
+            *(kind, _data(x), len(x), x.shape[1], _data(data), scales, outputs, features, group),
+            *(_optional(weight.bias), y.data_ptr(), _threads(y.numel() * features)),
+        )
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, None, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, residual, weight, eps)
+
+    def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        y = torch.empty_like(x)
+        self._library.morph_rms_norm(
+            *(_data(x), _optional(residual), _data(weight), eps, len(x), x.shape[1]),
+            *(y.data_ptr(), _threads(8 * x.numel())),
+        )
+        return y
+
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        q = torch.empty(len(qkv), shape.num_heads, shape.head_dim)
+        self._library.morph_rope_write_kv(
+            *(_KIND[cache.dtype], _data(qkv), _data(cache), q.data_ptr()),
+            *(_data(meta.positions), _data(meta.token_page), _data(meta.token_slot)),
+            *(_data(cos_sin), _optional(norm and norm.q), _optional(norm and norm.k)),
+            *(shape.norm_eps, len(qkv), *_sizes(shape), _threads(16 * qkv.numel())),
+        )
+        return q
+
+    def attention(self, q: Tensor, cache: Tensor, meta: BatchMeta, shape: AttentionShape) -> Tensor:
+        out = torch.empty(len(q), shape.num_heads * shape.head_dim)
+        sequences, max_blocks = meta.block_table.shape
+        most = q.numel() * max_blocks * shape.block_tokens
+        self._library.morph_attention(
+            *(_KIND[cache.dtype], _data(q), _data(cache), out.data_ptr(), _data(meta.query_start)),
+            *(_data(meta.context_len), _data(meta.block_table), sequences, max_blocks),
+            *(*_sizes(shape), _threads(most)),
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        y = torch.empty(rows, width)
+        self._library.morph_silu_mul(
+            *(_data(gate_up), rows, width, y.data_ptr(), _threads(16 * gate_up.numel()))
+        )
+        return y
+
+
+def _data(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _optional(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else _data(tensor)
+
+
+def _sizes(shape: AttentionShape) -> tuple[int, int, int, int]:
+    assert shape.head_dim <= 256, "the C kernels' scratch holds heads of up to 256 channels"
+    return shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_tokens
+
+
+def _threads(multiply_adds: int) -> int:
+    return 1 if multiply_adds < _MIN_SHARED_WORK else torch.get_num_threads()

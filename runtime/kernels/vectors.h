@@ -1,0 +1,141 @@
+// Vectors of floats in the machine's widest size, and the dtypes that are read into them.
+//
+// Batch invariance: every output is a fixed sequence of operations that depends on the model's
+// sizes and on its own row only. Tiles, blocks and threads decide who computes an output, never
+// in which order. Hence the explicit fma_vec() and -ffp-contract=off: were contraction left to
+// the compiler, it could differ between two tile shapes.
+
+#ifndef MORPH_VECTORS_H
+#define MORPH_VECTORS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define W 16 // float lanes of a vector
+#elif defined(__AVX__)
+#define W 8
+#else
+#define W 4
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t veci __attribute__((vector_size(4 * W)));
+typedef uint32_t vecu __attribute__((vector_size(4 * W)));
+typedef uint16_t half_vec __attribute__((vector_size(2 * W)));
+typedef uint8_t byte_vec __attribute__((vector_size(W)));
+typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float vec4 __attribute__((vector_size(16)));
+typedef float loose_vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+enum kind { F32 = 0, BF16 = 1, INT4 = 2 };
+
+INLINE vec splat(float x) { return x - (vec){}; }
+
+INLINE vec load(const float *p) { return *(const loose_vec *)p; }
+INLINE void store(float *p, vec v) { *(loose_vec *)p = v; }
+
+INLINE vec fma_vec(vec a, vec b, vec c) {
+#if W == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif W == 8 && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float from_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float from_f16(uint16_t x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x);
+#else
+    uint32_t bits = (uint32_t)(x & 0x7fff) << 13 | (uint32_t)(x & 0x8000) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f * 0x1p112f;
+#endif
+}
+
+INLINE vec load_bf16(const uint16_t *p) {
+#if W == 16
+    return (vec)(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+#elif W == 8 && defined(__AVX2__)
+    return (vec)(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
+#else
+    half_vec h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, vecu) << 16);
+#endif
+}
+
+// Keeps the compiler from loading a value anew at each use: loads, not sums, would be the limit.
+INLINE vec in_register(vec v) {
+#if W >= 8
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
+
+INLINE vecu load_bytes(const uint8_t *p) {
+#if W == 16
+    return (vecu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+#elif W == 8 && defined(__AVX2__)
+    return (vecu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+#else
+    byte_vec b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, vecu);
+#endif
+}
+
+INLINE vec load_as_float(int kind, const void *p, int64_t i) {
+    return kind == BF16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
+}
+
+INLINE vec select_vec(veci mask, vec yes, vec no) {
+    return (vec)(((veci)yes & mask) | ((veci)no & ~mask));
+}
+
+INLINE vec max_vec(vec a, vec b) { return select_vec(a > b, a, b); }
+
+// e^x to about one unit in the last place; 0 below -87, where a float's normal range ends.
+INLINE vec exp_vec(vec x) {
+    const vec round = splat(12582912.0f); // 1.5 * 2^23: the sum's low bits are the integer
+    const veci normal = x >= splat(-87.0f);
+    x = select_vec(x > splat(88.0f), splat(88.0f), x);
+    vec t = fma_vec(x, splat(1.44269504f), round), n = t - round;
+    vec r = fma_vec(n, splat(-0.693359375f), x); // ln 2 in two parts, the first exact
+    r = fma_vec(n, splat(2.12194440e-4f), r);
+    vec p = splat(1.0f / 720);
+    p = fma_vec(p, r, splat(1.0f / 120));
+    p = fma_vec(p, r, splat(1.0f / 24));
+    p = fma_vec(p, r, splat(1.0f / 6));
+    p = fma_vec(p, r, splat(0.5f));
+    p = fma_vec(p, r, splat(1.0f));
+    p = fma_vec(p, r, splat(1.0f));
+    return (vec)(((veci)p + ((veci)t << 23)) & normal);
+}
+
+#endif
