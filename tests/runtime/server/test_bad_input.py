@@ -1,0 +1,197 @@
+"""What a careless or hostile client may send: each gets one clear 4xx, and harms nobody else."""
+
+import json
+from typing import Any
+
+import fake_engine
+import httpx
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+# Fields of a completion, the field at fault, and a part of the sentence.
+FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"max_tokens": "abc"}, "max_tokens", "Expected `int"),
+    ({"max_tokens": -1}, "max_tokens", ">= 1"),
+    ({"max_tokens": 0}, "max_tokens", ">= 1"),
+    ({"max_tokens": 10**18}, "max_tokens", "<= 2147483647"),
+    ({"max_tokens": 1.5}, "max_tokens", "got `float`"),
+    ({"max_tokens": 5000}, "prompt", "5000 together exceed the model's limit of 2048 tokens"),
+    ({"max_tokens": 1500}, "prompt", "1500 together exceed the 1024 tokens that the memory"),
+    ({"prompt": "word " * 3000}, "prompt", "model's limit of 2048 tokens"),
+    ({"prompt": ""}, "prompt", "no tokens"),
+    ({"prompt": []}, "prompt", "must not be empty"),
+    ({"prompt": [[]]}, "prompt", "no tokens"),
+    ({"prompt": None}, "prompt", "got `null`"),
+    ({"prompt": True}, "prompt", "got `bool`"),
+    ({"prompt": {"a": 1}}, "prompt", "got `object`"),
+    ({"prompt": ["a", 1]}, "prompt", "must not mix"),
+    ({"prompt": [[1], "a"]}, "prompt", "must not mix"),
+    ({"prompt": [10**9]}, "prompt", "token id 1000000000; the largest of this model is 4095"),
+    ({"prompt": [1, -5]}, "prompt[1]", ">= 0"),
+    ({"prompt": [2**70]}, "prompt[0]", "<= 2147483647"),
+    ({"prompt": [[3, 2**70]]}, "prompt[0][1]", "<= 2147483647"),
+    ({"prompt": ["a"] * 5000}, "prompt", "5000 entries, at most 64"),
+    ({"temperature": -1}, "temperature", ">= 0"),
+    ({"temperature": 1e9}, "temperature", "<= 2"),
+    ({"top_p": 0}, "top_p", "> 0"),
+    ({"top_p": 2}, "top_p", "<= 1"),
+    ({"top_k": -5}, "top_k", ">= -1"),
+    ({"seed": -1}, "seed", ">= 0"),
+    ({"seed": 2**70}, "seed", "<= 9223372036854775807"),
+    ({"stop": ["x"] * 100_000}, "stop", "length <= 16"),
+    ({"stop": ""}, "stop", "length >= 1"),
+    ({"stop": ["a", "b" * 1000]}, "stop[1]", "length <= 256"),
+    ({"stop": 7}, "stop", "got `int`"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]", ">= 0"),
+    ({"min_tokens": 17}, "min_tokens", "larger than max_tokens (16)"),
+    ({"n": 10**6}, "n", "only n=1"),
+    ({"n": 100}, "n", "only n=1"),
+    ({"n": 0}, "n", ">= 1"),
+    ({"best_of": 2}, "best_of", "not supported"),
+    ({"echo": True}, "echo", "not supported"),
+    ({"suffix": "end"}, "suffix", "not supported"),
+    ({"logprobs": 10**6}, "logprobs", "not supported"),
+    ({"logprobs": -1}, "logprobs", ">= 0"),
+    ({"logit_bias": {"1": 100.0}}, "logit_bias", "not supported"),
+    ({"logit_bias": [1]}, "logit_bias", "got `array`"),
+    ({"presence_penalty": 1.0}, "presence_penalty", "not supported"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "not supported"),
+    ({"stream": "x"}, "stream", "got `str`"),
+    ({"stream_options": {"include_usage": 3}}, "stream_options.include_usage", "got `int`"),
+    ({"model": 3}, "model", "got `int`"),
+]
+
+# Bodies as they are, and a part of the sentence.
+BODIES: list[tuple[bytes, str]] = [
+    (b"", "not valid JSON"),
+    (b"{", "not valid JSON"),
+    (b"[]", "Expected `object`, got `array`"),
+    (b"null", "got `null`"),
+    (b"{}", "missing required field `prompt`"),
+    (b'{"prompt":"a","temperature":NaN}', "not valid JSON"),
+    (b'{"prompt":"a","temperature":1e999}', "out of range"),
+    (b'{"prompt":"\\ud800"}', "not valid JSON"),
+    (b'{"prompt":"\xff"}', "not valid JSON"),
+    (b'{"prompt":"a","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    (b"a=1&b=2", "not valid JSON"),
+]
+
+CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"content": "hi"}]}, "messages[0]"),
+    ({"messages": [{"role": 1, "content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "hi " * 4000}]}, "messages"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"logprobs": True}, "logprobs"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+]
+
+
+def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
+    """The envelope's inside; everything about its shape is checked."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    error: dict[str, Any] = answer.json()["error"]
+    assert answer.json().keys() == {"error"}
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"] and len(error["message"]) < 400
+    return error
+
+
+async def assert_still_serving(api: httpx.AsyncClient) -> None:
+    answer = await api.post("/v1/completions", json={"prompt": "import os", "max_tokens": 2})
+    assert answer.json()["choices"][0]["text"] == "import os"
+
+
+@pytest.mark.parametrize(("fields", "param", "sentence"), FIELDS)
+async def test_a_wrong_field_is_named_with_its_bound(
+    api: httpx.AsyncClient, fields: dict[str, Any], param: str, sentence: str
+) -> None:
+    error = error_of(await api.post("/v1/completions", json={"prompt": "a"} | fields))
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param and sentence in error["message"]
+    await assert_still_serving(api)
+
+
+@pytest.mark.parametrize(("body", "sentence"), BODIES, ids=range(len(BODIES)))
+async def test_a_body_that_is_no_request_is_refused(
+    api: httpx.AsyncClient, body: bytes, sentence: str
+) -> None:
+    error = error_of(await api.post("/v1/completions", content=body))
+    assert sentence in error["message"]
+    await assert_still_serving(api)
+
+
+@pytest.mark.parametrize(("fields", "param"), CHATS)
+async def test_a_wrong_chat_is_refused_by_field(
+    api: httpx.AsyncClient, fields: dict[str, Any], param: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]} | fields
+    error = error_of(await api.post("/v1/chat/completions", json=body))
+    assert error["param"] == param
+    await assert_still_serving(api)
+
+
+@pytest.mark.parametrize("model", ["gpt-4", "../../etc/passwd", "a\r\nb", "", "x" * 10_000])
+async def test_an_unknown_model_is_a_404(api: httpx.AsyncClient, model: str) -> None:
+    error = error_of(await api.post("/v1/completions", json={"prompt": "a", "model": model}), 404)
+    assert error["param"] == "model" and error["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/", 404),
+        ("GET", "/v1/../../etc/passwd", 404),
+        ("GET", "//v1/models", 404),
+        ("GET", "/v1/%00", 404),
+        ("POST", "/health", 405),
+    ],
+)
+async def test_odd_paths_and_methods_get_the_same_envelope(
+    api: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    error_of(await api.request(method, path), status)
+
+
+async def test_a_large_body_is_refused_by_its_announcement(api: httpx.AsyncClient) -> None:
+    answer = await api.post("/v1/completions", content=b"x" * (2 * 1024 * 1024 + 1))
+    assert "larger than 2 MiB" in error_of(answer, 413)["message"]
+    assert answer.headers["connection"] == "close"
+
+
+async def test_a_large_body_without_an_announcement_is_cut_off(api: httpx.AsyncClient) -> None:
+    sent = 0
+
+    async def endless() -> Any:
+        nonlocal sent
+        while sent < 100:
+            sent += 1
+            yield b"x" * 100_000
+
+    error_of(await api.post("/v1/completions", content=endless()), 413)
+    await assert_still_serving(api)
+
+
+async def test_too_many_headers_are_refused(api: httpx.AsyncClient) -> None:
+    many = {f"x-{i}": "1" for i in range(300)}
+    error_of(await api.get("/health", headers=many), 431)
+    error_of(await api.get("/health", headers={"x": "1" * 100_000}), 431)
+
+
+async def test_what_is_odd_but_right_is_served(api: httpx.AsyncClient) -> None:
+    for fields in (
+        {"prompt": "a\x00b"},
+        {"temperature": 1e-300},
+        {"temperature": 1, "top_k": -1, "unknown_field": {"deep": [1]}},
+        {"logit_bias": {}, "n": 1, "presence_penalty": 0, "stop": []},
+        {"max_tokens": None, "stop": None, "stream": None},
+        {"prompt": "a", "max_tokens": fake_engine.MAX_REQUEST_TOKENS - 1},
+    ):
+        answer = await api.post("/v1/completions", content=json.dumps({"prompt": "a"} | fields))
+        assert answer.status_code == 200, answer.text

@@ -1,0 +1,221 @@
+"""A whole server, with its engine process, over real sockets and signals."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fake_engine
+import openai
+import pytest
+import serve_fake_engine
+
+SCRIPT = str(Path(serve_fake_engine.__file__))
+DEADLINE_S = 20.0  # far above what anything here takes
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    port: int
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        return answer.status, body
+
+    def state(self) -> Any:
+        return json.loads(self.get("/morph/v1/state")[1])
+
+    def post(self, **fields: Any) -> socket.socket:
+        """A connection on which this completion has been asked for."""
+        return self.send(json.dumps(fields).encode())
+
+    def send(self, body: bytes, announced: int | None = None) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
+        length = len(body) if announced is None else announced
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        return connection
+
+    def wait_for_running(self, count: int) -> None:
+        until(lambda: self.state()["running"] == count)
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
+
+    def wait(self) -> int:
+        return self.process.wait(DEADLINE_S)
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def read_all(connection: socket.socket) -> str:
+    """Everything until the server hangs up or the stream's last chunk."""
+    data = b""
+    with connection:
+        while not data.endswith(b"0\r\n\r\n") and (part := connection.recv(65536)):
+            data += part
+    return data.decode()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    with process:
+        line = process.stderr.readline()
+        match = re.fullmatch(r"serving demo on http://127\.0\.0\.1:(\d+)\n", line)
+        assert match, line + process.stderr.read()
+        yield Server(process, int(match[1]))
+        process.kill()
+
+
+def test_the_openai_client_streams_and_does_not(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["demo"]
+        whole = client.completions.create(model="demo", prompt="import os\n", max_tokens=6)
+        assert whole.choices[0].text == "import os\n" * 2
+        assert whole.usage is not None and whole.usage.completion_tokens == 6
+        chat = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "hi"}], max_tokens=3
+        )
+        assert chat.choices[0].message.content == "user: h"
+        with client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=3,
+            stream=True,
+            stream_options={"include_usage": True},
+        ) as stream:
+            chunks = list(stream)
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == "user: h"
+        assert chunks[-1].usage is not None and chunks[-1].usage.total_tokens > 3
+        with pytest.raises(openai.BadRequestError, match="together exceed"):
+            client.completions.create(model="demo", prompt="a", max_tokens=5000)
+        with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4' here"):
+            client.completions.create(model="gpt-4", prompt="a")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("prompt", [[5], [fake_engine.MUTE]], ids=["speaking", "silent"])
+def test_a_client_that_leaves_frees_its_request(
+    server: Server, stream: bool, prompt: list[int]
+) -> None:
+    connection = server.post(prompt=prompt, max_tokens=1000, stream=stream)
+    server.wait_for_running(1)
+    connection.close()
+    server.wait_for_running(0)
+    assert server.state()["preemptions"] == 1  # where the fake engine counts aborts
+
+
+def test_a_client_that_leaves_takes_all_its_prompts_along(server: Server) -> None:
+    connection = server.post(prompt=[[fake_engine.MUTE]] * 5, max_tokens=1000, stream=True)
+    server.wait_for_running(5)
+    connection.close()
+    server.wait_for_running(0)
+
+
+def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server) -> None:
+    stream = server.post(prompt=[5], max_tokens=1000, stream=True)
+    server.wait_for_running(1)
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: read_all(server.post(prompt="a")).startswith("HTTP/1.1 503"))
+    text = read_all(stream)
+    assert text.count("data: ") == 1001 and "data: [DONE]" in text
+    assert server.wait() == 0
+    assert server.process.stdout is not None
+    assert server.process.stdout.read() == "torch imported: False\n"
+
+
+def test_a_second_signal_aborts_with_an_error_event(server: Server) -> None:
+    stream = server.post(prompt=[5], max_tokens=1000, stream=True)
+    silent = server.post(prompt=[fake_engine.MUTE], max_tokens=10)
+    server.wait_for_running(2)
+    server.process.send_signal(signal.SIGINT)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert '"message":"the server is shutting down; the request was aborted"' in read_all(stream)
+    assert read_all(silent).startswith("HTTP/1.1 503")
+
+
+def test_a_killed_engine_is_told_to_clients_and_the_server_exits_1(server: Server) -> None:
+    stream = server.post(prompt=[5], max_tokens=1000, stream=True)
+    silent = server.post(prompt=[fake_engine.MUTE], max_tokens=10)
+    server.wait_for_running(2)
+    engine = server.engine_pid()
+    subprocess.run(["kill", "-9", str(engine)], check=True)
+    assert '"type":"server_error"' in read_all(stream)
+    assert read_all(silent).startswith("HTTP/1.1 500")
+    assert server.wait() == 1
+
+
+def test_a_crashing_step_ends_the_same_way_with_a_traceback_in_the_log(server: Server) -> None:
+    assert read_all(server.post(prompt=[fake_engine.CRASH])).startswith("HTTP/1.1 500")
+    assert server.wait() == 1
+    assert server.process.stderr is not None
+    log = server.process.stderr.read()
+    assert "RuntimeError: told to crash" in log and "Traceback" in log
+
+
+def test_the_engine_leaves_with_a_killed_server(server: Server) -> None:
+    engine = server.engine_pid()
+    server.process.kill()
+    until(lambda: not Path(f"/proc/{engine}").exists())
+
+
+def test_a_huge_body_is_refused_before_it_is_sent(server: Server) -> None:
+    answer = read_all(server.send(b'{"prompt": "', announced=64 * 1024 * 1024))
+    assert answer.startswith("HTTP/1.1 413") and "larger than 2 MiB" in answer
+    assert server.get("/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"NONSENSE\r\n\r\n",
+        b"GET /" + b"a" * 300 + b" HTTP/9.9\r\n\r\n",
+    ],
+)
+def test_bytes_that_are_no_request_harm_nobody(server: Server, request_bytes: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE_S) as connection:
+        connection.sendall(request_bytes)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+    assert server.get("/health")[0] == 200
+
+
+def test_a_port_in_use_is_one_sentence(server: Server) -> None:
+    second = subprocess.run(
+        [sys.executable, SCRIPT, "127.0.0.1", str(server.port)], capture_output=True, text=True
+    )
+    assert second.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{server.port}: " in second.stdout
+
+
+def test_a_host_that_is_not_here_is_one_sentence() -> None:
+    result = subprocess.run([sys.executable, SCRIPT, "256.1.1.1"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout.startswith("cannot listen on host '256.1.1.1': ")
