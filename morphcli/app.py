@@ -6,7 +6,11 @@ from typing import Annotated
 import typer
 
 from morphserve.configs.errors import MorphError
-from morphserve.morphcli.commands import bench, demo, profile, quantize, serve
+from morphserve.morphcli.commands.bench import bench
+from morphserve.morphcli.commands.demo import demo
+from morphserve.morphcli.commands.profile import profile
+from morphserve.morphcli.commands.quantize import quantize
+from morphserve.morphcli.commands.serve import serve
 
 app = typer.Typer(
     name="morph",
@@ -16,11 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help takes three times as long as all the rest of --help
 )
-app.command("profile")(profile.profile)
-app.command("quantize")(quantize.quantize)
-app.command("serve")(serve.serve)
-app.command("bench")(bench.bench)
-app.command("demo")(demo.demo)
+for command in (profile, quantize, serve, bench, demo):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:
