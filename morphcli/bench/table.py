@@ -153,12 +153,10 @@ def _full_again(server: ServerFigures) -> str:
 def _add_agreement(build: _Rows, summary: Summary) -> None:
     if len(summary.policies) < 2 or not summary.same_text_as_first:
         return
-    first = summary.policies[0].policy
+    first, same = summary.policies[0].policy, summary.same_text_as_first
     build.add(
         f"answers with the same text as {policy_title(first)}",
-        lambda p: (
-            _NONE if p.policy == first else show_share(summary.same_text_as_first.get(p.policy))
-        ),
+        lambda p: _NONE if p.policy == first else show_share(same.get(p.policy)),
         detail=True,
     )
 

@@ -47,7 +47,7 @@ def bench(
     from morphserve.morphcli.bench.run import REPORT, BenchRequest, print_table, run_bench
     from morphserve.morphcli.bench.schedule import Shape, parse_window
     from morphserve.morphcli.bench.summary import parse_slo
-    from morphserve.morphcli.bench.table import verdict
+    from morphserve.morphcli.bench.verdict import verdict
 
     if url is not None and compare is not None:
         raise ConfigError("--compare starts servers of its own: leave it out with --url")

@@ -21,7 +21,7 @@ def demo(
 
     from morphserve.morphcli.bench.demo import DemoSettings, demo_request
     from morphserve.morphcli.bench.run import REPORT, print_table, run_bench
-    from morphserve.morphcli.bench.table import verdict
+    from morphserve.morphcli.bench.verdict import verdict
 
     settings, console = DemoSettings(), Console(highlight=False)
     bundle = _prepare(output, settings, console)

@@ -11,7 +11,8 @@ from morphserve.morphcli.bench.plot import Scale, nice_ceiling, spans, steps
 from morphserve.morphcli.bench.record import Summary, write_record
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.summary import Run
-from morphserve.morphcli.bench.table import table_rows, verdict
+from morphserve.morphcli.bench.table import table_rows
+from morphserve.morphcli.bench.verdict import verdict
 
 QUICK = [answered(i, 0.2) for i in range(5)]
 SLOW = [answered(0, 0.2), *(answered(i, 3.0) for i in range(1, 4)), unanswered(4, status=503)]
