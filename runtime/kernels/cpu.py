@@ -62,7 +62,7 @@ class TorchKernels(ReferenceKernels):
         pieces = [
             F.linear(x, dequantise(Int4Linear(codes, scales, None, weight.group_size)))
             for codes, scales in zip(
-                weight.codes.split(rows), weight.scales.split(rows), strict=True
+                torch.split(weight.codes, rows), torch.split(weight.scales, rows), strict=True
             )
         ]
         out = torch.cat(pieces, dim=1)
@@ -89,9 +89,9 @@ class CpuKernels:
 
     def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K / 2] bytes, of which 16 hold a run of 32 features: i low, 16 + i high."""
-        runs = codes.unflatten(1, (-1, 2, _STEP // 2))
+        runs = codes.view(len(codes), -1, 2, _STEP // 2)
         packed = runs[:, :, 0] | runs[:, :, 1] << 4
-        return packed.flatten(1).contiguous(), scales.to(torch.float16).contiguous()
+        return packed.flatten(1), scales.to(torch.float16).contiguous()
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         if isinstance(weight, Int4Linear):
@@ -134,10 +134,11 @@ class CpuKernels:
         norm: QKNorm | None,
     ) -> Tensor:
         q = torch.empty(len(qkv), shape.num_heads, shape.head_dim)
+        q_norm, k_norm = (norm.q, norm.k) if norm else (None, None)
         self._library.morph_rope_write_kv(
             *(_KIND[cache.dtype], _data(qkv), _data(cache), q.data_ptr()),
             *(_data(meta.positions), _data(meta.token_page), _data(meta.token_slot)),
-            *(_data(cos_sin), _optional(norm and norm.q), _optional(norm and norm.k)),
+            *(_data(cos_sin), _optional(q_norm), _optional(k_norm)),
             *(shape.norm_eps, len(qkv), *_sizes(shape), _threads(16 * qkv.numel())),
         )
         return q
