@@ -28,7 +28,6 @@ _LAYER_STYLES = {
     "demoting": "bold magenta",
     "promoting": "bold cyan",
 }
-_MIN_WIDTH = 24
 
 
 def choose_watch(no_monitor: bool, log_interval_s: float) -> Watch:
@@ -103,7 +102,7 @@ class View:
 
     def render(self, width: int) -> RenderableType:
         assert self.now is not None, "update comes before render"
-        now, width = self.now, max(width, _MIN_WIDTH)
+        now = self.now
         parts: list[RenderableType] = [
             _header(self.model, now),
             _layer_map(now),
@@ -156,7 +155,9 @@ def _kv_rows(history: Sequence[Snapshot], now: Snapshot, width: int) -> list[Tex
 
 
 def _bar(share: float) -> str:
-    return _BARS[min(len(_BARS) - 1, max(0, round(share * (len(_BARS) - 1))))]
+    """Blank for nothing only."""
+    least = 1 if share > 0 else 0
+    return _BARS[min(len(_BARS) - 1, max(least, round(share * (len(_BARS) - 1))))]
 
 
 def _queue(now: Snapshot, rates: Rates) -> Text:
