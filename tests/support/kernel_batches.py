@@ -1,0 +1,45 @@
+"""Batches over scrambled pages, for kernel tests."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from morphserve.runtime.kernels import AttentionShape, BatchMeta
+
+
+def scatter_pages(contexts: Sequence[int], block_tokens: int) -> list[Tensor]:
+    """Pages of each sequence, int32, in an order that neighbours neither time nor sequence."""
+    counts = [-(-context // block_tokens) for context in contexts]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(7))
+    return list(torch.split(order.int(), counts))
+
+
+def make_meta(
+    contexts: Sequence[int], new: Sequence[int], pages: Sequence[Tensor], block_tokens: int
+) -> BatchMeta:
+    """A step in which sequence i computes its last `new[i]` of `contexts[i]` tokens."""
+    spans = [torch.arange(c - n, c, dtype=torch.int32) for c, n in zip(contexts, new, strict=True)]
+    table = torch.full((len(pages), max(map(len, pages)) + 1), 999_999, dtype=torch.int32)
+    for row, own in zip(table, pages, strict=True):
+        row[: len(own)] = own
+    blocks = [own[(span // block_tokens).long()] for span, own in zip(spans, pages, strict=True)]
+    positions = torch.cat(spans)
+    return BatchMeta(
+        positions=positions,
+        token_page=torch.cat(blocks),
+        token_slot=positions % block_tokens,
+        query_start=torch.tensor([0, *new]).cumsum(0).int(),
+        context_len=torch.tensor(contexts, dtype=torch.int32),
+        block_table=table,
+    )
+
+
+def page_items(shape: AttentionShape) -> int:
+    return 2 * shape.num_kv_heads * shape.head_dim * shape.block_tokens
+
+
+def rotations(num_positions: int, head_dim: int) -> Tensor:
+    """[num_positions, head_dim]: cosines, then sines, of random angles."""
+    angles = torch.rand(num_positions, head_dim // 2) * 6.28
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
