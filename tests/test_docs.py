@@ -1,0 +1,76 @@
+"""The documents say what is true: files, links, presets and options that they name exist."""
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from morphserve.morphcli.app import app
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("configs", "morphcli", "profile", "quantize", "runtime")
+PRESETS = ("accuracy", "balanced", "performance", "off")
+PAGES = ("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def described_files() -> Iterator[Path]:
+    """The files in the first column of ARCHITECTURE's tables, each below its folder's heading."""
+    folder = None
+    for line in read("ARCHITECTURE.md").splitlines():
+        if heading := re.match(r"### (\S+/)", line):
+            folder = ROOT / heading[1]
+        elif folder and line.startswith("| `"):
+            yield from (folder / name for name in re.findall(r"`([^`]+)`", line.split("|")[1]))
+
+
+def commands(page: str) -> list[list[str]]:
+    """The `morph` lines in a page's shell blocks, each as a list of words."""
+    blocks = re.findall(r"```sh\n(.*?)```", read(page), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("morph ")]
+
+
+def test_architecture_describes_every_source_file() -> None:
+    described = set(described_files())
+    sources = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*.[pch]*")}
+    code = {path for path in sources if path.suffix in {".py", ".c", ".h"}}
+    package_faces = {path for path in code if path.name == "__init__.py"}
+    assert code - package_faces - described == set()
+
+
+def test_architecture_describes_no_file_that_is_gone() -> None:
+    assert [path for path in described_files() if not path.exists()] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, "morphcli/demo_model/README.md"])
+def test_links_to_files_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", read(page)):
+        if "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_readme_shows_the_presets_as_they_are() -> None:
+    presets = [tomllib.loads(read(f"configs/{name}.toml")) for name in PRESETS]
+    rows = re.findall(r"^\|.*\(`(\w+)`\) \|(.*)\|$", read("README.md"), re.MULTILINE)
+    shown = {key: [float(cell) for cell in cells.split("|")] for key, cells in rows}
+    assert shown.keys() == presets[0].keys() - {"name", "static_layers"}
+    for key, values in shown.items():
+        assert values == [preset[key] for preset in presets], key
+
+
+def test_readme_uses_commands_and_options_that_exist() -> None:
+    lines = commands("README.md")
+    assert {line[1] for line in lines} == {"quantize", "profile", "serve", "bench"}
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for line in lines:
+        options = {option for param in known[line[1]].params for option in param.opts}
+        used = {word for word in line if word.startswith("-")}
+        assert used <= options, line
