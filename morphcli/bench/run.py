@@ -190,7 +190,7 @@ def print_table(summary: Summary, console: Console, *, details: bool) -> None:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for policy in summary.policies:
-        table.add_column(policy_title(policy.policy), justify="right")
+        table.add_column(policy_title(policy.policy), justify="right", no_wrap=True)
     for row in table_rows(summary):
         if details or not row.is_detail:
             cells = (f"[green]{c}[/]" if i == row.best else c for i, c in enumerate(row.cells))

@@ -40,7 +40,7 @@ def _against_full(morph: PolicySummary, full: PolicySummary) -> tuple[bool, str]
         f"{morph.slo_misses} of {morph.offered} requests missed the target against "
         f"{full.slo_misses} at full precision"
     )
-    times = f"95 % had their first token {_within(ours)} against {_within(theirs)}"
+    times = f"95 % had their first token {_within(ours)} (full precision: {_within(theirs)})"
     if full.slo_misses == morph.slo_misses == 0:
         return False, (
             "The burst did not bind: full precision kept the target for every request too, so "
@@ -68,10 +68,9 @@ def _cost(morph: PolicySummary, full: PolicySummary) -> list[str]:
         f"{server.int4_layers_max} INT4 layers"
     )
     if morph.perplexity is not None and full.perplexity is not None:
-        worse = morph.perplexity / full.perplexity - 1
+        worse = 100 * (morph.perplexity / full.perplexity - 1)
         price += (
-            f", which cost {100 * worse:.2f} % in perplexity "
-            f"({morph.perplexity:.3f} against {full.perplexity:.3f})"
+            f"; perplexity {morph.perplexity:.3f} against {full.perplexity:.3f} ({worse:+.2f} %)"
         )
     if server.full_again_s is not None:
         end = f"Every layer was back {show_s(server.full_again_s)} after the burst."

@@ -43,7 +43,7 @@ def test_a_win_is_told_with_its_price() -> None:
     )
     text = " ".join(found.sentences)
     assert "50.0 % of the tokens with up to 4 INT4 layers" in text
-    assert "cost 2.00 % in perplexity" in text
+    assert "perplexity 10.200 against 10.000 (+2.00 %)" in text
     assert "Static INT4 missed 0" in text and "worse than morph's" in text
 
 
