@@ -25,17 +25,22 @@ typedef struct {
     const void *k, *v; // first token of the tile
     int64_t token;     // its position in the sequence
     int count;         // tokens of the tile that lie in one block and in the context
-    float padded_k[MAX_DIM * TILE], padded_v[TILE * MAX_DIM]; // where the block is no whole tile
 } tile_t;
+
+// Copies for tiles that a block or a head fills only in part.
+typedef struct {
+    float k[MAX_DIM * TILE], v[TILE * MAX_DIM];
+} padding_t;
 
 // Queries of one KV head and sequence that go through the pages together.
 typedef struct {
     const float *q[MAX_ROWS];
     float *out[MAX_ROWS];
     int64_t limit[MAX_ROWS]; // tokens that the query may see
-    float scaled[MAX_ROWS][MAX_DIM];
+    // Four floats more to a row: rows a multiple of 512 bytes apart would share a cache bank.
+    float scaled[MAX_ROWS][MAX_DIM + 4];
     float sums[MAX_ROWS][MAX_DIM]; // of softmax weight times V
-    float scores[MAX_ROWS][CHUNK];
+    float scores[MAX_ROWS][CHUNK + 4];
     float top[MAX_ROWS], total[MAX_ROWS], correction[MAX_ROWS];
 } rows_t;
 
@@ -54,25 +59,30 @@ INLINE void store_item(int kind, void *p, int64_t i, float x) {
         ((float *)p)[i] = x;
 }
 
-// Scores of one tile of tokens; those past a query's limit are minus infinity.
-INLINE void score_tile(int kind, int rows, rows_t *r, const tile_t *tile, int64_t dim,
-                       int64_t stride, int at) {
-    vec acc[MAX_ROWS][VECS] = {};
-    const void *k = tile->k;
-    for (int64_t d = 0; d < dim; d++) {
-        vec keys[VECS];
-        UNROLL for (int v = 0; v < VECS; v++) keys[v] = load_as_float(kind, k, d * stride + v * W);
-        UNROLL for (int i = 0; i < rows; i++) {
-            vec q = splat(r->scaled[i][d]);
-            UNROLL for (int v = 0; v < VECS; v++) acc[i][v] = fma_vec(q, keys[v], acc[i][v]);
+// A tile of few queries has too few sums in flight: it takes two tiles of tokens, or twice the
+// channels, at once.
+#define PAIRED(rows) ((rows) * VECS <= 4)
+#define MAX_VECS (2 * VECS)
+
+// Scores of `count` tiles of tokens; those past a query's limit are minus infinity.
+INLINE void score_tiles(int kind, int rows, int count, rows_t *r, const tile_t *tiles, int64_t dim,
+                        int64_t stride, int at) {
+    vec acc[MAX_ROWS][MAX_VECS] = {};
+    for (int64_t d = 0; d < dim; d++)
+        UNROLL for (int n = 0; n < count * VECS; n++) {
+            vec keys = load_as_float(kind, tiles[n / VECS].k, d * stride + n % VECS * W);
+            UNROLL for (int i = 0; i < rows; i++)
+                acc[i][n] = fma_vec(splat(r->scaled[i][d]), keys, acc[i][n]);
         }
-    }
-    UNROLL for (int i = 0; i < rows; i++) {
-        float *scores = r->scores[i] + at * TILE;
-        UNROLL for (int v = 0; v < VECS; v++) store(scores + v * W, acc[i][v]);
-        int64_t visible = least(tile->count, r->limit[i] - tile->token);
-        for (int64_t t = visible > 0 ? visible : 0; t < TILE; t++) scores[t] = -INFINITY;
-    }
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int n = 0; n < count * VECS; n++)
+            store(r->scores[i] + at * TILE + n * W, acc[i][n]);
+    for (int i = 0; i < rows; i++)
+        for (int t = 0; t < count; t++) {
+            int64_t visible = least(tiles[t].count, r->limit[i] - tiles[t].token);
+            for (int64_t b = visible > 0 ? visible : 0; b < TILE; b++)
+                r->scores[i][(at + t) * TILE + b] = -INFINITY;
+        }
 }
 
 // Turns scores into weights relative to the new maximum. Token 0 is visible to every query, so
@@ -97,48 +107,57 @@ static void weigh(rows_t *r, int rows, int tiles) {
     }
 }
 
-// Adds weight times V for TILE channels from `c` on.
-INLINE void mix_channels(int kind, int rows, rows_t *r, const tile_t *tiles, int num_tiles,
-                         int64_t stride, int64_t c) {
-    vec acc[MAX_ROWS][VECS];
+// Adds weight times V for the `vecs` vectors of channels from `c` on.
+INLINE void mix_channels(int kind, int rows, int vecs, rows_t *r, const tile_t *tiles,
+                         int num_tiles, int64_t stride, int64_t c) {
+    vec acc[MAX_ROWS][MAX_VECS];
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < VECS; v++)
+        UNROLL for (int v = 0; v < vecs; v++)
             acc[i][v] = load(r->sums[i] + c + v * W) * splat(r->correction[i]);
     for (int t = 0; t < num_tiles; t++) {
         const void *values = tiles[t].v;
-        for (int64_t b = 0; b < tiles[t].count; b++) {
-            vec value[VECS];
-            UNROLL for (int v = 0; v < VECS; v++)
-                value[v] = load_as_float(kind, values, b * stride + c + v * W);
-            UNROLL for (int i = 0; i < rows; i++) {
-                vec weight = splat(r->scores[i][t * TILE + b]);
-                UNROLL for (int v = 0; v < VECS; v++)
-                    acc[i][v] = fma_vec(weight, value[v], acc[i][v]);
+        for (int64_t b = 0; b < tiles[t].count; b++)
+            UNROLL for (int v = 0; v < vecs; v++) {
+                vec value = load_as_float(kind, values, b * stride + c + v * W);
+                UNROLL for (int i = 0; i < rows; i++)
+                    acc[i][v] = fma_vec(splat(r->scores[i][t * TILE + b]), value, acc[i][v]);
             }
-        }
     }
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < VECS; v++) store(r->sums[i] + c + v * W, acc[i][v]);
+        UNROLL for (int v = 0; v < vecs; v++) store(r->sums[i] + c + v * W, acc[i][v]);
 }
 
-#define PAD_CHANNELS(dim) (((dim) + TILE - 1) / TILE * TILE)
+INLINE void score(int kind, int rows, rows_t *r, const tile_t *tiles, int num_tiles, int64_t dim,
+                  int64_t stride) {
+    int t = 0;
+    if (PAIRED(rows))
+        for (; t + 2 <= num_tiles; t += 2)
+            score_tiles(kind, rows, 2, r, tiles + t, dim, stride, t);
+    for (; t < num_tiles; t++) score_tiles(kind, rows, 1, r, tiles + t, dim, stride, t);
+}
+
+INLINE void mix(int kind, int rows, rows_t *r, const tile_t *tiles, int num_tiles, int64_t stride) {
+    int64_t c = 0;
+    if (PAIRED(rows))
+        for (; c + 2 * TILE <= stride; c += 2 * TILE)
+            mix_channels(kind, rows, 2 * VECS, r, tiles, num_tiles, stride, c);
+    for (; c < stride; c += TILE)
+        mix_channels(kind, rows, VECS, r, tiles, num_tiles, stride, c);
+}
+
+#define WHOLE(n) (((n) + TILE - 1) / TILE * TILE)
 
 INLINE void attend_chunk(int kind, int rows, rows_t *r, const tile_t *tiles, int num_tiles,
                          const shape_t *s) {
-    const int whole_k = s->block_tokens % TILE == 0, whole_v = s->dim % TILE == 0;
-    for (int t = 0; t < num_tiles; t++) {
-        if (whole_k)
-            score_tile(kind, rows, r, &tiles[t], s->dim, s->block_tokens, t);
-        else
-            score_tile(F32, rows, r, &tiles[t], s->dim, TILE, t);
-    }
+    if (s->block_tokens % TILE == 0)
+        score(kind, rows, r, tiles, num_tiles, s->dim, s->block_tokens);
+    else
+        score(F32, rows, r, tiles, num_tiles, s->dim, TILE);
     weigh(r, rows, num_tiles);
-    for (int64_t c = 0; c < s->dim; c += TILE) {
-        if (whole_v)
-            mix_channels(kind, rows, r, tiles, num_tiles, s->dim, c);
-        else
-            mix_channels(F32, rows, r, tiles, num_tiles, PAD_CHANNELS(s->dim), c);
-    }
+    if (s->dim % TILE == 0)
+        mix(kind, rows, r, tiles, num_tiles, s->dim);
+    else
+        mix(F32, rows, r, tiles, num_tiles, WHOLE(s->dim));
 }
 
 static void attend_rows(int kind, int rows, rows_t *r, const tile_t *tiles, int num_tiles,
@@ -159,22 +178,22 @@ static void attend_rows(int kind, int rows, rows_t *r, const tile_t *tiles, int 
 #undef CASE
 }
 
-// Copies what is no whole register tile into one, so that no load leaves the page.
-static void pad_tile(int kind, tile_t *tile, const shape_t *s) {
+// So that no load leaves the page.
+static void pad_tile(int kind, tile_t *tile, padding_t *padding, const shape_t *s) {
     if (s->block_tokens % TILE) {
         for (int64_t d = 0; d < s->dim; d++)
             for (int64_t t = 0; t < TILE; t++)
-                tile->padded_k[d * TILE + t] =
+                padding->k[d * TILE + t] =
                     t < tile->count ? load_item(kind, tile->k, d * s->block_tokens + t) : 0.0f;
-        tile->k = tile->padded_k;
+        tile->k = padding->k;
     }
     if (s->dim % TILE) {
-        const int64_t stride = PAD_CHANNELS(s->dim);
+        const int64_t stride = WHOLE(s->dim);
         for (int64_t t = 0; t < tile->count; t++)
             for (int64_t d = 0; d < stride; d++)
-                tile->padded_v[t * stride + d] =
+                padding->v[t * stride + d] =
                     d < s->dim ? load_item(kind, tile->v, t * s->dim + d) : 0.0f;
-        tile->v = tile->padded_v;
+        tile->v = padding->v;
     }
 }
 
@@ -189,7 +208,6 @@ static void place_tile(int kind, tile_t *tile, const char *cache, const int32_t 
     tile->v = k + (s->kv_heads * head_items + first * s->dim) * item;
     tile->token = block * s->block_tokens + first;
     tile->count = (int)least(least(TILE, s->block_tokens - first), context - tile->token);
-    pad_tile(kind, tile, s);
 }
 
 static void attend(int kind, rows_t *r, int rows, const char *cache, const int32_t *pages,
@@ -200,6 +218,7 @@ static void attend(int kind, rows_t *r, int rows, const char *cache, const int32
     const int64_t num_tiles = last / s->block_tokens * per_block + last % s->block_tokens / TILE + 1;
     const float scale = 1.0f / sqrtf((float)s->dim);
     tile_t tiles[CHUNK_TILES];
+    padding_t padding[CHUNK_TILES];
     for (int i = 0; i < rows; i++) {
         r->top[i] = -INFINITY;
         r->total[i] = 0;
@@ -208,8 +227,10 @@ static void attend(int kind, rows_t *r, int rows, const char *cache, const int32
     }
     for (int64_t first = 0; first < num_tiles; first += CHUNK_TILES) {
         int count = (int)least(CHUNK_TILES, num_tiles - first);
-        for (int t = 0; t < count; t++)
+        for (int t = 0; t < count; t++) {
             place_tile(kind, &tiles[t], cache, pages, first + t, group, context, s);
+            pad_tile(kind, &tiles[t], &padding[t], s);
+        }
         attend_rows(kind, rows, r, tiles, count, s);
     }
     for (int i = 0; i < rows; i++)
