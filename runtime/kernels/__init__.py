@@ -82,7 +82,7 @@ class Kernels(Protocol):
         ...
 
     def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 codes 0..15 [N, K] and float scales [N, K / group] in this device's layout.
+        """uint8 codes 0..15 [N, K] and float16 scales [N, K / group] in this device's layout.
 
         The weight is `(codes - 8) * scales`.
         """

@@ -88,10 +88,13 @@ class CpuKernels:
         return weight.contiguous()
 
     def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, K / 2] bytes, of which 16 hold a run of 32 features: i low, 16 + i high."""
+        """[N, K / 2] bytes, 16 for a run of 32 features (i low, 16 + i high), and float32 scales.
+
+        float32 spares a conversion per group, a tenth of the time at M = 1, for 2 bytes more.
+        """
         runs = codes.view(len(codes), -1, 2, _STEP // 2)
         packed = runs[:, :, 0] | runs[:, :, 1] << 4
-        return packed.flatten(1), scales.to(torch.float16).contiguous()
+        return packed.flatten(1), scales.to(torch.float16).float().contiguous()
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         if isinstance(weight, Int4Linear):

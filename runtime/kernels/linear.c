@@ -14,10 +14,10 @@
 #define BLOCK_ROWS 48 // activation rows that stay in the second-level cache
 
 // A run of 32 INT4 codes is 16 bytes: byte i holds feature i (low half) and 16 + i (high half).
-// (code - 8) * scale has at most 15 significant bits, so the product is exact, and an INT4 linear
-// equals, bit for bit, the float32 linear over the dequantised weight.
+// Scales come from float16, so (code - 8) * scale has at most 15 significant bits and is exact: an
+// INT4 linear equals, bit for bit, the float32 linear over the dequantised weight.
 INLINE void unpack_int4(const uint8_t *bytes, float scale, vec w[VECS]) {
-    const vec s = splat(scale), offset = splat(-8.0f * scale);
+    const vec s = splat(scale), offset = s * splat(-8.0f);
     for (int v = 0; v < VECS / 2; v++) {
         vecu codes = load_bytes(bytes + v * W);
         w[v] = fma_vec(__builtin_convertvector((veci)(codes & 15), vec), s, offset);
@@ -27,7 +27,7 @@ INLINE void unpack_int4(const uint8_t *bytes, float scale, vec w[VECS]) {
 
 typedef struct {
     const char *data;       // float32 or bfloat16 [N, K], or codes [N, K / 2]
-    const uint16_t *scales; // INT4: float16 [N, groups]
+    const float *scales;    // INT4: [N, groups]
     int64_t n, k;
     int64_t row_bytes;
     int64_t groups;  // per row
@@ -36,7 +36,7 @@ typedef struct {
 
 typedef struct {
     const char *data;
-    const uint16_t *scales;
+    const float *scales;
     int64_t next; // bytes to the same feature of the row that the next tile starts with
 } row_t;
 
@@ -54,7 +54,7 @@ INLINE void load_step(int kind, row_t row, int group_shift, int64_t k, vec out[V
     __builtin_prefetch(p + row.next);
     if (kind == F32) __builtin_prefetch(p + row.next + 64);
     if (kind == INT4) {
-        unpack_int4((const uint8_t *)p, from_f16(row.scales[k >> group_shift]), out);
+        unpack_int4((const uint8_t *)p, row.scales[k >> group_shift], out);
     } else {
         UNROLL for (int v = 0; v < VECS; v++) out[v] = load_as_float(kind, p, v * W);
     }
@@ -237,7 +237,7 @@ static void linear_kind(int kind, const float *x, int64_t m, int64_t x_stride, c
 
 // x: [m, x_stride] where x_stride is k rounded up to a multiple of STEP, zeros past k.
 void morph_linear(int kind, const float *x, int64_t m, int64_t x_stride, const void *data,
-                  const uint16_t *scales, int64_t n, int64_t k, int64_t group, const float *bias,
+                  const float *scales, int64_t n, int64_t k, int64_t group, const float *bias,
                   float *y, int threads) {
     const weight_t w = {.data = data,
                         .scales = scales,

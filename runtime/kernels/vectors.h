@@ -67,17 +67,6 @@ INLINE uint16_t to_bf16(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-INLINE float from_f16(uint16_t x) {
-#if defined(__F16C__)
-    return _cvtsh_ss(x);
-#else
-    uint32_t bits = (uint32_t)(x & 0x7fff) << 13 | (uint32_t)(x & 0x8000) << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f * 0x1p112f;
-#endif
-}
-
 INLINE vec load_bf16(const uint16_t *p) {
 #if W == 16
     return (vec)(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));

@@ -70,10 +70,10 @@ def test_packing_full_precision_keeps_the_tensor(dtype: torch.dtype) -> None:
     assert CPU.pack_full(weight).data_ptr() == weight.data_ptr()
 
 
-def test_int4_takes_half_a_byte_and_a_float16_per_group() -> None:
+def test_int4_takes_half_a_byte_and_a_float32_per_group() -> None:
     codes, scales = CPU.pack_int4(*_random_int4(10, 256, 64))
     assert codes.nbytes == 10 * 256 // 2
-    assert scales.nbytes == 10 * 256 // 64 * 2
+    assert scales.nbytes == 10 * 256 // 64 * 4
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int4"])
