@@ -124,7 +124,7 @@ INLINE vec exp_vec(vec x) {
     p = fma_vec(p, r, splat(0.5f));
     p = fma_vec(p, r, splat(1.0f));
     p = fma_vec(p, r, splat(1.0f));
-    return (vec)(((veci)p + ((veci)t << 23)) & normal);
+    return (vec)(((vecu)p + ((vecu)t << 23)) & (vecu)normal);
 }
 
 #endif
