@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from morphserve.configs.errors import UnsupportedModel
+from morphserve.configs.load import DEMO_MODEL, resolve_model
 from morphserve.quantize import modules
 from morphserve.quantize.architecture import Architecture, read_architecture
 from morphserve.quantize.files import BadFile, TensorEntry, read_entries, read_tensor
 from morphserve.quantize.weights import Biases, LayerTensors, Norms, StaticTensors
 
-DEMO = "demo"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -126,13 +126,6 @@ def _fuse(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def resolve_model(name: str) -> Path:
-    """The folder of a model: `demo` is the one shipped with the product."""
-    if name == DEMO:
-        return Path(__file__).parents[1] / "morphcli" / "demo_model"
-    return Path(name).expanduser()
-
-
 def open_checkpoint(path: str) -> Checkpoint:
     """The checkpoint in a folder (or `demo`), its headers checked against its config.
 
@@ -142,7 +135,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     if not folder.is_dir():
         raise BadCheckpoint(
             f"there is no model folder {folder}: give a Hugging Face folder with config.json and "
-            f"{_WEIGHTS}, or `{DEMO}` for the shipped model"
+            f"{_WEIGHTS}, or `{DEMO_MODEL}` for the shipped model"
         )
     config = _read_json(folder / "config.json")
     _refuse_foreign(folder, config)

@@ -81,12 +81,18 @@ def build(config: EngineConfig) -> Parts:
     return parts
 
 
+def budget_for_tokens(config: EngineConfig, num_tokens: int) -> int:
+    """Least memory budget in bytes that holds the model and, at full precision, so much KV."""
+    cache = config.cache
+    sizes = load_model(config).sizes(cache.block_tokens)
+    return budget_for(sizes, cache.staging_slots, cache.min_run_bytes, num_tokens)
+
+
 def load_model(config: EngineConfig) -> LoadedModel:
     """Reads checkpoint and bundle, layer by layer, into images."""
     checkpoint = open_checkpoint(config.model)
     architecture = checkpoint.architecture
-    bundle = None if config.bundle is None else open_bundle(config.bundle, checkpoint)
-    if bundle is None and config.policy.max_demoted(architecture.num_layers):
+    if config.bundle is None and config.policy.max_demoted(architecture.num_layers):
         raise ConfigError(
             f"policy {config.policy.name} swaps layers and needs a bundle: make one with "
             f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
@@ -94,12 +100,16 @@ def load_model(config: EngineConfig) -> LoadedModel:
     kernels = load_kernels(config.kernels)
     dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
     layers = range(architecture.num_layers)
+    statics = pack_statics(checkpoint.static(), kernels, dtype)
+    full = [full_image(checkpoint.layer(i), kernels, dtype) for i in layers]
+    # After the checkpoint was read: its tensors are hashed by then, for the bundle to compare.
+    bundle = None if config.bundle is None else open_bundle(config.bundle, checkpoint)
     return LoadedModel(
         architecture=architecture,
         kernels=kernels,
         dtype=dtype,
-        statics=pack_statics(checkpoint.static(), kernels, dtype),
-        full=[full_image(checkpoint.layer(i), kernels, dtype) for i in layers],
+        statics=statics,
+        full=full,
         int4=[int4_image(bundle.int4_layer(i), kernels, dtype) for i in layers] if bundle else [],
         order=layer_order(config, architecture.num_layers, bundle),
     )

@@ -1,10 +1,13 @@
 """The demonstration: the shipped model, a shipped burst, and a budget that makes it bind."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from morphserve.configs.errors import MorphError
+from morphserve.configs.load import DEMO_MODEL, load_policy
+from morphserve.configs.schema import EngineConfig
 from morphserve.morphcli.bench.run import BenchRequest
 from morphserve.morphcli.bench.schedule import Shape
 from morphserve.morphcli.bench.summary import Slo
@@ -12,7 +15,8 @@ from morphserve.profile.orders import rank
 from morphserve.quantize.build import build_bundle, default_group_size
 from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.calibration import calibration_and_evaluation
-from morphserve.quantize.checkpoint import DEMO, Checkpoint, open_checkpoint
+from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
+from morphserve.runtime.build import budget_for_tokens
 
 TRACE = "azure2023_burst.csv"
 
@@ -23,29 +27,35 @@ class DemoSettings:
 
     shape: Shape = field(
         default_factory=lambda: Shape(
-            rate_scale=0.5, length_scale=0.25, max_prompt=512, max_output=128
+            rate_scale=0.22, length_scale=0.1, output_scale=10.0, max_prompt=384, max_output=256
         )
     )
     policies: tuple[str, ...] = ("full", "static:all", "morph")
-    memory_budget: str = "40MiB"
-    max_model_len: int = 768
+    kv_tokens: int = 1400  # that the memory budget leaves room for at full precision
+    max_model_len: int = 640
     slo: Slo = field(default_factory=lambda: Slo(ttft_s=2.0, tpot_s=0.2))
     timeout_s: float = 30.0
     profile_windows: int = 2
     profile_tokens: int = 256  # per window
 
 
-def demo_request(settings: DemoSettings, folder: Path, bundle: Path) -> BenchRequest:
+def demo_budget(settings: DemoSettings, bundle: Path) -> str:
+    """The memory budget of every server, as `morph serve` takes it."""
+    config = EngineConfig(DEMO_MODEL, load_policy("balanced"), bundle=str(bundle))
+    return f"{math.ceil(budget_for_tokens(config, settings.kv_tokens) / 2**20)}MiB"
+
+
+def demo_request(settings: DemoSettings, folder: Path, bundle: Path, budget: str) -> BenchRequest:
     """The comparison that the demonstration runs."""
     return BenchRequest(
-        model=DEMO,
+        model=DEMO_MODEL,
         trace=Path(__file__).with_name(TRACE),
         shape=settings.shape,
         policies=settings.policies,
         slo=settings.slo,
         output=folder,
         bundle=bundle,
-        memory_budget=settings.memory_budget,
+        memory_budget=budget,
         max_model_len=settings.max_model_len,
         timeout_s=settings.timeout_s,
     )
@@ -58,7 +68,7 @@ def prepare_bundle(
 
     `on_step` is told the phase, the steps done and the steps in all.
     """
-    checkpoint = open_checkpoint(DEMO)
+    checkpoint = open_checkpoint(DEMO_MODEL)
     bundle = _existing(folder, checkpoint)
     if bundle is None:
         total = checkpoint.architecture.num_layers

@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.configs.load import resolve_model
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.compare import Bench, agreement, run_policy
 from morphserve.morphcli.bench.prompts import Prompts, load_corpus, load_tokenizer, make_prompts
@@ -36,7 +37,6 @@ from morphserve.morphcli.bench.server import ServerOptions
 from morphserve.morphcli.bench.summary import Run, Slo, mean_perplexity, summarise, tokens_per_level
 from morphserve.morphcli.bench.table import policy_title, table_rows
 from morphserve.morphcli.bench.traces import read_azure
-from morphserve.quantize.checkpoint import resolve_model
 
 REPORT = "report.html"
 _SETTLE_S = 30.0  # longest wait for full precision after the last answer

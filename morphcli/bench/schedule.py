@@ -18,12 +18,13 @@ class Shape:
     rate_scale: float = 1.0  # requests per second times this; the shape stays
     time_scale: float = 1.0  # seconds times this; 0.5 replays twice as fast
     length_scale: float = 1.0  # tokens of prompts and outputs times this
+    output_scale: float = 1.0  # tokens of outputs times this, on top of length_scale
     max_prompt: int | None = None  # tokens
     max_output: int | None = None  # tokens
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rate_scale", "time_scale", "length_scale"):
+        for name in ("rate_scale", "time_scale", "length_scale", "output_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
         for name in ("max_prompt", "max_output"):
@@ -96,7 +97,7 @@ def _scaled(arrival: Arrival, start: float, shape: Shape) -> Arrival:
     return Arrival(
         (arrival.time_s - start) * shape.time_scale,
         max(1, round(arrival.prompt_tokens * shape.length_scale)),
-        max(1, round(arrival.output_tokens * shape.length_scale)),
+        max(1, round(arrival.output_tokens * shape.length_scale * shape.output_scale)),
     )
 
 

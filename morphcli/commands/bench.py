@@ -29,6 +29,9 @@ def bench(
     rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
     time_scale: Annotated[float, typer.Option(help="Seconds times this.")] = 1.0,
     length_scale: Annotated[float, typer.Option(help="Tokens per request times this.")] = 1.0,
+    output_scale: Annotated[
+        float, typer.Option(help="Output tokens times this, on top of --length-scale.")
+    ] = 1.0,
     max_prompt: Annotated[int | None, typer.Option(help="Cut longer prompts, tokens.")] = None,
     max_output: Annotated[int | None, typer.Option(help="Cut longer outputs, tokens.")] = None,
     slo: Annotated[str, typer.Option(help="Targets of a request.")] = "ttft=2s,tpot=200ms",
@@ -59,6 +62,7 @@ def bench(
             rate_scale=rate_scale,
             time_scale=time_scale,
             length_scale=length_scale,
+            output_scale=output_scale,
             max_prompt=max_prompt,
             max_output=max_output,
             seed=seed,

@@ -19,24 +19,25 @@ def demo(
     """Show morphing on the shipped model under a burst of requests; takes a few minutes."""
     from rich.console import Console
 
-    from morphserve.morphcli.bench.demo import DemoSettings, demo_request
+    from morphserve.morphcli.bench.demo import DemoSettings, demo_budget, demo_request
     from morphserve.morphcli.bench.run import REPORT, print_table, run_bench
     from morphserve.morphcli.bench.verdict import verdict
 
     settings, console = DemoSettings(), Console(highlight=False)
     bundle = _prepare(output, settings, console)
+    budget = demo_budget(settings, bundle)
     console.print(
         "one minute of real traffic, thinned and shortened, against three servers of "
-        f"{settings.memory_budget} each: full precision, INT4 all the time, and morph"
+        f"{budget} each: full precision, INT4 all the time, and morph"
     )
-    summary = run_bench(demo_request(settings, output, bundle), console)
+    summary = run_bench(demo_request(settings, output, bundle, budget), console)
     console.print()
     print_table(summary, console, details=False)
     if found := verdict(summary):
         console.print("\n".join(found.sentences))
     console.print(f"\nreport, second by second: {output / REPORT}", soft_wrap=True)
     console.print(
-        f"try: morph serve demo --bundle {bundle} --memory-budget {settings.memory_budget} "
+        f"try: morph serve demo --bundle {bundle} --memory-budget {budget} "
         f"--max-model-len {settings.max_model_len}",
         soft_wrap=True,
     )

@@ -31,7 +31,7 @@ TIGHT = 50 * 2**20  # bytes in float32: the model and a few requests
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("demo-bundle")
-    build_bundle(open_checkpoint("demo"), folder, 64, lambda layer: None)
+    build_bundle(open_checkpoint("demo"), folder, 64)
     return str(folder)
 
 

@@ -164,7 +164,7 @@ async def test_an_engine_that_dies_is_told_to_everyone(
     streaming = asyncio.create_task(
         post(api, "/v1/completions", prompt=[5], max_tokens=1000, stream=True)
     )
-    while not serving.engine.num_requests:
+    while serving.engine.snapshot.generated_tokens < 20:  # its first piece has been sent
         await asyncio.sleep(0.001)
     answer = await post(api, "/v1/completions", prompt=[fake_engine.CRASH])
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
