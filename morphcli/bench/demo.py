@@ -27,13 +27,18 @@ class DemoSettings:
 
     shape: Shape = field(
         default_factory=lambda: Shape(
-            rate_scale=0.22, length_scale=0.1, output_scale=10.0, max_prompt=384, max_output=256
+            window_s=(6.0, 54.0),
+            rate_scale=0.22,
+            length_scale=0.1,
+            output_scale=10.0,
+            max_prompt=384,
+            max_output=256,
         )
     )
     policies: tuple[str, ...] = ("full", "static:all", "morph")
     kv_tokens: int = 1400  # that the memory budget leaves room for at full precision
     max_model_len: int = 640
-    slo: Slo = field(default_factory=lambda: Slo(ttft_s=2.0, tpot_s=0.2))
+    slo: Slo = field(default_factory=lambda: Slo(ttft_s=1.0, tpot_s=0.1))
     timeout_s: float = 30.0
     profile_windows: int = 2
     profile_tokens: int = 256  # per window

@@ -97,7 +97,7 @@ class ServerFigures(msgspec.Struct, frozen=True):
     int4_layers_at_end: int
     kv_tokens_min: int  # capacity of the KV cache
     kv_tokens_max: int
-    full_again_s: float | None  # from the end of the burst; None: never left, or not back
+    full_again_s: float | None  # first seen, from the end of the burst; None: never left, not back
 
 
 class PolicySummary(msgspec.Struct):
@@ -197,10 +197,10 @@ def _server_figures(run: Run, burst_end_s: float) -> ServerFigures | None:
 
 
 def _full_again(run: Run, burst_end_s: float) -> float | None:
-    lowered = [run.at_s(state) for state in run.states if state.num_int4]
-    if not lowered or run.states[-1].num_int4:
+    if not any(state.num_int4 for state in run.states):
         return None
-    return max(0.0, lowered[-1] - burst_end_s)
+    calm = (run.at_s(state) for state in run.states if not state.num_int4)
+    return next((at_s - burst_end_s for at_s in calm if at_s >= burst_end_s), None)
 
 
 def tokens_per_level(states: Sequence[State]) -> dict[int, int]:

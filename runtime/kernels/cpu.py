@@ -78,7 +78,8 @@ class CpuKernels:
         self._library = load_library()
 
     def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if checkpoint_dtype == torch.float32 else torch.bfloat16
+        # float16 has digits that bfloat16 has not: what was asked for is full precision.
+        return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float32
 
     def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32

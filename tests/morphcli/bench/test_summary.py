@@ -76,7 +76,7 @@ def test_figures_of_the_server_are_differences_within_the_run() -> None:
     assert server.int4_layers_mean == (0 * 100 + 2 * 100 + 4 * 200) / 400
     assert (server.int4_layers_max, server.int4_layers_at_end) == (4, 0)
     assert (server.kv_tokens_min, server.kv_tokens_max) == (160, 288)
-    assert server.full_again_s == 0.5  # the last INT4 layer was seen at second 2
+    assert server.full_again_s == 4.5  # full precision is seen first at second 6
 
 
 def test_layers_that_never_came_back_are_not_called_recovered() -> None:
