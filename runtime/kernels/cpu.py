@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 _KIND = {torch.float32: 0, torch.bfloat16: 1}
 _INT4 = 2
 _STEP = 32  # features that the C linear takes at once; codes are packed in such runs
-_MIN_SHARED_WORK = 2_000_000  # multiply-adds below which waking a second thread costs more
+# Multiply-adds below which waking a second thread (some 90 us where threads sleep between two
+# operations, as they must on shared cores) costs more than it saves.
+_MIN_SHARED_WORK = 8_000_000
 
 
 def cpu_kernels() -> Kernels:
