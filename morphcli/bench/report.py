@@ -33,9 +33,9 @@ _DEFINITIONS = {
     "perplexity": "How surprised the model is by text it has never seen; lower is better. Measured "
     "for each number of INT4 layers, then averaged (geometrically) over the tokens generated at "
     "that number, as seen in ten samples a second.",
-    "all layers at full precision again": "Counted from the end of the burst (the last second "
-    "in which the 5 s mean of arrivals was over twice its median) to the first sample of the "
-    "server in which every layer was at full precision.",
+    "all layers at full precision again after the burst": "Counted from the end of the burst "
+    "(the last second in which the 5 s mean of arrivals was over twice its median) to the first "
+    "sample of the server in which every layer was at full precision.",
     "same text": "Share of requests, answered under both policies, with the same greedy text.",
 }
 

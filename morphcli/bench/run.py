@@ -188,9 +188,9 @@ def _settings(request: BenchRequest) -> Settings:
 def print_table(summary: Summary, console: Console, *, details: bool) -> None:
     """The headline table; the best cell of a row is green."""
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", min_width=28)
     for policy in summary.policies:
-        table.add_column(policy_title(policy.policy), justify="right", no_wrap=True)
+        table.add_column(policy_title(policy.policy), justify="right")
     for row in table_rows(summary):
         if details or not row.is_detail:
             cells = (f"[green]{c}[/]" if i == row.best else c for i, c in enumerate(row.cells))

@@ -32,7 +32,8 @@ def table_rows(summary: Summary) -> list[Row]:
     """Every figure that the run can tell, most telling first."""
     build = _Rows(summary.policies)
     slo = str(summary.settings.slo)
-    build.add(f"requests that missed the target ({slo})", _misses, lambda p: p.slo_misses)
+    offered = max(policy.offered for policy in summary.policies)
+    build.add(f"of {offered} requests, missed the target ({slo})", _misses, lambda p: p.slo_misses)
     for q, name in ((95, "p95"), (50, "p50"), (99, "p99")):
         _latency(build, f"{q} % of requests had their first token within", name, "ttft_s", q != 95)
     for q, name in ((95, "p95"), (50, "p50"), (99, "p99")):
@@ -86,7 +87,7 @@ def _best(costs: Sequence[float | None]) -> int | None:
 
 
 def _misses(policy: PolicySummary) -> str:
-    return f"{policy.slo_misses} of {policy.offered} ({show_share(policy.slo_miss_share)})"
+    return f"{policy.slo_misses} ({show_share(policy.slo_miss_share)})"
 
 
 def _unanswered(policy: PolicySummary) -> str:
@@ -124,7 +125,7 @@ def _add_server_rows(build: _Rows) -> None:
     add("KV cache capacity, tokens", _capacity)
     add("tokens made while a layer was INT4", lambda s: show_share(s.int4_token_share))
     add("INT4 layers: mean per token / most", _layers, detail=True)
-    add("all layers at full precision again", _full_again)
+    add("all layers at full precision again after the burst", _full_again)
 
 
 def _preemptions(server: ServerFigures) -> str:
@@ -134,7 +135,7 @@ def _preemptions(server: ServerFigures) -> str:
 def _capacity(server: ServerFigures) -> str:
     if server.kv_tokens_min == server.kv_tokens_max:
         return f"{server.kv_tokens_max:,}"
-    return f"{server.kv_tokens_min:,} – {server.kv_tokens_max:,}"
+    return f"{server.kv_tokens_min:,}–{server.kv_tokens_max:,}"
 
 
 def _layers(server: ServerFigures) -> str:
@@ -144,10 +145,10 @@ def _layers(server: ServerFigures) -> str:
 
 def _full_again(server: ServerFigures) -> str:
     if server.full_again_s is not None:
-        return f"{show_s(server.full_again_s)} after the burst"
+        return f"after {show_s(server.full_again_s)}"
     if not server.int4_layers_max:
-        return "never left it"
-    return f"no: {server.int4_layers_at_end} INT4 at the end"
+        return "always"
+    return f"no, {server.int4_layers_at_end} INT4"
 
 
 def _add_agreement(build: _Rows, summary: Summary) -> None:

@@ -75,15 +75,15 @@ def test_no_verdict_without_both_sides() -> None:
 
 def test_rows_name_the_best_only_where_one_is_clearly_better() -> None:
     rows = {row.label: row for row in table_rows(three(SLOW, QUICK, QUICK)[0])}
-    misses = rows["requests that missed the target (first token ≤ 1 s, per token ≤ 100 ms)"]
-    assert misses.cells == ("4 of 5 (80.0 %)", "0 of 5 (0 %)", "0 of 5 (0 %)")
+    misses = rows["of 5 requests, missed the target (first token ≤ 1 s, per token ≤ 100 ms)"]
+    assert misses.cells == ("4 (80.0 %)", "0 (0 %)", "0 (0 %)")
     assert misses.best is None  # two are equal
     first = rows["95 % of requests had their first token within"]
     assert first.cells == ("no answer", "200 ms", "200 ms")
     assert rows["perplexity of what was served (lower is better)"].cells[0] == "10.000"
-    again = rows["all layers at full precision again"]
-    assert again.cells == ("never left it", "no: 4 INT4 at the end", "0 ms after the burst")
-    assert rows["KV cache capacity, tokens"].cells == ("160", "288", "160 – 288")
+    again = rows["all layers at full precision again after the burst"]
+    assert again.cells == ("always", "no, 4 INT4", "after 1 s")
+    assert rows["KV cache capacity, tokens"].cells == ("160", "288", "160–288")
 
 
 def test_a_server_without_state_has_no_rows_about_memory() -> None:
