@@ -54,7 +54,7 @@ class LoadedModel:
     dtype: torch.dtype  # of full-precision weights and of the KV cache
     statics: PackedStatics
     full: list[Image]
-    int4: list[Image]  # empty without a bundle
+    int4: list[Image]  # empty if the policy uses none
     order: list[int]
 
     def sizes(self, block_tokens: int) -> ModelSizes:
@@ -83,16 +83,16 @@ def build(config: EngineConfig) -> Parts:
 
 def budget_for_tokens(config: EngineConfig, num_tokens: int) -> int:
     """Least memory budget in bytes that holds the model and, at full precision, so much KV."""
-    cache = config.cache
-    sizes = load_model(config).sizes(cache.block_tokens)
-    return budget_for(sizes, cache.staging_slots, cache.min_run_bytes, num_tokens)
+    sizes = load_model(config).sizes(config.cache.block_tokens)
+    return budget_for(sizes, _staging_slots(config), config.cache.min_run_bytes, num_tokens)
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
     """Reads checkpoint and bundle, layer by layer, into images."""
     checkpoint = open_checkpoint(config.model)
     architecture = checkpoint.architecture
-    if config.bundle is None and config.policy.max_demoted(architecture.num_layers):
+    swaps = config.policy.max_demoted(architecture.num_layers) > 0
+    if config.bundle is None and swaps:
         raise ConfigError(
             f"policy {config.policy.name} swaps layers and needs a bundle: make one with "
             f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
@@ -110,7 +110,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
         dtype=dtype,
         statics=statics,
         full=full,
-        int4=[int4_image(bundle.int4_layer(i), kernels, dtype) for i in layers] if bundle else [],
+        int4=[int4_image(bundle.int4_layer(i), kernels, dtype) for i in layers]
+        if bundle and swaps
+        else [],
         order=layer_order(config, architecture.num_layers, bundle),
     )
 
@@ -121,8 +123,11 @@ def assemble(
     """Puts the images into an arena and connects the parts around it."""
     architecture = model.architecture
     arena = Arena(plan)
-    layers = Layers(arena, plan, model.full, model.int4)
+    held = model.order[: max(0, config.policy.static_layers)]
+    layers = Layers(arena, plan, model.full, model.int4, held)
     pool = BlockPool(plan.base_blocks)
+    for layer in held:
+        pool.publish(layer, plan.slabs[layer].blocks)
     scheduler = Scheduler(
         config.scheduler,
         pool,
@@ -198,22 +203,27 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
     cache = config.cache
     sizes = model.sizes(cache.block_tokens)
     budget = cache.memory_budget
+    slots = _staging_slots(config)
+    least = budget_for(sizes, slots, cache.min_run_bytes, max_model_len)
     if budget is None:
         wanted = config.scheduler.max_num_seqs * max_model_len
-        budget = budget_for(sizes, cache.staging_slots, cache.min_run_bytes, wanted)
-        least = budget_for(sizes, cache.staging_slots, cache.min_run_bytes, max_model_len)
-        budget = max(least, min(budget, _free_memory() // 2))
-    plan = plan_memory(sizes, budget, cache.staging_slots, cache.min_run_bytes)
-    held = config.policy.max_demoted(sizes.num_layers) if config.policy.static_layers >= 0 else 0
+        wanted_bytes = budget_for(sizes, slots, cache.min_run_bytes, wanted)
+        budget = max(least, min(wanted_bytes, _free_memory() // 2))
+    plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)
+    held = max(0, config.policy.static_layers)
     tokens = plan.capacities(model.order, held)[-1] * cache.block_tokens
     if tokens < max_model_len:
-        least = budget_for(sizes, cache.staging_slots, cache.min_run_bytes, max_model_len)
         raise OutOfBudget(
             f"a memory budget of {budget / 2**20:.1f} MiB leaves room for {tokens} tokens of KV "
             f"cache, less than one request of {max_model_len}: raise --memory-budget to "
             f"{least / 2**20 + 0.1:.1f} MiB or lower --max-model-len to {tokens}"
         )
     return plan
+
+
+def _staging_slots(config: EngineConfig) -> int:
+    """Policies that never swap while serving need no place to stage a swap."""
+    return 0 if config.policy.static_layers >= 0 else config.cache.staging_slots
 
 
 def _free_memory() -> int:

@@ -49,8 +49,7 @@ def decide(
     for `dwell_s`.
     """
     if policy.static_layers >= 0:
-        wanted = policy.max_demoted(len(signals.capacities) - 1)
-        return (Decision(wanted, policy.name), state) if wanted != signals.rung else (None, state)
+        return None, state
     state = replace(state, flips=tuple(t for t in state.flips if t > signals.now_s - 60))
     pressure = _pressure(signals, policy)
     if pressure is not None:

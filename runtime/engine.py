@@ -32,8 +32,7 @@ class Engine:
         self._seeds = random.Random(config.seed)  # for requests that bring none
         self._control = ControlState()
         self._looked_s = float("-inf")
-        self._target = 0
-        self._reach_static_rung()
+        self._target = self._rung
 
     def hello(self) -> Hello:
         parts = self._parts
@@ -193,16 +192,6 @@ class Engine:
         for swap in self._parts.swapper.in_flight:
             states[swap.layer] = "demoting" if swap.to is Variant.INT4 else "promoting"
         return states
-
-    def _reach_static_rung(self) -> None:
-        """Layers that the policy holds at INT4 are there before the first request."""
-        if self._policy.static_layers < 0:
-            return
-        self._target = len(self._parts.capacities) - 1
-        while self._rung != self._target or self._parts.swapper.in_flight:
-            self._start_swaps()
-            self._parts.swapper.advance()
-            self._commit_swaps()
 
 
 def _output(request: Request, tokens: list[int]) -> TokenOutput:

@@ -1,6 +1,6 @@
 """Layer images: one run of bytes per layer and variant, and which one each layer uses now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -127,10 +127,16 @@ class Layers:
     """Host images of every layer, their views in the arena, and the active variant of each."""
 
     def __init__(
-        self, arena: Arena, plan: MemoryPlan, full: Sequence[Image], int4: Sequence[Image]
+        self,
+        arena: Arena,
+        plan: MemoryPlan,
+        full: Sequence[Image],
+        int4: Sequence[Image],
+        held: Collection[int] = (),
     ) -> None:
+        """Places every layer's image in the arena: INT4 for the layers in `held`, full else."""
         self.full = full
-        self.int4 = int4  # empty without a bundle
+        self.int4 = int4  # empty if no layer ever uses it
         self.variants = [Variant.FULL] * len(full)
         self._views: dict[Variant, list[LayerWeights]] = {
             Variant.FULL: [
@@ -143,8 +149,12 @@ class Layers:
             ],
         }
         self.active = list(self._views[Variant.FULL])
-        for slab, image in zip(plan.slabs, full, strict=True):
-            arena.span(slab.full_offset, image.num_bytes).copy_(image.host)
+        for layer, slab in enumerate(plan.slabs):
+            if layer in held:
+                arena.span(slab.int4_offset, int4[layer].num_bytes).copy_(int4[layer].host)
+                self.activate(layer, Variant.INT4)
+            else:
+                arena.span(slab.full_offset, full[layer].num_bytes).copy_(full[layer].host)
 
     @property
     def num_int4(self) -> int:

@@ -100,6 +100,13 @@ def test_static_layers_are_int4_before_the_first_request(bundle: str) -> None:
     assert engine.step().num_int4_layers == 5  # type: ignore[union-attr]
 
 
+def test_a_policy_that_never_swaps_gives_all_the_budget_to_requests(bundle: str) -> None:
+    with_bundle = Engine(config(bundle, load_policy("off"))).snapshot()
+    without = Engine(config(None, load_policy("off"))).snapshot()
+    assert with_bundle.blocks_capacity == without.blocks_capacity
+    assert without.blocks_capacity > Engine(config(bundle, QUICK)).snapshot().blocks_full
+
+
 def test_seeded_sampling_repeats_alone_and_in_company(bundle: str) -> None:
     def first(count: int, seed: int) -> list[int]:
         engine = Engine(config(None, load_policy("off")))
