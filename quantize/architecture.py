@@ -93,7 +93,9 @@ def read_architecture(config: Mapping[str, Any], generation: Mapping[str, Any]) 
         mlp_bias=bool(config.get("mlp_bias", False)) and family == "llama",
         qk_norm=family == "qwen3",
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        eos_token_ids=_read_eos(config, generation),
+        eos_token_ids=tuple(
+            t for t in _read_eos(config, generation) if t < int(config["vocab_size"])
+        ),
     )
 
 

@@ -17,6 +17,7 @@ class BlockPool:
     def __init__(self, base: Sequence[int]) -> None:
         self._region: dict[int, int] = {}  # block -> region
         self._free: dict[int, list[int]] = {}  # region -> free blocks, the next one last
+        self._members: dict[int, frozenset[int]] = {}  # region -> all its blocks
         self._used: set[int] = set()
         self.publish(BASE, base)
 
@@ -36,6 +37,7 @@ class BlockPool:
         """Adds a region's blocks, all free, to the capacity."""
         assert region not in self._free and not self._region.keys() & set(blocks)
         self._free[region] = sorted(blocks, reverse=True)  # popped from the end: lowest first
+        self._members[region] = frozenset(blocks)
         self._region.update(dict.fromkeys(blocks, region))
 
     def allocate(self, count: int) -> list[int]:
@@ -59,11 +61,11 @@ class BlockPool:
         None, and nothing changes, if the other regions have too few free blocks. The caller must
         copy the blocks' content and rewrite the tables before anything writes to the region.
         """
-        members = {block for block, owner in self._region.items() if owner == region}
-        live = sorted(members & self._used)
-        if len(live) > self.num_free - len(self._free[region]):
+        members, num_free = self._members[region], len(self._free[region])
+        if len(members) - num_free > self.num_free - num_free:
             return None
-        del self._free[region]
+        live = sorted(members & self._used)
+        del self._free[region], self._members[region]
         self._used -= members
         for block in members:
             del self._region[block]

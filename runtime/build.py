@@ -1,13 +1,16 @@
 """From an engine's settings to its parts: the one place where they are put together."""
 
+import math
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from morphserve.configs.errors import ConfigError, OutOfBudget
+from morphserve.configs.errors import ConfigError, OutOfBudget, UnsupportedModel
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.bundle import Bundle, open_bundle
@@ -98,6 +101,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
             f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
         )
     kernels = load_kernels(config.kernels)
+    if architecture.head_dim > kernels.max_head_dim:
+        raise UnsupportedModel(
+            f"heads of {architecture.head_dim} channels are not supported by the "
+            f"{kernels.name} kernels: at most {kernels.max_head_dim}"
+        )
     dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
     layers = range(architecture.num_layers)
     statics = pack_statics(checkpoint.static(), kernels, dtype)
@@ -160,6 +168,8 @@ def assemble(
 
 def choose_dtype(asked: str, checkpoint: str, kernels: Kernels) -> torch.dtype:
     """Of weights and KV: what was asked for, or what the kernels make of the checkpoint's."""
+    if checkpoint not in ("float32", "bfloat16", "float16"):
+        raise UnsupportedModel(f"config.json says dtype {checkpoint!r}: only floats are served")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if asked == "auto":
         return kernels.weight_dtype(dtypes[checkpoint])
@@ -209,16 +219,30 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
         wanted = config.scheduler.max_num_seqs * max_model_len
         wanted_bytes = budget_for(sizes, slots, cache.min_run_bytes, wanted)
         budget = max(least, min(wanted_bytes, _free_memory() // 2))
-    plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)
-    held = max(0, config.policy.static_layers)
-    tokens = plan.capacities(model.order, held)[-1] * cache.block_tokens
+    try:
+        plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)
+        held = max(0, config.policy.static_layers)
+        tokens = plan.capacities(model.order, held)[-1] * cache.block_tokens
+    except OutOfBudget:
+        tokens = 0
     if tokens < max_model_len:
         raise OutOfBudget(
             f"a memory budget of {budget / 2**20:.1f} MiB leaves room for {tokens} tokens of KV "
             f"cache, less than one request of {max_model_len}: raise --memory-budget to "
-            f"{least / 2**20 + 0.1:.1f} MiB or lower --max-model-len to {tokens}"
+            f"{math.ceil(least / 2**20)}MiB or lower --max-model-len"
         )
+    _require_gain(config, plan, model.order)
     return plan
+
+
+def _require_gain(config: EngineConfig, plan: MemoryPlan, order: Sequence[int]) -> None:
+    max_demoted = config.policy.max_demoted(plan.sizes.num_layers)
+    capacities = plan.capacities(order, max_demoted)
+    if max_demoted and capacities[0] == capacities[-1]:
+        raise ConfigError(
+            f"no INT4 layer frees a whole block of {plan.sizes.block_tokens} tokens: "
+            "lower --block-size, or serve with --policy off"
+        )
 
 
 def _staging_slots(config: EngineConfig) -> int:
@@ -227,7 +251,10 @@ def _staging_slots(config: EngineConfig) -> int:
 
 
 def _free_memory() -> int:
-    """Bytes of main memory that nobody uses."""
+    """Bytes of main memory that can be had without swapping, by the kernel's estimate."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -14,6 +14,7 @@ class Signals:
     rung: int  # layers that are INT4 or on their way there
     demand: int  # blocks that running and waiting requests want over the policy's horizon
     capacities: Sequence[int]  # blocks at rung 0, 1, ... the deepest allowed
+    settled: bool  # no swap is under way
     memory_wait_s: float  # how long the oldest waiting request has been waiting for blocks; 0: none
     preemption_age_s: float  # time since the latest preemption
 
@@ -76,8 +77,14 @@ def _enter(
         return None, state
     if state.direction < 0 and signals.now_s - state.acted_s < policy.cooldown_s:
         return None, state
+    now = signals.capacities[signals.rung]
+    larger = (r for r, c in enumerate(signals.capacities) if c > now)
+    if (next_rung := next(larger, None)) is None:
+        return None, state
     enough = _least_rung(signals, policy.demote_above)
-    rung = min(max(enough, signals.rung + 1), deepest)
+    if not signals.settled and enough <= signals.rung:
+        return None, state  # what is under way may be all that the waiting request needs
+    rung = max(enough, next_rung)
     return Decision(rung, f"{pressure}: to {rung} INT4 layers"), _acted(state, 1, signals.now_s)
 
 

@@ -32,6 +32,8 @@ class Engine:
         self._seeds = random.Random(config.seed)  # for requests that bring none
         self._control = ControlState()
         self._looked_s = float("-inf")
+        self._failed_swaps = 0  # since the latest one that succeeded
+        self._held_until_s = float("-inf")  # no decision before, after a failed swap
         self._target = self._rung
 
     def hello(self) -> Hello:
@@ -141,17 +143,23 @@ class Engine:
             capacity = self._parts.pool.capacity
             self._monitor.event(kind, f"layer {swap.layer} is {swap.to.value}, {capacity} blocks")
             self._monitor.swaps += 1
+            self._failed_swaps = 0
         for failure in self._parts.swapper.failures:
             self._monitor.event("swap_failed", failure)
+            self._failed_swaps += 1
             self._target = self._rung
+            self._held_until_s = time.monotonic() + min(60.0, 2.0**self._failed_swaps)
         self._parts.swapper.failures.clear()
 
     def _decide(self, now_s: float) -> None:
-        if now_s - self._looked_s < self._policy.window_s:
+        if now_s - self._looked_s < self._policy.window_s or now_s < self._held_until_s:
             return
         self._looked_s = now_s
         demand = self._parts.scheduler.demand(self._policy.horizon_tokens)
-        signals = self._monitor.signals(now_s, demand, self._target, self._parts.capacities)
+        settled = self._rung == self._target and not self._parts.swapper.in_flight
+        signals = self._monitor.signals(
+            now_s, demand, self._target, self._parts.capacities, settled
+        )
         decision, self._control = decide(signals, self._control, self._policy)
         if decision is not None:
             self._target = decision.rung
@@ -184,8 +192,8 @@ class Engine:
             failed = self._parts.scheduler.fail(batch)
             return Step(num_int4, [_output(request, []) for request in failed])
         self._monitor.stepped(batch, num_int4, time.monotonic() - started)
-        grown = self._parts.scheduler.update(batch, tokens)
-        return Step(num_int4, [_output(request, request.output[-1:]) for request in grown])
+        outputs = self._parts.scheduler.update(batch, tokens)
+        return Step(num_int4, [_output(request, new) for request, new in outputs])
 
     def _layer_states(self) -> list[str]:
         states = [variant.value for variant in self._parts.layers.variants]

@@ -135,8 +135,9 @@ class Layers:
         held: Collection[int] = (),
     ) -> None:
         """Places every layer's image in the arena: INT4 for the layers in `held`, full else."""
-        self.full = full
-        self.int4 = int4  # empty if no layer ever uses it
+        # Host images are kept only where layers will be swapped: they are as large as the model.
+        self.full: Sequence[Image] = full if plan.staging else ()
+        self.int4: Sequence[Image] = int4 if plan.staging else ()
         self.variants = [Variant.FULL] * len(full)
         self._views: dict[Variant, list[LayerWeights]] = {
             Variant.FULL: [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from morphserve.runtime.controller import Signals
 from morphserve.runtime.messages import Event
-from morphserve.runtime.scheduler import Batch, Scheduler
+from morphserve.runtime.scheduler import Batch, Scheduler, Slice
 
 KEPT_EVENTS = 50
 
@@ -48,17 +48,27 @@ class Monitor:
         new = sum(piece.samples for piece in batch)
         self.generated_tokens += new
         self.generated_tokens_int4 += new if num_int4_layers else 0
-        self.prompt_tokens += sum(piece.end - piece.start for piece in batch) - new
+        self.prompt_tokens += sum(map(_new_prompt_tokens, batch))
         self.steps += 1
         self.step_s = step_s
 
-    def signals(self, now_s: float, demand: int, rung: int, capacities: Sequence[int]) -> Signals:
+    def signals(
+        self, now_s: float, demand: int, rung: int, capacities: Sequence[int], settled: bool
+    ) -> Signals:
         blocked = self._blocked_since_s
         return Signals(
             now_s=now_s,
             rung=rung,
             demand=demand,
             capacities=capacities,
+            settled=settled,
             memory_wait_s=0.0 if blocked is None else now_s - blocked,
             preemption_age_s=now_s - self._preempted_s,
         )
+
+
+def _new_prompt_tokens(piece: Slice) -> int:
+    """Prompt tokens computed for the first time: what a preemption threw away counts once."""
+    if piece.request.num_preemptions:
+        return 0
+    return max(0, min(piece.end, len(piece.request.prompt)) - piece.start)

@@ -18,8 +18,8 @@ class Runner:
         self._eos = eos_token_ids
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int]:
-        """One forward pass; returns a token for each sampling slice, in batch order."""
+    def run(self, batch: Batch) -> list[int | None]:
+        """One forward pass; returns a token, or None, for each sampling slice."""
         tokens, meta, ends = pack(batch, self._model.shape.block_tokens)
         sampling = [i for i, piece in enumerate(batch) if piece.samples]
         logits = self._model.forward(tokens, meta, ends[sampling])

@@ -60,7 +60,6 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's batch, empty when nothing can run. Blocks are taken here."""
         budget = self._config.max_num_batched_tokens
-        self.memory_blocked = False
         batch: Batch = []
         preemptions = self.num_preemptions
         for request in list(self.running):
@@ -76,24 +75,23 @@ class Scheduler:
         if self.num_preemptions == preemptions:  # else the preempted would come straight back
             while budget > 0 and (admitted := self._admit()):
                 budget -= self._take_chunk(batch, admitted, budget)
+        self.memory_blocked = self._is_seat_free() and not self._fits(self.waiting[0])
         return batch
 
-    def update(self, batch: Batch, tokens: Sequence[int]) -> list[Request]:
+    def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[tuple[Request, list[int]]]:
         """Notes what a step computed; `tokens` are those of the sampling slices, in batch order.
 
-        Returns the requests that got a token.
+        None in place of a token ends the request with an error. Returns the requests that went
+        on or ended, with their new tokens.
         """
         new = iter(tokens)
-        grown = []
+        outputs: list[tuple[Request, list[int]]] = []
         for piece in batch:
             request, samples = piece.request, piece.samples
             request.num_computed = piece.end
             if samples:
-                request.output.append(next(new))
-                grown.append(request)
-                if reason := self._finish_reason(request):
-                    self._end(request, reason)
-        return grown
+                outputs.append((request, self._append(request, next(new))))
+        return outputs
 
     def fail(self, batch: Batch) -> list[Request]:
         """Ends the requests of a batch whose step failed."""
@@ -146,18 +144,22 @@ class Scheduler:
 
     def _admit(self) -> Request | None:
         """Moves the oldest waiting request to the running ones if all its tokens find room."""
-        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
+        if not self._is_seat_free() or not self._fits(self.waiting[0]):
             return None
-        request = self.waiting[0]
-        needed = self._blocks_for(request.num_tokens + 1)
-        if needed > self._pool.num_free:
-            self.memory_blocked = True
-            return None
-        self.waiting.popleft()
-        request.blocks = self._pool.allocate(needed)
+        request = self.waiting.popleft()
+        request.blocks = self._pool.allocate(self._blocks_for(request.num_tokens + 1))
         request.status = Status.RUNNING
         self.running.append(request)
         return request
+
+    def _is_seat_free(self) -> bool:
+        """Whether a request waits that only memory may keep from running."""
+        return bool(self.waiting) and len(self.running) < self._config.max_num_seqs
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the pool has its blocks and one more for each running request to grow into."""
+        needed = self._blocks_for(request.num_tokens + 1) + len(self.running)
+        return needed <= self._pool.num_free
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's blocks away; it waits first in line and is computed again."""
@@ -167,7 +169,15 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
-        self.memory_blocked = True
+
+    def _append(self, request: Request, token: int | None) -> list[int]:
+        if token is None:
+            self._end(request, FinishReason.ERROR)
+            return []
+        request.output.append(token)
+        if reason := self._finish_reason(request):
+            self._end(request, reason)
+        return [token]
 
     def _release(self, request: Request) -> None:
         self._pool.free(request.blocks)

@@ -1,4 +1,4 @@
-"""Carries swaps through: copies beside the running steps, commits between two of them.
+"""Carries swaps through: copies some bytes before each step, commits between two steps.
 
 Demote: the INT4 image goes to staging in pieces; at a boundary it moves to the slab's tail, the
 layer is switched, and the slab's front joins the block pool. Promote: the front's live blocks move
@@ -21,7 +21,7 @@ from morphserve.runtime.memory import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
-BYTES_PER_STEP = 8 * 2**20  # copied beside one step, all swaps in flight together
+BYTES_PER_STEP = 8 * 2**20  # copied before one step, all swaps in flight together
 Copy = Callable[[Tensor, Tensor], None]  # (destination, source), uint8 of equal length
 
 
@@ -130,9 +130,9 @@ class Swapper:
     def _commit(self, swap: Swap) -> None:
         destination, source = self._staged(swap)
         self._copy(destination, source)
-        self._layers.activate(swap.layer, swap.to)
         if swap.to is Variant.INT4:
             self._pool.publish(swap.layer, self._plan.slabs[swap.layer].blocks)
+        self._layers.activate(swap.layer, swap.to)
         self._retire(swap)
 
     def _staged(self, swap: Swap) -> tuple[Tensor, Tensor]:

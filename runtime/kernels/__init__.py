@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from morphserve.configs.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class FullLinear:
@@ -68,6 +70,7 @@ class Kernels(Protocol):
     """One device's operations. Results are new tensors unless a docstring says otherwise."""
 
     name: str
+    max_head_dim: int
 
     def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """Dtype to keep weights of a checkpoint in this dtype in: float32 or bfloat16."""
@@ -130,7 +133,12 @@ class Kernels(Protocol):
 
 
 def load_kernels(device: str) -> Kernels:
-    """The kernels for `cpu`, or `reference` for the plain torch ones. Imports only that module."""
+    """The kernels for `cpu`, or `reference` for the plain torch ones. Imports only that module.
+
+    Raises ConfigError for any other name.
+    """
+    if device not in ("cpu", "reference"):
+        raise ConfigError(f"there are no kernels {device!r}: use cpu or reference")
     if device == "reference":
         from morphserve.runtime.kernels.reference import ReferenceKernels
 

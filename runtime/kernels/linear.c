@@ -239,6 +239,7 @@ static void linear_kind(int kind, const float *x, int64_t m, int64_t x_stride, c
 void morph_linear(int kind, const float *x, int64_t m, int64_t x_stride, const void *data,
                   const float *scales, int64_t n, int64_t k, int64_t group, const float *bias,
                   float *y, int threads) {
+    if (!m) return;
     const weight_t w = {.data = data,
                         .scales = scales,
                         .n = n,

@@ -11,6 +11,7 @@ class ReferenceKernels:
     """Works on any device and dtype; float32 inside, rounded once to the activation dtype."""
 
     name = "reference"
+    max_head_dim = 2**20
 
     def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float32

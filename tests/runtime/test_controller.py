@@ -1,6 +1,7 @@
 """The controller: sustained entry, least depth, calm release, no flapping."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ CALM = Signals(
     rung=0,
     demand=10,
     capacities=CAPACITIES,
+    settled=True,
     memory_wait_s=0.0,
     preemption_age_s=1000.0,
 )
@@ -41,7 +43,7 @@ class Run:
         self.policy, self.state, self.rung, self.now_s = policy, ControlState(), 0, 100.0
         self.decisions: list[Decision] = []
 
-    def look(self, count: int = 1, **changes: float) -> list[int]:
+    def look(self, count: int = 1, **changes: Any) -> list[int]:
         """The rung after each of `count` looks, one `window_s` apart."""
         rungs = []
         for _ in range(count):
@@ -72,6 +74,22 @@ def test_depth_is_the_least_that_meets_the_demand() -> None:
 def test_a_request_waiting_for_memory_is_pressure_even_when_demand_is_not() -> None:
     run = Run()
     assert run.look(3, memory_wait_s=0.2) == [0, 0, 1]
+
+
+def test_a_wait_takes_no_further_layer_while_one_is_on_its_way() -> None:
+    run = Run()
+    run.look(3, memory_wait_s=0.2)
+    assert set(run.look(20, memory_wait_s=0.5, settled=False)) == {1}
+    assert run.look(1, memory_wait_s=0.6) == [2]
+
+
+def test_layers_that_free_nothing_are_passed_over() -> None:
+    run = Run()
+    run.look(3, memory_wait_s=0.2, capacities=(100, 100, 110))
+    assert run.rung == 2
+    run = Run()
+    run.look(9, memory_wait_s=0.2, capacities=(100, 100, 100))
+    assert run.rung == 0
 
 
 def test_the_deepest_rung_is_never_passed() -> None:

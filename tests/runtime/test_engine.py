@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.load import load_policy
@@ -57,7 +59,9 @@ def drain(engine: Engine) -> dict[str, list[int]]:
     """All tokens by request, and the engine stepped until it is idle."""
     tokens: dict[str, list[int]] = {}
     ended = set()
-    while engine.has_work:
+    for _ in range(5000):
+        if not engine.has_work:
+            break
         step = engine.step()
         for output in step.outputs if step else []:
             tokens.setdefault(output.request_id, []).extend(output.tokens)
@@ -78,12 +82,11 @@ def test_it_morphs_under_pressure_and_returns_when_it_is_over(bundle: str) -> No
     assert pressed.blocks_capacity > pressed.blocks_full
     assert pressed.layers.count("int4") > 0
     drain(engine)
-    while engine.snapshot().rung:
-        engine.step()
-    calm = engine.snapshot()
-    while "promoting" in calm.layers:
+    for _ in range(1000):
         engine.step()
         calm = engine.snapshot()
+        if set(calm.layers) == {"full"}:
+            break
     assert calm.layers == ["full"] * 12
     assert calm.blocks_capacity == calm.blocks_full
     assert calm.blocks_used == 0
@@ -131,6 +134,57 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     assert engine.snapshot().blocks_used == 0
     submit(engine, 1, max_tokens=4, temperature=0.0)
     assert len(drain(engine)["r0"]) == 4
+
+
+def test_a_prompt_longer_than_a_step_is_served_alone() -> None:
+    engine = Engine(replace(config(None, load_policy("off"), None), kernels="cpu"))
+    long = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    small = replace(engine._config.scheduler, max_num_batched_tokens=16, max_num_seqs=4)
+    engine = Engine(replace(engine._config, scheduler=small))
+    assert engine.submit(Submit("long", PROMPT, long)) is None
+    assert len(drain(engine)["long"]) == 3
+    assert engine.snapshot().prompt_tokens == len(PROMPT)
+
+
+def test_logits_that_are_not_finite_end_the_request_with_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(config(None, load_policy("off")))
+    submit(engine, 2, max_tokens=4, temperature=0.7)
+    forward = type(engine._parts.runner._model).forward
+
+    def broken(*args: Any) -> torch.Tensor:
+        logits = forward(*args)
+        logits[0, 7] = float("nan")
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine._parts.runner._model), "forward", broken)
+        step = engine.step()
+    assert step is not None
+    assert [(o.request_id, len(o.tokens), o.finish_reason) for o in step.outputs] == [
+        ("r0", 0, "error"),
+        ("r1", 1, None),
+    ]
+
+
+def test_a_swap_that_keeps_failing_is_tried_ever_more_rarely(bundle: str) -> None:
+    engine = Engine(config(bundle, QUICK))
+
+    def fail(destination: torch.Tensor, source: torch.Tensor) -> None:
+        raise RuntimeError("injected")
+
+    engine._parts.swapper._copy = fail
+    submit(engine, 10, max_tokens=24, temperature=0.0)
+    assert len(drain(engine)) == 10
+    failed = [e for e in engine.snapshot().events if e.kind == "swap_failed"]
+    assert 1 <= len(failed) <= 2 * CacheConfig().staging_slots
+    assert engine.snapshot().layers == ["full"] * 12
+
+
+def test_unknown_kernels_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no kernels 'cuda'"):
+        Engine(replace(config(None, load_policy("off")), kernels="cuda"))
 
 
 def test_aborted_requests_give_their_blocks_back(bundle: str) -> None:

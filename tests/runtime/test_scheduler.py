@@ -42,12 +42,12 @@ def test_a_long_prompt_is_computed_in_chunks_and_decode_goes_first() -> None:
 
 
 def test_the_youngest_is_preempted_and_computed_again_with_its_output() -> None:
-    s = scheduler(blocks=4)
+    s = scheduler(blocks=5)
     s.add(request("old", prompt=7, max_tokens=8))
     s.add(request("young", prompt=6, max_tokens=8))
-    step(s)
-    step(s)
-    assert shape(step(s)) == [("old", 8, 9)]
+    for _ in range(3):
+        step(s)
+    assert shape(step(s)) == [("old", 9, 10)]
     young = s.waiting[0]
     assert (young.id, young.num_computed, young.num_preemptions) == ("young", 0, 1)
     assert s.memory_blocked
@@ -62,6 +62,23 @@ def test_admission_waits_for_room_for_the_whole_prompt() -> None:
     s.add(request("b", prompt=9))
     step(s)
     assert [r.id for r in s.waiting] == ["b"]
+    assert s.memory_blocked
+
+
+def test_admission_leaves_each_running_request_a_block_to_grow_into() -> None:
+    s = scheduler(blocks=6)
+    s.add(request("a", prompt=9))
+    s.add(request("b", prompt=9))
+    step(s)
+    assert [r.id for r in s.waiting] == ["b"]
+    assert s.memory_blocked
+
+
+def test_a_wait_for_memory_is_seen_while_prefill_uses_up_the_steps() -> None:
+    s = scheduler(blocks=12)
+    s.add(request("long", prompt=40))
+    s.add(request("blocked", prompt=20))
+    step(s)
     assert s.memory_blocked
 
 

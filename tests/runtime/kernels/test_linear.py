@@ -32,7 +32,7 @@ def _random_int4(n: int, k: int, group: int) -> tuple[Tensor, Tensor]:
 
 @EXAMPLES
 @given(
-    m=st.integers(1, 120),
+    m=st.integers(0, 120),
     n=st.integers(1, 70),
     k=st.integers(1, 300) | st.sampled_from([1024, 1056, 2100]),
     dtype=st.sampled_from(DTYPES),
@@ -47,7 +47,7 @@ def test_full_linear_is_a_product(m: int, n: int, k: int, dtype: torch.dtype, bi
 
 @EXAMPLES
 @given(
-    m=st.integers(1, 120),
+    m=st.integers(0, 120),
     n=st.integers(1, 70),
     groups=st.integers(1, 20),
     group=st.sampled_from([32, 64, 128]),
