@@ -38,12 +38,14 @@ def default_group_size(arch: Architecture) -> int:
 
 
 def _check_group_size(arch: Architecture, group_size: int) -> None:
-    """Raises ConfigError unless groups fill every linear's inputs."""
+    """Raises ConfigError unless groups fill every linear's inputs and kernels can read them."""
+    if group_size < 32 or group_size & (group_size - 1):
+        raise ConfigError(f"group size {group_size} must be a power of two of at least 32")
     for inputs in {arch.hidden_size, arch.q_size, arch.intermediate_size}:
-        if group_size < 8 or group_size % 8 or inputs % group_size:
+        if inputs % group_size:
             raise ConfigError(
-                f"group size {group_size} does not divide the {inputs} inputs of a linear "
-                "(and must be a multiple of 8): choose for example 64 or 32"
+                f"group size {group_size} does not divide the {inputs} inputs of a linear: "
+                "choose a smaller one, at least 32"
             )
 
 
