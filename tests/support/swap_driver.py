@@ -33,10 +33,10 @@ ARCHITECTURE = Architecture(
     norm_eps=1e-6,
     rope=Rope(10000.0),
     tied_head=True,
-    qkv_bias=False,
+    qkv_bias=True,
     output_bias=False,
     mlp_bias=False,
-    qk_norm=False,
+    qk_norm=True,
     dtype="float32",
     eos_token_ids=(),
 )
@@ -50,13 +50,12 @@ def _random_layer(generator: torch.Generator) -> LayerTensors[Tensor]:
     def weight(outputs: int, inputs: int) -> Tensor:
         return torch.randn(outputs, inputs, generator=generator) * 2 * inputs**-0.5
 
-    norms = Norms(
-        torch.rand(arch.hidden_size, generator=generator) + 0.5,
-        torch.rand(arch.hidden_size, generator=generator) + 0.5,
-    )
+    sizes = (arch.hidden_size, arch.hidden_size, arch.head_dim, arch.head_dim)
+    norms = Norms(*(torch.rand(size, generator=generator) + 0.5 for size in sizes))
+    bias = torch.randn(arch.q_size + 2 * arch.kv_size, generator=generator)
     return LayerTensors(
         norms=norms,
-        biases=Biases(),
+        biases=Biases(qkv=bias),
         qkv=weight(arch.q_size + 2 * arch.kv_size, arch.hidden_size),
         o=weight(arch.hidden_size, arch.q_size),
         gate_up=weight(2 * arch.intermediate_size, arch.hidden_size),
@@ -138,7 +137,14 @@ class Driver:
             relocate(moves)
 
         self.parts.swapper._relocate = counted
-        self._poison()
+        self._poison(self.plan.base_blocks)
+        publish = self.parts.pool.publish
+
+        def poisoned(region: int, blocks: Sequence[int]) -> None:
+            self._poison(blocks)
+            publish(region, blocks)
+
+        self.parts.pool.publish = poisoned
 
     def add(self, name: str, prompt: Sequence[int], max_tokens: int) -> Request:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
@@ -186,8 +192,8 @@ class Driver:
     def arena(self) -> Arena:
         return self.parts.swapper._arena
 
-    def _poison(self) -> None:
-        """NaN in all KV pages, so that a token read from a page nobody wrote shows."""
-        for block in self.plan.base_blocks:
+    def _poison(self, blocks: Sequence[int]) -> None:
+        """NaN in the blocks' pages, so that a token read from a page nobody wrote shows."""
+        for block in blocks:
             for layer in range(ARCHITECTURE.num_layers):
                 self.arena.cache(layer, torch.float32)[block] = float("nan")
