@@ -16,6 +16,7 @@ from morphserve.configs.errors import MorphError, UnsupportedModel
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _REPLACEMENT = "\ufffd"
+_CONTEXT_TOKENS = 5  # of the prompt; enough to hold the bytes of a whole character
 
 
 class PromptTooLong(MorphError):
@@ -55,13 +56,14 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For any vocabulary: decodes the tokens since the last whole character, with those before.
 
-    The tokens before matter because some decoders treat the first token of a text differently.
+    The tokens before matter because some decoders treat the first token of a text differently:
+    `context` holds the prompt's last ones.
     """
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: "Tokenizer", context: Sequence[int]) -> None:
         self._decode = tokenizer.decode
-        self._tokens: list[int] = []
-        self._num_context = 0  # leading tokens whose text has been returned
+        self._tokens = list(context)
+        self._num_context = len(context)  # leading tokens whose text is known to the client
 
     def add(self, tokens: Sequence[int]) -> str:
         self._tokens += tokens
@@ -107,7 +109,8 @@ class Tokenizer:
             raise PromptTooLong(
                 f"the prompt has at least {least} tokens, this server takes at most {max_tokens}"
             )
-        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        # As a batch of one: unlike encode, this lets other threads run meanwhile.
+        return self._tokenizer.encode_batch([text], add_special_tokens=special_tokens)[0].ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of these tokens, special ones left out."""
@@ -123,9 +126,11 @@ class Tokenizer:
         except KeyError:
             return text.encode()  # an added token, which is stored as it reads
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one, for one request."""
-        return ByteDetokenizer(self) if self._is_byte_level else WindowDetokenizer(self)
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """A fresh one, for what follows this prompt."""
+        if self._is_byte_level:
+            return ByteDetokenizer(self)
+        return WindowDetokenizer(self, prompt[-_CONTEXT_TOKENS:])
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins to speak.
@@ -140,7 +145,7 @@ class Tokenizer:
             text = self._template.render(
                 messages=messages, add_generation_prompt=True, **self._named
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # foreign code: it may raise anything
             raise TemplateError(f"the model's chat template refuses this: {error}") from error
         return self.encode(text, max_tokens, special_tokens=False)
 
@@ -201,10 +206,15 @@ def _compile_template(folder: Path, config: Mapping[str, Any]) -> jinja2.Templat
     path = folder / "chat_template.jinja"
     source = path.read_text("utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("default")
+        named = [entry for entry in source if isinstance(entry, dict)]
+        source = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if source is None:
         return None
+    if not isinstance(source, str):
+        raise UnsupportedModel(
+            f"chat_template in {folder / 'tokenizer_config.json'} must be a text, or a list of "
+            "names and templates; mend or remove it"
+        )
     try:
         return _environment().from_string(source)
     except jinja2.TemplateError as error:

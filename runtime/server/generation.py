@@ -63,7 +63,7 @@ class Generator:
         return choices[0] if len(choices) == 1 else _merge(choices)
 
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece]:
-        timer, text = job.timers[index], TextStream(self._tokenizer, job)
+        timer, text = job.timers[index], TextStream(self._tokenizer, job, index)
         reason: FinishReason | None = FinishReason.ABORT  # unless it comes to an end
         chunks = self._engine.generate(f"{job.id}-{index}", job.prompts[index], job.params)
         try:
@@ -92,8 +92,8 @@ class Generator:
 class TextStream:
     """Text of one choice, cut at its stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
-        self._detokenizer = tokenizer.detokenizer()
+    def __init__(self, tokenizer: Tokenizer, job: Job, index: int) -> None:
+        self._detokenizer = tokenizer.detokenizer(job.prompts[index])
         self._stop = StopFinder(job.stops)
         self._silent = frozenset(job.params.stop_token_ids)
         self.finish_reason: FinishReason | None = None

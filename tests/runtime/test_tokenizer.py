@@ -1,5 +1,7 @@
 import json
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -54,8 +56,8 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return write_model(tmp_path_factory.mktemp("sentencepiece"), tokenizer)
 
 
-def pieces_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    detokenizer = tokenizer.detokenizer()
+def pieces_of(tokenizer: Tokenizer, tokens: Sequence[int], prompt: Sequence[int] = ()) -> list[str]:
+    detokenizer = tokenizer.detokenizer(prompt)
     return [*(detokenizer.add([token]) for token in tokens), detokenizer.finish()]
 
 
@@ -69,7 +71,7 @@ def assert_whole(tokenizer: Tokenizer, tokens: Sequence[int]) -> None:
 @given(st.text())
 def test_pieces_of_a_byte_level_text_join_to_the_text(text: str) -> None:
     tokens = DEMO.encode(text, 10_000)
-    assert isinstance(DEMO.detokenizer(), ByteDetokenizer)
+    assert isinstance(DEMO.detokenizer([]), ByteDetokenizer)
     assert "".join(pieces_of(DEMO, tokens)) == text
     assert_whole(DEMO, tokens)
 
@@ -83,8 +85,36 @@ def test_pieces_of_any_byte_level_tokens_join_to_the_full_decode(tokens: list[in
 def test_pieces_of_a_sentencepiece_text_join_to_the_full_decode(
     sentencepiece: Tokenizer, text: str
 ) -> None:
-    assert isinstance(sentencepiece.detokenizer(), WindowDetokenizer)
+    assert isinstance(sentencepiece.detokenizer([]), WindowDetokenizer)
     assert_whole(sentencepiece, sentencepiece.encode(text, 10_000))
+
+
+@given(prompt=st.text(st.sampled_from(" ab\n"), min_size=1), text=st.text())
+def test_prompt_and_completion_join_to_the_decode_of_both(
+    sentencepiece: Tokenizer, prompt: str, text: str
+) -> None:
+    asked = sentencepiece.encode(prompt, 1000)
+    answered = sentencepiece.encode(text, 10_000)
+    completion = "".join(pieces_of(sentencepiece, answered, asked))
+    assert sentencepiece.decode(asked) + completion == sentencepiece.decode([*asked, *answered])
+
+
+def test_a_completion_keeps_its_first_space(sentencepiece: Tokenizer) -> None:
+    asked, answered = sentencepiece.encode("b b", 10), sentencepiece.encode("a", 10)
+    assert "".join(pieces_of(sentencepiece, answered, asked)) == " a"
+
+
+def test_other_threads_run_while_a_long_text_is_encoded() -> None:
+    text = "import os, re  # 123\n" * 20_000
+    with ThreadPoolExecutor(1) as executor:
+        started = latest = time.monotonic()
+        encoding = executor.submit(DEMO.encode, text, len(text))
+        longest = 0.0
+        while not encoding.done():
+            time.sleep(0.001)
+            now = time.monotonic()
+            longest, latest = max(longest, now - latest), now
+    assert longest < 0.5 * (latest - started)
 
 
 def test_a_character_of_several_tokens_comes_out_once_and_whole(sentencepiece: Tokenizer) -> None:
@@ -135,6 +165,21 @@ def test_a_chat_template_is_rendered_in_a_sandbox(tmp_path: Path, template: obje
     assert tokenizer.decode(tokens) == '[user]"hé">' and 0 in tokens
     with pytest.raises(TemplateError, match="no tools"):
         tokenizer.encode_chat([{"role": "tool", "content": ""}], 100)
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{{ messages[0].content.x.y }}", "{{ [][3].a }}"])
+def test_whatever_a_template_raises_is_one_sentence(tmp_path: Path, fault: str) -> None:
+    plain = tokenizers.Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    tokenizer = write_model(tmp_path, plain, chat_template=fault)
+    with pytest.raises(TemplateError, match="chat template refuses this"):
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}], 100)
+
+
+@pytest.mark.parametrize("template", [7, {"default": "x"}, [{"name": "default", "template": 1}]])
+def test_a_template_that_is_no_text_is_refused_at_start(tmp_path: Path, template: object) -> None:
+    plain = tokenizers.Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    with pytest.raises(UnsupportedModel, match="chat_template in .* must be a text"):
+        write_model(tmp_path, plain, chat_template=template)
 
 
 def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
