@@ -50,8 +50,13 @@ def _check_group_size(arch: Architecture, group_size: int) -> None:
 
 
 def _prepare_folder(folder: Path, force: bool) -> None:
-    """Makes `folder`; a bundle in it becomes unfinished with `force` and is an error without."""
+    """Makes `folder`; a bundle in it becomes unfinished with `force` and is an error without.
+
+    A folder that holds anything else is refused: a bundle must not spill among other files.
+    """
     manifest = folder / MANIFEST
+    if folder.is_dir() and any(not _is_ours(path.name) for path in folder.iterdir()):
+        raise ConfigError(f"{folder} holds other files than a bundle's: choose another --output")
     if manifest.exists() and not force:
         raise ConfigError(f"{folder} holds a bundle already: pass --force to replace it")
     try:
@@ -59,6 +64,11 @@ def _prepare_folder(folder: Path, force: bool) -> None:
         manifest.unlink(missing_ok=True)
     except OSError as error:
         raise BadFile(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def _is_ours(name: str) -> bool:
+    """Whether `quantize` or `profile` may have written this file, finished or not."""
+    return name == MANIFEST or name.lstrip(".").startswith(("layer-", MANIFEST))
 
 
 def build_bundle(

@@ -219,6 +219,12 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
         wanted = config.scheduler.max_num_seqs * max_model_len
         wanted_bytes = budget_for(sizes, slots, cache.min_run_bytes, wanted)
         budget = max(least, min(wanted_bytes, _free_memory() // 2))
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if budget > machine:
+        raise OutOfBudget(
+            f"a memory budget of {budget / 2**20:.0f} MiB is more than this machine has: lower "
+            f"--memory-budget below {machine / 2**20:.0f} MiB"
+        )
     try:
         plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)
         held = max(0, config.policy.static_layers)

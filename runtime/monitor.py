@@ -24,6 +24,7 @@ class Monitor:
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._num_events = 0
         self._num_preemptions = 0
+        self._preemptions_told = 0  # before the latest event that tells of some
         self._preempted_s = float("-inf")
         self._blocked_since_s: float | None = None
 
@@ -35,8 +36,12 @@ class Monitor:
         """Notes what the scheduler ran into while it made a batch."""
         if scheduler.num_preemptions > self._num_preemptions:
             self._preempted_s = now_s
-            count = scheduler.num_preemptions - self._num_preemptions
+            if not self.events or self.events[-1].kind != "preempt":
+                self._preemptions_told = self._num_preemptions
+            else:
+                self.events.pop()  # one line for a row of preemptions
             self._num_preemptions = scheduler.num_preemptions
+            count = self._num_preemptions - self._preemptions_told
             self.event("preempt", f"{count} preempted, to be computed again")
         if not scheduler.memory_blocked:
             self._blocked_since_s = None

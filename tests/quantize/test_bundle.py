@@ -191,3 +191,10 @@ def test_a_ranking_that_lacks_a_layer_is_refused(checkpoint: Checkpoint, folder:
     bundle: Bundle = open_bundle(str(folder), checkpoint)
     bundle.with_ranking(a_ranking([2, 2, 1]))
     assert "does not hold every layer once" in refusal(folder, checkpoint)
+
+
+def test_a_bundle_does_not_spill_among_other_files(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files than a bundle's"):
+        build_bundle(checkpoint, tmp_path, 64, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

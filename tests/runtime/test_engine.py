@@ -239,3 +239,17 @@ def test_outputs_carry_one_token_and_the_finish_reason_at_the_end(bundle: str) -
         outputs += step.outputs if step else []
     assert [len(o.tokens) for o in outputs] == [1, 1]
     assert [o.finish_reason for o in outputs] == [None, "length"]
+
+
+def test_a_budget_beyond_the_machine_is_one_sentence() -> None:
+    with pytest.raises(OutOfBudget, match="more than this machine has"):
+        Engine(config(None, load_policy("off"), budget=2**60))
+
+
+def test_a_row_of_preemptions_is_one_event(bundle: str) -> None:
+    engine = Engine(config(None, load_policy("off"), budget=44 * 2**20 + 2**19))
+    submit(engine, 12, max_tokens=60, temperature=0.0)
+    drain(engine)
+    state = engine.snapshot()
+    assert state.preemptions > 1
+    assert len([e for e in state.events if e.kind == "preempt"]) == 1
