@@ -7,6 +7,7 @@ from msgspec import Meta, Struct, field
 
 from morphserve.runtime.request import SamplingParams
 from morphserve.runtime.server.errors import bad_request
+from morphserve.runtime.server.unsupported import Unsupported, refuse
 
 MAX_PROMPTS = 64
 MAX_STOPS = 16
@@ -23,10 +24,11 @@ StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class StreamOptions(Struct):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class SamplingFields(Struct, kw_only=True):
+class SamplingFields(Unsupported, kw_only=True):
     """What completions and chat completions share. null means the default."""
 
     model: str | None = None
@@ -34,20 +36,13 @@ class SamplingFields(Struct, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=_MAX_INT32)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=_MAX_INT64)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=_MAX_INT32)] = 0
-    ignore_eos: bool = False
+    seed: Annotated[int, Meta(ge=-1, le=_MAX_INT64)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=_MAX_INT32)] | None = None
+    ignore_eos: bool | None = None
     stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    # Known to OpenAI clients, not yet done here: refused unless they ask for nothing.
-    n: Annotated[int, Meta(ge=1, le=_MAX_INT32)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: Any = None
 
     @property
     def stops(self) -> list[str]:
@@ -57,23 +52,19 @@ class SamplingFields(Struct, kw_only=True):
 
     @property
     def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.include_usage is True
 
     def refuse_unsupported(self) -> None:
-        """Raises ApiError naming the first field that asks for something not done here."""
-        if self.n not in (None, 1):
-            raise _unsupported("n", "only n=1; send the request several times")
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise _unsupported(name, "leave it out")
-        if self.response_format not in (None, {"type": "text"}):
-            raise _unsupported("response_format", 'only {"type": "text"}')
+        super().refuse_unsupported()
+        if self.stream_options is not None and self.stream_options.continuous_usage_stats:
+            refuse("stream_options.continuous_usage_stats", True)
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         temperature = 1.0 if self.temperature is None else self.temperature
-        if self.min_tokens > max_tokens:
+        min_tokens = self.min_tokens or 0
+        if min_tokens > max_tokens:
             raise bad_request(
-                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({max_tokens})",
+                f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens})",
                 "min_tokens",
             )
         return SamplingParams(
@@ -81,19 +72,17 @@ class SamplingFields(Struct, kw_only=True):
             temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(0, self.top_k or 0),  # -1 means all, too
-            seed=self.seed,
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
+            seed=None if self.seed == -1 else self.seed,  # -1 means any, too
+            min_tokens=min_tokens,
+            ignore_eos=self.ignore_eos is True,
             stop_token_ids=tuple(self.stop_token_ids or ()),
         )
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
     prompt: str | list[str | TokenId | list[TokenId]]
-    echo: bool | None = None
-    best_of: Annotated[int, Meta(ge=1, le=_MAX_INT32)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=_MAX_INT32)] | None = None
-    suffix: str | None = None
+    add_special_tokens: Any = True
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each text or token ids."""
@@ -112,16 +101,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
             )
         return self.prompt  # type: ignore[return-value]
 
-    def refuse_unsupported(self) -> None:
-        super().refuse_unsupported()
-        if self.best_of not in (None, 1):
-            raise _unsupported("best_of", "only best_of=1")
-        for name in ("echo", "suffix"):
-            if getattr(self, name):
-                raise _unsupported(name, "leave it out")
-        if self.logprobs is not None:
-            raise _unsupported("logprobs", "leave it out")
-
 
 class ContentPart(Struct):
     type: str
@@ -131,9 +110,13 @@ class ContentPart(Struct):
 class ChatMessage(Struct):
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
+    tool_calls: Any = None
+    function_call: Any = None
 
     def plain(self, path: str) -> dict[str, str]:
         """As chat templates want it: role and text. `path` names the message in errors."""
+        refuse(f"{path}.tool_calls", self.tool_calls, [])
+        refuse(f"{path}.function_call", self.function_call)
         if isinstance(self.content, str):
             return {"role": self.role, "content": self.content}
         parts = self.content or []
@@ -145,24 +128,13 @@ class ChatMessage(Struct):
 class ChatRequest(SamplingFields, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=_MAX_INT32)] | None = None
-    tools: list[Any] | None = None
+    logprobs: bool | None = False
+    add_special_tokens: Any = False
 
     @property
     def token_limit(self) -> int | None:
         """The newer name wins; None: as many as fit."""
         return self.max_completion_tokens or self.max_tokens
-
-    def refuse_unsupported(self) -> None:
-        super().refuse_unsupported()
-        for name in ("logprobs", "top_logprobs", "tools"):
-            if getattr(self, name):
-                raise _unsupported(name, "leave it out")
-
-
-def _unsupported(name: str, instead: str) -> Exception:
-    return bad_request(f"{name} is not supported by this server: {instead}", name, "unsupported")
 
 
 class MorphUsage(Struct):

@@ -9,8 +9,9 @@ from morphserve.runtime.engine_client import EngineClient
 from morphserve.runtime.messages import Hello
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.errors import ApiError, bad_request
-from morphserve.runtime.tokenizer import Tokenizer
+from morphserve.runtime.tokenizer import PromptTooLong, TemplateError, Tokenizer
 
+_TOO_LONG = "context_length_exceeded"
 _LONG_TEXT = 4096  # characters; tokenising more would hold up other streams for milliseconds
 
 
@@ -51,13 +52,15 @@ class Serving:
         if isinstance(prompt, str):
             limit = self.max_tokens
             text = prompt
-            prompt = await _off_loop(len(text), lambda: self.tokenizer.encode(text, limit))
+            prompt = await _off_loop(len(text), path, lambda: self.tokenizer.encode(text, limit))
         return self._check_tokens(prompt, path)
 
     async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         size = sum(len(message["content"]) for message in messages)
         limit = self.max_tokens
-        tokens = await _off_loop(size, lambda: self.tokenizer.encode_chat(messages, limit))
+        tokens = await _off_loop(
+            size, "messages", lambda: self.tokenizer.encode_chat(messages, limit)
+        )
         return self._check_tokens(tokens, "messages")
 
     def _check_tokens(self, tokens: list[int], path: str) -> list[int]:
@@ -76,18 +79,24 @@ class Serving:
         room = self.max_tokens - num_prompt
         wanted = max(1, room) if max_tokens is None else max_tokens
         if wanted > room:
-            raise _too_long(self.engine.hello, num_prompt, wanted, path)
+            raise _too_long(self.engine.hello, num_prompt, max_tokens, path)
         return wanted
 
 
-async def _off_loop(size: int, work: Callable[[], list[int]]) -> list[int]:
-    return work() if size < _LONG_TEXT else await asyncio.to_thread(work)
+async def _off_loop(size: int, path: str, work: Callable[[], list[int]]) -> list[int]:
+    try:
+        return work() if size < _LONG_TEXT else await asyncio.to_thread(work)
+    except PromptTooLong as error:
+        raise bad_request(str(error), path, _TOO_LONG) from error
+    except TemplateError as error:
+        raise bad_request(str(error), path) from error
 
 
-def _too_long(hello: Hello, num_prompt: int, max_tokens: int, path: str) -> ApiError:
-    total = f"the prompt's {num_prompt} tokens and max_tokens {max_tokens}"
-    if num_prompt + max_tokens > hello.max_model_len:
+def _too_long(hello: Hello, num_prompt: int, max_tokens: int | None, path: str) -> ApiError:
+    output = "one of output" if max_tokens is None else f"max_tokens {max_tokens}"
+    if num_prompt + (max_tokens or 1) > hello.max_model_len:
         limit = f"the model's limit of {hello.max_model_len} tokens"
     else:
         limit = f"the {hello.max_request_tokens} tokens that the memory budget holds"
-    return bad_request(f"{total} together exceed {limit}", path, "context_length_exceeded")
+    total = f"the prompt's {num_prompt} tokens and {output}"
+    return bad_request(f"{total} together exceed {limit}", path, _TOO_LONG)

@@ -37,7 +37,7 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": 0}, "top_p", "> 0"),
     ({"top_p": 2}, "top_p", "<= 1"),
     ({"top_k": -5}, "top_k", ">= -1"),
-    ({"seed": -1}, "seed", ">= 0"),
+    ({"seed": -2}, "seed", ">= -1"),
     ({"seed": 2**70}, "seed", "<= 9223372036854775807"),
     ({"stop": ["x"] * 100_000}, "stop", "length <= 16"),
     ({"stop": ""}, "stop", "length >= 1"),
@@ -57,6 +57,17 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": [1]}, "logit_bias", "got `array`"),
     ({"presence_penalty": 1.0}, "presence_penalty", "not supported"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "not supported"),
+    ({"repetition_penalty": 1.3}, "repetition_penalty", "only repetition_penalty=1, or leave"),
+    ({"min_p": 0.1}, "min_p", "not supported"),
+    ({"guided_json": {}}, "guided_json", "not supported"),
+    ({"use_beam_search": True}, "use_beam_search", "not supported"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "only skip_special_tokens=true"),
+    ({"add_special_tokens": False}, "add_special_tokens", "only add_special_tokens=true"),
+    (
+        {"stream_options": {"continuous_usage_stats": True}},
+        "stream_options.continuous_usage_stats",
+        "not supported",
+    ),
     ({"stream": "x"}, "stream", "got `str`"),
     ({"stream_options": {"include_usage": 3}}, "stream_options.include_usage", "got `int`"),
     ({"model": 3}, "model", "got `int`"),
@@ -84,7 +95,16 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": 1, "content": "hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": "hi " * 4000}]}, "messages"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
     ({"tools": [{"type": "function"}]}, "tools"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"echo": True}, "echo"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"chat_template": "x"}, "chat_template"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    ({"add_special_tokens": True}, "add_special_tokens"),
     ({"logprobs": True}, "logprobs"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
 ]
@@ -184,13 +204,28 @@ async def test_too_many_headers_are_refused(api: httpx.AsyncClient) -> None:
     error_of(await api.get("/health", headers={"x": "1" * 100_000}), 431)
 
 
+@pytest.mark.parametrize("text", ["x" * 60_000, "word " * 1500])
+async def test_a_prompt_that_is_too_long_is_told_the_same_way_before_and_after_tokenising(
+    api: httpx.AsyncClient, text: str
+) -> None:
+    error = error_of(await api.post("/v1/completions", json={"prompt": text}))
+    assert error["param"] == "prompt" and error["code"] == "context_length_exceeded"
+    body = {"messages": [{"role": "user", "content": text}]}
+    error = error_of(await api.post("/v1/chat/completions", json=body))
+    assert error["param"] == "messages" and error["code"] == "context_length_exceeded"
+    assert "max_tokens" not in error["message"]
+
+
 async def test_what_is_odd_but_right_is_served(api: httpx.AsyncClient) -> None:
     for fields in (
         {"prompt": "a\x00b"},
         {"temperature": 1e-300},
         {"temperature": 1, "top_k": -1, "unknown_field": {"deep": [1]}},
         {"logit_bias": {}, "n": 1, "presence_penalty": 0, "stop": []},
-        {"max_tokens": None, "stop": None, "stream": None},
+        {"max_tokens": None, "stop": None, "stream": None, "n": None, "seed": -1},
+        {"min_tokens": None, "ignore_eos": None, "logprobs": None},
+        {"stream": True, "stream_options": {"include_usage": None}},
+        {"repetition_penalty": 1.0, "min_p": 0.0, "echo": False, "tools": [], "best_of": 1},
         {"prompt": "a", "max_tokens": fake_engine.MAX_REQUEST_TOKENS - 1},
     ):
         answer = await api.post("/v1/completions", content=json.dumps({"prompt": "a"} | fields))
