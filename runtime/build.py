@@ -2,7 +2,6 @@
 
 import math
 import os
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +9,17 @@ from pathlib import Path
 
 import torch
 
-from morphserve.configs.errors import ConfigError, OutOfBudget, UnsupportedModel
+from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
-from morphserve.quantize.bundle import Bundle, open_bundle
-from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
-from morphserve.runtime.kernels import AttentionShape, Kernels, load_kernels
-from morphserve.runtime.layers import Image, Layers, full_image, int4_image
-from morphserve.runtime.memory import MemoryPlan, ModelSizes, budget_for, plan_memory
+from morphserve.runtime.kernels import AttentionShape
+from morphserve.runtime.layers import Layers
+from morphserve.runtime.loader import LoadedModel, load_model
+from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
 from morphserve.runtime.model import (
     Model,
-    PackedStatics,
-    pack_statics,
     place_statics,
     rope_table,
 )
@@ -48,28 +44,6 @@ class Parts:
     startup_s: dict[str, float]  # seconds per phase
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A checkpoint and its bundle in host memory, in the kernels' layout."""
-
-    architecture: Architecture
-    kernels: Kernels
-    dtype: torch.dtype  # of full-precision weights and of the KV cache
-    statics: PackedStatics
-    full: list[Image]
-    int4: list[Image]  # empty if the policy uses none
-    order: list[int]
-
-    def sizes(self, block_tokens: int) -> ModelSizes:
-        return ModelSizes(
-            static_bytes=self.statics.num_bytes,
-            full_bytes=tuple(image.num_bytes for image in self.full),
-            int4_bytes=tuple(image.num_bytes for image in self.int4),
-            kv_bytes_per_token=2 * self.architecture.kv_size * self.dtype.itemsize,
-            block_tokens=block_tokens,
-        )
-
-
 def build(config: EngineConfig) -> Parts:
     """Loads the model and lays out its memory. Raises MorphError with what to change."""
     started = time.monotonic()
@@ -88,41 +62,6 @@ def budget_for_tokens(config: EngineConfig, num_tokens: int) -> int:
     """Least memory budget in bytes that holds the model and, at full precision, so much KV."""
     sizes = load_model(config).sizes(config.cache.block_tokens)
     return budget_for(sizes, _staging_slots(config), config.cache.min_run_bytes, num_tokens)
-
-
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Reads checkpoint and bundle, layer by layer, into images."""
-    checkpoint = open_checkpoint(config.model)
-    architecture = checkpoint.architecture
-    swaps = config.policy.max_demoted(architecture.num_layers) > 0
-    if config.bundle is None and swaps:
-        raise ConfigError(
-            f"policy {config.policy.name} swaps layers and needs a bundle: make one with "
-            f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
-        )
-    kernels = load_kernels(config.kernels)
-    if architecture.head_dim > kernels.max_head_dim:
-        raise UnsupportedModel(
-            f"heads of {architecture.head_dim} channels are not supported by the "
-            f"{kernels.name} kernels: at most {kernels.max_head_dim}"
-        )
-    dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
-    layers = range(architecture.num_layers)
-    statics = pack_statics(checkpoint.static(), kernels, dtype)
-    full = [full_image(checkpoint.layer(i), kernels, dtype) for i in layers]
-    # After the checkpoint was read: its tensors are hashed by then, for the bundle to compare.
-    bundle = None if config.bundle is None else open_bundle(config.bundle, checkpoint)
-    return LoadedModel(
-        architecture=architecture,
-        kernels=kernels,
-        dtype=dtype,
-        statics=statics,
-        full=full,
-        int4=[int4_image(bundle.int4_layer(i), kernels, dtype) for i in layers]
-        if bundle and swaps
-        else [],
-        order=layer_order(config, architecture.num_layers, bundle),
-    )
 
 
 def assemble(
@@ -166,36 +105,6 @@ def assemble(
     )
 
 
-def choose_dtype(asked: str, checkpoint: str, kernels: Kernels) -> torch.dtype:
-    """Of weights and KV: what was asked for, or what the kernels make of the checkpoint's."""
-    if checkpoint not in ("float32", "bfloat16", "float16"):
-        raise UnsupportedModel(f"config.json says dtype {checkpoint!r}: only floats are served")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if asked == "auto":
-        return kernels.weight_dtype(dtypes[checkpoint])
-    if asked not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype {asked!r} is not known: use auto, float32 or bfloat16")
-    return dtypes[asked]
-
-
-def layer_order(config: EngineConfig, num_layers: int, bundle: Bundle | None) -> list[int]:
-    """In which order layers are demoted."""
-    layers = list(range(num_layers))
-    match config.order:
-        case "bundle":
-            return layers if bundle is None else list(bundle.order)
-        case "front-to-back":
-            return layers
-        case "back-to-front":
-            return layers[::-1]
-        case "random":
-            random.Random(config.seed).shuffle(layers)
-            return layers
-    raise ConfigError(
-        f"order {config.order!r} is not known: use bundle, front-to-back, back-to-front or random"
-    )
-
-
 def _max_model_len(config: EngineConfig, architecture: Architecture) -> int:
     asked = config.scheduler.max_model_len
     if asked is None:
@@ -212,19 +121,14 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
     """The arena's layout; its KV cache holds at least one request of full length."""
     cache = config.cache
     sizes = model.sizes(cache.block_tokens)
-    budget = cache.memory_budget
     slots = _staging_slots(config)
     least = budget_for(sizes, slots, cache.min_run_bytes, max_model_len)
+    budget = cache.memory_budget
     if budget is None:
         wanted = config.scheduler.max_num_seqs * max_model_len
         wanted_bytes = budget_for(sizes, slots, cache.min_run_bytes, wanted)
         budget = max(least, min(wanted_bytes, _free_memory() // 2))
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if budget > machine:
-        raise OutOfBudget(
-            f"a memory budget of {budget / 2**20:.0f} MiB is more than this machine has: lower "
-            f"--memory-budget below {machine / 2**20:.0f} MiB"
-        )
+    _require_machine(budget)
     try:
         plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)
         held = max(0, config.policy.static_layers)
@@ -239,6 +143,15 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
         )
     _require_gain(config, plan, model.order)
     return plan
+
+
+def _require_machine(budget: int) -> None:
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if budget > machine:
+        raise OutOfBudget(
+            f"a memory budget of {budget / 2**20:.0f} MiB is more than this machine has: lower "
+            f"--memory-budget below {machine / 2**20:.0f} MiB"
+        )
 
 
 def _require_gain(config: EngineConfig, plan: MemoryPlan, order: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.record import Environment, Settings, Summary, trace_facts
-from morphserve.morphcli.bench.schedule import Burst, Schedule
+from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import PolicySummary, Run, Slo, summarise
 from morphserve.morphcli.bench.traces import Arrival
@@ -65,7 +65,7 @@ def make_summary(runs: list[Run]) -> tuple[Summary, Schedule]:
     names = tuple(run.policy for run in runs)
     summary = Summary(
         settings=Settings(
-            "t.csv", None, 1.0, 1.0, 1.0, None, None, 0, "demo", None, "9MiB", None, None, names,
+            "t.csv", Shape(length_scale=0.1, output_scale=10.0), None, "demo", None, "9MiB", None, None, names,
             SLO, 30.0,
         ),
         environment=Environment("0", None, "3", "2", "linux", "a <fast> cpu", 2),

@@ -12,9 +12,10 @@ from morphserve.quantize.architecture import Architecture, Rope
 from morphserve.quantize.int4 import dequantize, quantize_rtn
 from morphserve.quantize.weights import Biases, Int4Weight, LayerTensors, Norms, StaticTensors
 from morphserve.runtime.arena import Arena
-from morphserve.runtime.build import LoadedModel, Parts, assemble
+from morphserve.runtime.build import Parts, assemble
 from morphserve.runtime.kernels import Kernels
 from morphserve.runtime.layers import Variant, full_image, int4_image
+from morphserve.runtime.loader import LoadedModel
 from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
 from morphserve.runtime.model import pack_statics
 from morphserve.runtime.request import Request, SamplingParams, Status

@@ -1,0 +1,107 @@
+"""A checkpoint and its bundle, read into host memory in the layout that the kernels want."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from morphserve.configs.errors import ConfigError, UnsupportedModel
+from morphserve.configs.schema import EngineConfig
+from morphserve.quantize.architecture import Architecture
+from morphserve.quantize.bundle import Bundle, open_bundle
+from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.runtime.kernels import Kernels, load_kernels
+from morphserve.runtime.layers import Image, full_image, int4_image
+from morphserve.runtime.memory import ModelSizes
+from morphserve.runtime.model import PackedStatics, pack_statics
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A checkpoint and its bundle in host memory, in the kernels' layout."""
+
+    architecture: Architecture
+    kernels: Kernels
+    dtype: torch.dtype  # of full-precision weights and of the KV cache
+    statics: PackedStatics
+    full: list[Image]
+    int4: list[Image]  # empty if the policy uses none
+    order: list[int]
+
+    def sizes(self, block_tokens: int) -> ModelSizes:
+        return ModelSizes(
+            static_bytes=self.statics.num_bytes,
+            full_bytes=tuple(image.num_bytes for image in self.full),
+            int4_bytes=tuple(image.num_bytes for image in self.int4),
+            kv_bytes_per_token=2 * self.architecture.kv_size * self.dtype.itemsize,
+            block_tokens=block_tokens,
+        )
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Reads checkpoint and bundle, layer by layer, into images."""
+    checkpoint = open_checkpoint(config.model)
+    architecture = checkpoint.architecture
+    swaps = config.policy.max_demoted(architecture.num_layers) > 0
+    if config.bundle is None and swaps:
+        raise ConfigError(
+            f"policy {config.policy.name} swaps layers and needs a bundle: make one with "
+            f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
+        )
+    kernels = load_kernels(config.kernels)
+    _require_head_dim(architecture, kernels)
+    dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
+    layers = range(architecture.num_layers)
+    statics = pack_statics(checkpoint.static(), kernels, dtype)
+    full = [full_image(checkpoint.layer(i), kernels, dtype) for i in layers]
+    # After the checkpoint was read: its tensors are hashed by then, for the bundle to compare.
+    bundle = None if config.bundle is None else open_bundle(config.bundle, checkpoint)
+    return LoadedModel(
+        architecture=architecture,
+        kernels=kernels,
+        dtype=dtype,
+        statics=statics,
+        full=full,
+        int4=[int4_image(bundle.int4_layer(i), kernels, dtype) for i in layers]
+        if bundle and swaps
+        else [],
+        order=layer_order(config, architecture.num_layers, bundle),
+    )
+
+
+def _require_head_dim(architecture: Architecture, kernels: Kernels) -> None:
+    if architecture.head_dim > kernels.max_head_dim:
+        raise UnsupportedModel(
+            f"heads of {architecture.head_dim} channels are not supported by the "
+            f"{kernels.name} kernels: at most {kernels.max_head_dim}"
+        )
+
+
+def choose_dtype(asked: str, checkpoint: str, kernels: Kernels) -> torch.dtype:
+    """Of weights and KV: what was asked for, or what the kernels make of the checkpoint's."""
+    if checkpoint not in ("float32", "bfloat16", "float16"):
+        raise UnsupportedModel(f"config.json says dtype {checkpoint!r}: only floats are served")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if asked == "auto":
+        return kernels.weight_dtype(dtypes[checkpoint])
+    if asked not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype {asked!r} is not known: use auto, float32 or bfloat16")
+    return dtypes[asked]
+
+
+def layer_order(config: EngineConfig, num_layers: int, bundle: Bundle | None) -> list[int]:
+    """In which order layers are demoted."""
+    layers = list(range(num_layers))
+    match config.order:
+        case "bundle":
+            return layers if bundle is None else list(bundle.order)
+        case "front-to-back":
+            return layers
+        case "back-to-front":
+            return layers[::-1]
+        case "random":
+            random.Random(config.seed).shuffle(layers)
+            return layers
+    raise ConfigError(
+        f"order {config.order!r} is not known: use bundle, front-to-back, back-to-front or random"
+    )
