@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from morphserve.profile.mixes import Model, Run, batches
 
@@ -82,6 +83,4 @@ def _mean_cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 def _sum_cosines(a: Tensor, b: Tensor) -> float:
     """Sum over tokens of the cosine between two [..., features]."""
-    norm = torch.linalg.vector_norm
-    cosines = torch.linalg.vecdot(a, b) / (norm(a, dim=-1) * norm(b, dim=-1))
-    return float(cosines.sum(dtype=torch.double))
+    return float(F.cosine_similarity(a, b, dim=-1).sum(dtype=torch.double))

@@ -1,5 +1,6 @@
 """LIS is Algorithm 1, to the layer."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,14 @@ def model(
 ) -> Model:
     checkpoint = open_checkpoint(str(tiny_model(request.param)))
     return Model(checkpoint, open_bundle(str(tiny_bundle(request.param)), checkpoint))
+
+
+@torch.inference_mode()
+def test_states_of_zeros_are_ranked_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = model.embed
+    monkeypatch.setattr(type(model), "embed", lambda _, tokens: 0 * embed(tokens))
+    ranked = rank_layers(model, torch.zeros((1, 8), dtype=torch.int64))
+    assert not any(math.isnan(entry.score) for entry in ranked)
 
 
 @torch.inference_mode()
