@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.bench.traces import Arrival, Trace, TraceError
 
+_LEAST_BURST = 10  # arrivals in 5 s; fewer are no burst, however rare others are
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -120,12 +122,18 @@ class Burst:
 
 
 def find_burst(arrivals: Sequence[Arrival], duration_s: float) -> Burst | None:
-    """From the first to the last second in which the 5 s mean rate is over twice its median."""
+    """From the first to the last second in which the 5 s mean rate is over twice its median.
+
+    By three standard deviations of chance arrivals over, and with a least number of arrivals;
+    None where the schedule has no such stretch.
+    """
     counts = rate_per_second(arrivals, duration_s)
-    means = [statistics.fmean(counts[max(0, i - 2) : i + 3]) for i in range(len(counts))]
+    windows = [counts[max(0, i - 2) : i + 3] for i in range(len(counts))]
+    means = [statistics.fmean(window) for window in windows]
     usual = statistics.median(means)
-    high = [i for i, mean in enumerate(means) if mean > 2 * usual]
-    if not high:
+    threshold = 2 * usual + 3 * math.sqrt(usual / 5)
+    high = [i for i, mean in enumerate(means) if mean > threshold]
+    if not high or max(map(sum, windows)) < _LEAST_BURST:
         return None
     return Burst(float(high[0]), min(high[-1] + 1.0, duration_s), usual, max(means))
 

@@ -1,5 +1,7 @@
 """Cutting and scaling a trace keeps its shape and tells what it changed."""
 
+import random
+
 import pytest
 
 from morphserve.configs.errors import ConfigError
@@ -73,6 +75,16 @@ def test_a_window_is_parsed() -> None:
 def test_scales_must_be_above_zero(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must be"):
         Shape(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 2.0])
+def test_chance_is_no_burst(rate: float) -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        arrivals = [Arrival(0.0, 1, 1)]
+        while arrivals[-1].time_s < 60:
+            arrivals.append(Arrival(arrivals[-1].time_s + rng.expovariate(rate), 1, 1))
+        assert find_burst(arrivals, 60.0) is None, seed
 
 
 def test_the_burst_is_where_arrivals_are_far_denser_than_usual() -> None:
