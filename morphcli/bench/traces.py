@@ -80,7 +80,10 @@ def _is_data(line: str) -> bool:
 
 
 def _positions(path: Path, header: str) -> list[int]:
-    names = [name.strip() for name in next(csv.reader([header]))]
+    try:
+        names = [name.strip() for name in next(csv.reader([header]))]
+    except csv.Error as error:
+        raise TraceError(f"the header of {path} cannot be read: {error}") from error
     missing = [column for column in COLUMNS if column not in names]
     if missing:
         raise TraceError(
@@ -101,7 +104,7 @@ def _parse_rows(
     for number, line in lines:
         try:
             rows.append(_parse_row(next(csv.reader([line])), positions))
-        except ValueError as error:
+        except (ValueError, csv.Error) as error:
             bad_rows.append(BadRow(number, str(error)))
     return rows, bad_rows
 

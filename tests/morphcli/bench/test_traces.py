@@ -64,6 +64,14 @@ def test_a_file_without_requests_is_one_sentence(tmp_path: Path, text: str, mess
         read_azure(write(tmp_path, text))
 
 
+def test_fields_beyond_what_csv_reads_are_named(tmp_path: Path) -> None:
+    long = "1" * 200_000
+    trace = read_azure(write(tmp_path, f"{HEADER}\n2023-11-16 18:15:46,3,4\n{long},1,1\n"))
+    assert [bad.line for bad in trace.bad_rows] == [3]
+    with pytest.raises(TraceError, match="the header of"):
+        read_azure(write(tmp_path, f"{long}\n1,1\n"))
+
+
 def test_a_missing_or_binary_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="cannot read trace"):
         read_azure(tmp_path / "none.csv")
