@@ -29,10 +29,11 @@ def profile(
     seed: Annotated[int, typer.Option(help="Of the choice of windows and the random order.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Rank layers by how little INT4 changes the model, and store the ranking in the bundle.
+    """Rank the layers by how little INT4 changes the model.
 
     Ranks by LIS on the first half of the text; on the second half compares it with front-to-back,
-    back-to-front and a random order. The order that stays closest to full precision is kept.
+    back-to-front and a random order. The order that stays closest to full precision is kept in
+    the bundle.
     """
     import msgspec
 

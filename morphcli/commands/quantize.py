@@ -39,7 +39,7 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Round every decoder layer to INT4 and write the bundle that `morph serve` swaps from."""
+    """Make the bundle of INT4 layers that `morph serve` swaps from."""
     from morphserve.quantize.build import build_bundle, default_group_size
     from morphserve.quantize.checkpoint import open_checkpoint
 

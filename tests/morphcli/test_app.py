@@ -34,6 +34,12 @@ def test_help_lists_the_commands() -> None:
     assert [line.split()[0] for line in listed if line.strip()] == list(COMMANDS)
 
 
+@pytest.mark.parametrize("command", set(COMMANDS) - {"serve"})
+def test_the_list_of_commands_cuts_no_sentence(command: str) -> None:
+    first = morph("--help").stdout.partition(f"  {command} ")[2].partition("\n")[0]
+    assert first.endswith(".") and not first.endswith("...")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_tells_its_usage(command: str) -> None:
     result = morph(command, "--help")
@@ -69,6 +75,32 @@ def test_an_unknown_option_is_a_usage_error(
 ) -> None:
     assert fail(monkeypatch, "serve", "demo", "--polcy", "off") == 2
     assert "--polcy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["no/such"], "there is no model folder no/such: give a Hugging Face folder, or `demo`"),
+        (
+            ["demo"],
+            "policy balanced swaps layers and needs a bundle: `morph quantize demo -o demo.morph`, "
+            "then `morph serve demo --bundle demo.morph`; or serve at full precision with "
+            "`--policy off`",
+        ),
+        (
+            ["demo", "--bundle", "no.morph"],
+            "there is no bundle no.morph: `morph quantize demo -o no.morph` makes it",
+        ),
+    ],
+)
+def test_what_a_server_lacks_is_said_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    assert fail(monkeypatch, "serve", *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
 
 def test_ctrl_c_ends_without_a_traceback(
