@@ -6,7 +6,11 @@ leave at their planned times whether or not earlier ones were answered.
 """
 
 import asyncio
+import contextlib
 import hashlib
+import os
+import resource
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -40,7 +44,10 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 
 
 class Outcome(msgspec.Struct, tag=True):
-    """What became of one request; times in seconds since its send unless said otherwise."""
+    """What became of one request; times in seconds, as said.
+
+    Latencies count from the intended send: a request that left late is late for its user.
+    """
 
     index: int
     intended_s: float  # since the start of the plan
@@ -54,7 +61,7 @@ class Outcome(msgspec.Struct, tag=True):
     ttft_s: float | None = None
     e2e_s: float | None = None
     event_times_s: list[float] = []  # one per streamed piece, which may hold several tokens
-    output_tokens: int = 0  # from the usage block
+    output_tokens: int = 0  # from the usage block; 0: there was none
     tokens_full: int | None = None  # tokens per precision, where the server reports them
     tokens_int4: int | None = None
     text_sha256: str | None = None
@@ -66,10 +73,13 @@ class Outcome(msgspec.Struct, tag=True):
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; 0 for a single token."""
-        if self.ttft_s is None or self.e2e_s is None:
+        """Mean time per output token after the first; 0 for a single token.
+
+        None: not answered to the end, or the server told no number of tokens.
+        """
+        if self.ttft_s is None or self.e2e_s is None or not self.output_tokens:
             return None
-        if self.output_tokens <= 1:
+        if self.output_tokens == 1:
             return 0.0
         return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
 
@@ -121,7 +131,8 @@ async def replay(plan: Plan, started_s: float) -> AsyncIterator[Outcome]:
 
 
 async def _one(plan: Plan, request: PlannedRequest, body: bytes, started_s: float) -> Outcome:
-    await asyncio.sleep(started_s + request.send_s - time.monotonic())
+    due = started_s + request.send_s
+    await asyncio.sleep(due - time.monotonic())
     sent = time.monotonic()
     outcome = Outcome(
         request.index,
@@ -132,7 +143,7 @@ async def _one(plan: Plan, request: PlannedRequest, body: bytes, started_s: floa
     )
     try:
         async with asyncio.timeout(plan.timeout_s):
-            await _stream(plan.url, body, sent, outcome)
+            await _stream(plan.url, body, due, outcome)
     except TimeoutError:
         outcome.timed_out = True
         outcome.error = f"unfinished after {plan.timeout_s:g} s"
@@ -141,7 +152,7 @@ async def _one(plan: Plan, request: PlannedRequest, body: bytes, started_s: floa
     return outcome
 
 
-async def _stream(url: str, body: bytes, sent: float, outcome: Outcome) -> None:
+async def _stream(url: str, body: bytes, due: float, outcome: Outcome) -> None:
     text = hashlib.sha256()
     ended = False
     async with post_stream(url, "/v1/completions", body) as answer:
@@ -151,7 +162,7 @@ async def _stream(url: str, body: bytes, sent: float, outcome: Outcome) -> None:
         async for data in ServerSentEvents(answer):
             if ended := data == b"[DONE]":
                 break
-            _take(_decode_chunk(data), time.monotonic() - sent, text, outcome)
+            _take(_decode_chunk(data), time.monotonic() - due, text, outcome)
     if not ended:
         raise HttpError("the connection ended before the answer did")
     if outcome.ttft_s is None:
@@ -189,5 +200,16 @@ def _emit(message: Started | Outcome) -> None:
     sys.stdout.buffer.flush()
 
 
+def _allow_many_connections() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # refused: the system's own limit is lower
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 if __name__ == "__main__":
-    asyncio.run(_main())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
+    _allow_many_connections()
+    try:
+        asyncio.run(_main())
+    except BrokenPipeError:  # the parent is gone: nobody wants the rest
+        os._exit(1)

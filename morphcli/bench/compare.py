@@ -34,7 +34,7 @@ _REPLAY_STEP = Callable[[Outcome], None]
 
 
 class ReplayFailed(MorphError):
-    """The load generator died; the message holds its last words."""
+    """The load generator died, or not even the first request was answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,20 @@ def run_policy(bench: Bench, policy: str, on_outcome: _REPLAY_STEP) -> Run:
 def _run(bench: Bench, policy: str, url: str, on_outcome: _REPLAY_STEP) -> Run:
     model = served_model(url)
     requests = _planned(bench)
-    warm_up = msgspec.structs.replace(requests[0], send_s=0.0, output_tokens=_WARM_UP_TOKENS)
-    replay(Plan(url, model, bench.timeout_s, [warm_up]), lambda _: None)
+    _warm_up(bench, url, model)
     with Sampler(url) as sampler:
         plan = Plan(url, model, bench.timeout_s, requests)
         started, outcomes = replay(plan, on_outcome)
         if not policy.startswith("static:"):
             _await_full_precision(sampler, bench.settle_s)
     return Run(policy, started.epoch_s, outcomes, sampler.states)
+
+
+def _warm_up(bench: Bench, url: str, model: str) -> None:
+    request = PlannedRequest(0, 0.0, bench.prompts.warm_up, 0, _WARM_UP_TOKENS)
+    _, (outcome,) = replay(Plan(url, model, bench.timeout_s, [request]), lambda _: None)
+    if outcome.error is not None:
+        raise ReplayFailed(f"{url} did not answer the warm-up request: {outcome.error}")
 
 
 def _planned(bench: Bench) -> list[PlannedRequest]:

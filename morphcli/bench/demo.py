@@ -19,6 +19,7 @@ from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.runtime.build import budget_for_tokens
 
 TRACE = "azure2023_burst.csv"
+WINDOW_S = 6.0, 54.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class DemoSettings:
 
     shape: Shape = field(
         default_factory=lambda: Shape(
-            window_s=(6.0, 54.0),
+            window_s=WINDOW_S,
             rate_scale=0.22,
             length_scale=0.1,
             output_scale=10.0,
@@ -63,6 +64,7 @@ def demo_request(settings: DemoSettings, folder: Path, bundle: Path, budget: str
         memory_budget=budget,
         max_model_len=settings.max_model_len,
         timeout_s=settings.timeout_s,
+        force=True,
     )
 
 

@@ -21,6 +21,7 @@ class Prompts:
     """One prompt per request: text, or token ids where no text of that length was found."""
 
     prompts: tuple[str | list[int], ...]
+    warm_up: str | list[int]  # as long as the shortest
 
     @property
     def num_token_ids(self) -> int:
@@ -44,7 +45,10 @@ def load_tokenizer(model: Path) -> Tokenizer:
     path = model / "tokenizer.json"
     if not path.is_file():
         raise PromptError(f"{model} has no tokenizer.json, which prompts of exact length need")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise PromptError(f"{path} cannot be read as a tokenizer: {error}") from error
 
 
 def make_prompts(tokenizer: Tokenizer, text: str, lengths: Sequence[int], seed: int) -> Prompts:
@@ -61,7 +65,8 @@ def make_prompts(tokenizer: Tokenizer, text: str, lengths: Sequence[int], seed: 
             f"{longest:,}: give a longer --prompts FILE, or lower --max-prompt"
         )
     rng = random.Random(seed)
-    return Prompts(tuple(_prompt(tokenizer, corpus, n, special, rng) for n in lengths))
+    prompts = tuple(_prompt(tokenizer, corpus, n, special, rng) for n in lengths)
+    return Prompts(prompts, _prompt(tokenizer, corpus, min(lengths), special, rng))
 
 
 def _prompt(

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from morphserve.configs.errors import ConfigError
 from morphserve.profile.mixes import Model
 from morphserve.profile.perplexity import measure
 from morphserve.quantize.bundle import Bundle, open_bundle
@@ -44,5 +45,11 @@ def open_quality(model: str, bundle: Path | None, text: Path | None) -> Quality:
     opened = open_bundle(str(bundle), checkpoint) if bundle else None
     length = min(_WINDOW_TOKENS, checkpoint.architecture.max_position)
     source = str(text) if text else None
-    _, windows = calibration_and_evaluation(checkpoint, source, _NUM_WINDOWS, length, seed=0)
+    try:
+        _, windows = calibration_and_evaluation(checkpoint, source, _NUM_WINDOWS, length, seed=0)
+    except ConfigError as error:
+        raise ConfigError(
+            f"perplexity is measured on text of at least {2 * _NUM_WINDOWS * length:,} tokens: "
+            "give a longer --prompts FILE"
+        ) from error
     return Quality(checkpoint, opened, windows)

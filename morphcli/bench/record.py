@@ -3,30 +3,28 @@
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 
-from morphserve.morphcli.bench.schedule import Burst, Schedule
+from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
 from morphserve.morphcli.bench.summary import PolicySummary, Run, Slo
 
 SCHEMA_VERSION = 1
+SUMMARY = "summary.json"
+_REQUESTS, _TIMELINE = "requests.jsonl", "timeline.jsonl"
 
 
 class Settings(msgspec.Struct, frozen=True):
     """What was asked for; None: not given."""
 
     trace: str
-    window_s: tuple[float, float] | None
-    rate_scale: float
-    time_scale: float
-    length_scale: float
-    max_prompt: int | None
-    max_output: int | None
-    seed: int
+    shape: Shape
+    prompts: str | None  # file; None: the model folder's held-out text
     model: str
     bundle: str | None
     memory_budget: str | None
@@ -132,23 +130,46 @@ def _cpu() -> str:
     return next(names, platform.machine())
 
 
-def write_record(folder: Path, summary: Summary, runs: Sequence[Run]) -> None:
-    """`summary.json`, `requests.jsonl` and `timeline.jsonl` in `folder`.
+def open_record(folder: Path, *, force: bool) -> None:
+    """Make `folder` ready for the lines of a run.
 
-    Lines of the two lists start with the policy; `at_s` counts from the start of the schedule.
+    Raises ConfigError if it holds a finished run and not `force`, MorphError if it cannot be
+    written to.
     """
-    summary_json = msgspec.json.format(msgspec.json.encode(summary), indent=2)
-    (folder / "summary.json").write_bytes(summary_json + b"\n")
-    requests = ({"policy": r.policy} | msgspec.to_builtins(o) for r in runs for o in r.outcomes)
-    _write_lines(folder / "requests.jsonl", requests)
+    summary = folder / SUMMARY
+    if summary.exists() and not force:
+        raise ConfigError(
+            f"{folder} holds a run already: choose another --output, or replace it with --force"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (_REQUESTS, _TIMELINE):
+            (folder / name).write_bytes(b"")
+        summary.unlink(missing_ok=True)
+    except OSError as error:
+        raise MorphError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def append_run(folder: Path, run: Run) -> None:
+    """Add the lines of `run` to `requests.jsonl` and `timeline.jsonl` in `folder`.
+
+    Lines start with the policy; `at_s` counts from the start of the schedule.
+    """
+    requests = ({"policy": run.policy} | msgspec.to_builtins(o) for o in run.outcomes)
+    _append_lines(folder / _REQUESTS, requests)
     states = (
-        {"policy": r.policy, "at_s": round(r.at_s(s), 3)} | msgspec.to_builtins(s)
-        for r in runs
-        for s in r.states
+        {"policy": run.policy, "at_s": round(run.at_s(s), 3)} | msgspec.to_builtins(s)
+        for s in run.states
     )
-    _write_lines(folder / "timeline.jsonl", states)
+    _append_lines(folder / _TIMELINE, states)
 
 
-def _write_lines(path: Path, rows: Iterable[object]) -> None:
-    with path.open("wb") as file:
+def write_summary(folder: Path, summary: Summary) -> None:
+    """`summary.json` in `folder`."""
+    summary_json = msgspec.json.format(msgspec.json.encode(summary), indent=2)
+    (folder / SUMMARY).write_bytes(summary_json + b"\n")
+
+
+def _append_lines(path: Path, rows: Iterable[object]) -> None:
+    with path.open("ab") as file:
         file.writelines(msgspec.json.encode(row) + b"\n" for row in rows)

@@ -6,7 +6,7 @@ from importlib import resources
 from string import Template
 
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.schedule import Schedule, rate_per_second
+from morphserve.morphcli.bench.schedule import Burst, Schedule, rate_per_second
 from morphserve.morphcli.bench.summary import Run, show_s
 from morphserve.morphcli.bench.table import Row, policy_title, table_rows
 from morphserve.morphcli.bench.timeline import draw_timeline, make_frame
@@ -20,7 +20,7 @@ _DEFINITIONS = {
     "one after another, and go back when the pressure is gone.",
     "KV cache": "Memory of what each running request has read and written so far. When it is full, "
     "new requests wait and running ones may be preempted.",
-    "time to first token": "From the moment a request was sent to its first streamed token (TTFT). "
+    "time to first token": "From the moment a request was due to its first streamed token (TTFT). "
     "Percentiles are nearest-rank over all requests sent; one that was never answered counts as "
     "infinitely slow.",
     "time per further token": "(last token − first token) / (tokens − 1) of one request (TPOT), "
@@ -34,8 +34,9 @@ _DEFINITIONS = {
     "for each number of INT4 layers, then averaged (geometrically) over the tokens generated at "
     "that number, as seen in ten samples a second.",
     "all layers at full precision again after the burst": "Counted from the end of the burst "
-    "(the last second in which the 5 s mean of arrivals was over twice its median) to the first "
-    "sample of the server in which every layer was at full precision.",
+    "(the last second in which the 5 s mean of arrivals was over twice its median, by more than "
+    "chance) to the first sample of the server in which every layer that was INT4 by then had "
+    "come back. Layers that became INT4 later are counted on their own.",
     "same text": "Share of requests, answered under both policies, with the same greedy text.",
 }
 
@@ -62,11 +63,15 @@ def _headline(summary: Summary, names: Sequence[str]) -> str:
     facts = summary.trace
     burst = ""
     if facts.burst is not None:
-        burst = (
-            f", with a burst {facts.burst.peak_rate / facts.burst.usual_rate:.0f} times as dense"
-        )
+        burst = f", with a burst {_density(facts.burst)}"
     who = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     return f"{facts.requests} requests in {facts.duration_s:.0f} seconds{burst}: {who}"
+
+
+def _density(burst: Burst) -> str:
+    if not burst.usual_rate:
+        return f"of up to {burst.peak_rate:.0f} requests per second"
+    return f"{burst.peak_rate / burst.usual_rate:.0f} times as dense"
 
 
 def _timeline_note(summary: Summary, names: Sequence[str]) -> str:
@@ -106,18 +111,20 @@ def _list(items: Iterable[tuple[str, str]]) -> str:
 
 def _setup(summary: Summary) -> list[tuple[str, str]]:
     settings, facts, machine = summary.settings, summary.trace, summary.environment
-    trace = settings.trace
-    if settings.window_s is not None:
-        trace += ", seconds {:g} to {:g}".format(*settings.window_s)
-    trace += f"; rate × {settings.rate_scale:g}"
-    trace += f", time × {settings.time_scale:g}, lengths × {settings.length_scale:g}"
-    trace += f", seed {settings.seed}. {facts.prompt_tokens:,} prompt and "
+    shape, trace = settings.shape, settings.trace
+    if shape.window_s is not None:
+        trace += ", seconds {:g} to {:g}".format(*shape.window_s)
+    trace += f"; rate × {shape.rate_scale:g}, time × {shape.time_scale:g}"
+    trace += f", prompts × {shape.length_scale:g}"
+    trace += f", outputs × {shape.length_scale * shape.output_scale:g}"
+    trace += f", seed {shape.seed}. {facts.prompt_tokens:,} prompt and "
     trace += f"{facts.output_tokens:,} output tokens; {facts.clipped_prompts} prompts and "
     trace += f"{facts.clipped_outputs} outputs cut to the longest allowed. {facts.skipped_rows}"
     levels = ", ".join(f"{k} layers {v:.3f}" for k, v in sorted(summary.perplexities.items()))
     lags = (f"{policy_title(p.policy)} {show_s(p.lag_p99_s)}" for p in summary.policies)
     return [
         ("trace", trace),
+        ("prompts", f"cut from {settings.prompts or 'the held-out text of the model'}"),
         ("servers", _servers(summary)),
         ("load", "Open loop: each request leaves at its own time from a separate process, answered "
          f"or not. How late they left (P99): {', '.join(lags)}; over 50 ms a run proves nothing."),

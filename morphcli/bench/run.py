@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,24 +17,27 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.configs.errors import ConfigError
 from morphserve.configs.load import resolve_model
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.compare import Bench, agreement, run_policy
+from morphserve.morphcli.bench.http import host_and_port
 from morphserve.morphcli.bench.prompts import Prompts, load_corpus, load_tokenizer, make_prompts
 from morphserve.morphcli.bench.quality import Quality, open_quality
 from morphserve.morphcli.bench.record import (
     Settings,
     Summary,
     TraceFacts,
+    append_run,
     environment,
     now,
+    open_record,
     trace_facts,
-    write_record,
+    write_summary,
 )
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.schedule import Schedule, Shape, find_burst, shape_trace
-from morphserve.morphcli.bench.server import ServerOptions
+from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
 from morphserve.morphcli.bench.summary import Run, Slo, mean_perplexity, summarise, tokens_per_level
 from morphserve.morphcli.bench.table import policy_title, table_rows
 from morphserve.morphcli.bench.traces import read_azure
@@ -58,13 +62,22 @@ class BenchRequest:
     prompts: Path | None = None  # text file; None: the model folder's held-out text
     url: str | None = None  # a running server; None: start one per policy
     timeout_s: float = 120.0  # per request
+    force: bool = False  # replace a finished run in `output`
 
     def __post_init__(self) -> None:
+        if self.url is not None:
+            host_and_port(self.url)
+            return
         needs_bundle = [name for name in self.policies if name != "full"]
-        if self.url is None and self.bundle is None and needs_bundle:
+        if self.bundle is None and needs_bundle:
             raise ConfigError(
                 f"{', '.join(needs_bundle)} needs INT4 layers: give --bundle, made by "
                 f"`morph quantize {self.model}`"
+            )
+        if self.memory_budget is None and len(self.policies) > 1:
+            raise ConfigError(
+                "give --memory-budget, as 96MiB: policies compare only where every server has the "
+                "same memory"
             )
 
 
@@ -76,18 +89,29 @@ def run_bench(request: BenchRequest, console: Console) -> Summary:
     trace = read_azure(request.trace)
     schedule = shape_trace(trace, request.shape)
     if skipped := trace.describe_bad_rows():
-        console.print(f"[yellow]warning:[/] {skipped}", highlight=False)
+        console.print(f"[yellow]warning:[/] {escape(skipped)}", highlight=False)
     prompts = _prompts(request, schedule)
-    quality = open_quality(request.model, request.bundle, request.prompts)
+    quality = _quality(request)
     burst = find_burst(schedule.arrivals, schedule.duration_s)
     facts = trace_facts(schedule, prompts.num_token_ids, skipped, burst)
-    runs = _run_all(_bench(request, schedule, prompts), console)
-    console.print("measuring the perplexity of what was served")
+    bench = _bench(request, schedule, prompts)
+    open_record(request.output, force=request.force)
+    with ended_by_signals():
+        runs = _run_all(bench, console)
+    if quality is not None:
+        console.print("measuring the perplexity of what was served")
     summary = _summary(request, facts, runs, quality)
-    write_record(request.output, summary, runs)
+    write_summary(request.output, summary)
     report = render_report(summary, runs, schedule)
     (request.output / REPORT).write_text(report, "utf-8")
     return summary
+
+
+def _quality(request: BenchRequest) -> Quality | None:
+    """None for a server that runs already, unless it is known which bundle it serves."""
+    if request.url is not None and request.bundle is None:
+        return None
+    return open_quality(request.model, request.bundle, request.prompts)
 
 
 def _prompts(request: BenchRequest, schedule: Schedule) -> Prompts:
@@ -98,10 +122,6 @@ def _prompts(request: BenchRequest, schedule: Schedule) -> Prompts:
 
 
 def _bench(request: BenchRequest, schedule: Schedule, prompts: Prompts) -> Bench:
-    try:
-        request.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MorphError(f"cannot write to {request.output}: {error.strerror}") from error
     folder = resolve_model(request.model)
     options = ServerOptions(folder, request.bundle, request.memory_budget, request.max_model_len)
     return Bench(
@@ -138,17 +158,18 @@ def _run_all(bench: Bench, console: Console) -> list[Run]:
                 progress.advance(task)
 
             runs.append(run_policy(bench, policy, advance))
+            append_run(bench.output, runs[-1])
             progress.stop_task(task)
     return runs
 
 
 def _summary(
-    request: BenchRequest, facts: TraceFacts, runs: Sequence[Run], quality: Quality
+    request: BenchRequest, facts: TraceFacts, runs: Sequence[Run], quality: Quality | None
 ) -> Summary:
     burst_end_s = facts.burst.end_s if facts.burst else facts.duration_s
     policies = [summarise(run, request.slo, burst_end_s) for run in runs]
     served = [tokens_per_level(run.states) for run in runs]
-    perplexities = quality.perplexities({0}.union(*served))
+    perplexities = quality.perplexities({0}.union(*served)) if quality else {}
     for policy, tokens in zip(policies, served, strict=True):
         policy.perplexity = mean_perplexity(tokens, perplexities)
     same = {run.policy: agreement(runs[0].outcomes, run.outcomes) for run in runs[1:]}
@@ -164,16 +185,10 @@ def _summary(
 
 
 def _settings(request: BenchRequest) -> Settings:
-    shape = request.shape
     return Settings(
         trace=request.trace.name,
-        window_s=shape.window_s,
-        rate_scale=shape.rate_scale,
-        time_scale=shape.time_scale,
-        length_scale=shape.length_scale,
-        max_prompt=shape.max_prompt,
-        max_output=shape.max_output,
-        seed=shape.seed,
+        shape=request.shape,
+        prompts=str(request.prompts) if request.prompts else None,
         model=request.model,
         bundle=str(request.bundle) if request.bundle else None,
         memory_budget=request.memory_budget,

@@ -39,7 +39,7 @@ class ServerOptions:
     def arguments(self, policy: str, port: int) -> list[str]:
         """Command line of `morph serve`."""
         options = {
-            "--bundle": self.bundle,
+            "--bundle": None if policy == "off" else self.bundle,
             "--policy": policy,
             "--memory-budget": self.memory_budget,
             "--max-model-len": self.max_model_len,
@@ -74,10 +74,28 @@ class State(msgspec.Struct):
 
 
 @contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit inside, so that what was started is stopped too."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    # One that is ignored, as SIGHUP under nohup, stays so.
+    watched = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def running_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[str]:
     """The URL of a server started by `arguments`; SIGTERM at the end.
 
-    Raises ServerFailed with the end of its log if it does not become healthy.
+    Raises ServerFailed with the end of its log if it does not become healthy, or has ended by
+    itself when the block ends.
     """
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
@@ -87,6 +105,7 @@ def running_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[s
         try:
             _await_health(process, url, log)
             yield url
+            _check_alive(process, log)
         finally:
             _stop(process)
 
@@ -101,15 +120,17 @@ def free_port() -> int:
 def _await_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ServerFailed(
-                f"the server ended with exit code {process.returncode}: {_tail(log)}"
-            )
+        _check_alive(process, log)
         with contextlib.suppress(OSError, http.client.HTTPException):
             if get(url, "/health")[0] == 200:
                 return
         time.sleep(0.05)
     raise ServerFailed(f"the server was not healthy after {_START_TIMEOUT_S:g} s: {_tail(log)}")
+
+
+def _check_alive(process: subprocess.Popen[bytes], log: Path) -> None:
+    if process.poll() is not None:
+        raise ServerFailed(f"the server ended with exit code {process.returncode}: {_tail(log)}")
 
 
 def _tail(log: Path) -> str:
@@ -118,10 +139,11 @@ def _tail(log: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
     try:
-        process.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_TIMEOUT_S)
+    finally:  # also when a signal ends the wait
         process.kill()
         process.wait()
 
@@ -151,7 +173,10 @@ def served_model(url: str) -> str:
 
 
 class Sampler:
-    """Reads the state of a server ten times a second until closed; without one, has no states."""
+    """Reads the state of a server ten times a second until closed.
+
+    It has no states of a server that serves none.
+    """
 
     def __init__(self, url: str) -> None:
         self.states: list[State] = []
@@ -170,17 +195,11 @@ class Sampler:
     def _run(self) -> None:
         due = time.monotonic()
         while not self._closing.is_set():
-            state = read_state(self._url)
-            if state is not None:
-                self.states.append(state)
+            with contextlib.suppress(OSError, http.client.HTTPException, msgspec.MsgspecError):
+                status, body = get(self._url, "/morph/v1/state")
+                if status == 404:
+                    return
+                if status == 200:
+                    self.states.append(msgspec.json.decode(body, type=State))
             due = max(due + _SAMPLE_INTERVAL_S, time.monotonic())
             self._closing.wait(due - time.monotonic())
-
-
-def read_state(url: str) -> State | None:
-    """The state of a MorphServe server; None if it gives none."""
-    try:
-        status, body = get(url, "/morph/v1/state")
-        return msgspec.json.decode(body, type=State) if status == 200 else None
-    except (OSError, http.client.HTTPException, msgspec.MsgspecError):
-        return None

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -97,7 +97,8 @@ class ServerFigures(msgspec.Struct, frozen=True):
     int4_layers_at_end: int
     kv_tokens_min: int  # capacity of the KV cache
     kv_tokens_max: int
-    full_again_s: float | None  # first seen, from the end of the burst; None: never left, not back
+    full_again_s: float | None  # from the end of the burst; None: never left, or not back at end
+    later_episodes: int  # times that layers became INT4 again after the burst
 
 
 class PolicySummary(msgspec.Struct):
@@ -120,23 +121,13 @@ class PolicySummary(msgspec.Struct):
     lag_p50_s: float
     lag_p99_s: float
     lag_max_s: float
-    wrong_lengths: int  # finished requests with another number of tokens than planned
+    faults: list[str]  # reasons for which the run proves nothing; empty for a valid run
     server: ServerFigures | None  # None: the server gives no state
     perplexity: float | None = None  # of the precisions served, weighted by tokens
 
     @property
     def slo_miss_share(self) -> float:
         return self.slo_misses / self.offered
-
-    @property
-    def faults(self) -> list[str]:
-        """Reasons for which the run proves nothing; empty for a valid run."""
-        faults = []
-        if self.lag_p99_s > MAX_LAG_P99_S:
-            faults.append(f"requests left up to {show_s(self.lag_p99_s)} late (P99)")
-        if self.wrong_lengths:
-            faults.append(f"{self.wrong_lengths} answers had another length than asked for")
-        return faults
 
 
 def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
@@ -146,8 +137,8 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
     good = sum(slo.met_by(o) for o in outcomes)
     refused = sum(o.status not in (0, 200) for o in outcomes)
     unfinished = sum(o.timed_out for o in outcomes)
-    start = min(o.sent_s for o in outcomes)
-    end = max((o.sent_s + (o.e2e_s or 0.0) for o in outcomes), default=start)
+    start = min(o.intended_s for o in outcomes)
+    end = max(o.intended_s + (o.e2e_s or 0.0) for o in outcomes)
     duration = max(end - start, 1e-9)
     lags = [o.lag_s for o in outcomes]
     return PolicySummary(
@@ -168,9 +159,26 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
         lag_p50_s=percentile(lags, 50),
         lag_p99_s=percentile(lags, 99),
         lag_max_s=max(lags),
-        wrong_lengths=sum(o.output_tokens != o.max_tokens for o in finished),
+        faults=list(_faults(outcomes)),
         server=_server_figures(run, burst_end_s),
     )
+
+
+def _faults(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    finished = [o for o in outcomes if o.error is None]
+    late = percentile([o.lag_s for o in outcomes], 99)
+    if late > MAX_LAG_P99_S:
+        yield f"requests left up to {show_s(late)} late (P99)"
+    if broken := sum(o.status in (0, 200) and not o.timed_out for o in outcomes) - len(finished):
+        yield f"{broken} requests failed without a whole answer"
+    # 429 and 503 are how a server under pressure turns requests away.
+    if errors := sorted({o.status for o in outcomes} - {0, 200, 429, 503}):
+        count = sum(o.status in errors for o in outcomes)
+        yield f"{count} requests were answered with HTTP {', '.join(map(str, errors))}"
+    if unknown := sum(not o.output_tokens for o in finished):
+        yield f"{unknown} answers did not tell their number of tokens"
+    if wrong := sum(o.output_tokens not in (0, o.max_tokens) for o in finished):
+        yield f"{wrong} answers had another length than asked for"
 
 
 def _server_figures(run: Run, burst_end_s: float) -> ServerFigures | None:
@@ -193,14 +201,33 @@ def _server_figures(run: Run, burst_end_s: float) -> ServerFigures | None:
         kv_tokens_min=min(capacities),
         kv_tokens_max=max(capacities),
         full_again_s=_full_again(run, burst_end_s),
+        later_episodes=sum(start > burst_end_s for start, _ in _int4_stretches(run)),
     )
 
 
 def _full_again(run: Run, burst_end_s: float) -> float | None:
-    if not any(state.num_int4 for state in run.states):
+    stretches = _int4_stretches(run)
+    if not stretches or run.states[-1].num_int4:
         return None
-    calm = (run.at_s(state) for state in run.states if not state.num_int4)
-    return next((at_s - burst_end_s for at_s in calm if at_s >= burst_end_s), None)
+    ends = [end for start, end in stretches if start <= burst_end_s]
+    return max([0.0, *(end - burst_end_s for end in ends)])
+
+
+def _int4_stretches(run: Run) -> list[tuple[float, float]]:
+    """Start and end, in seconds of the schedule, of each time with any layer at INT4.
+
+    The end is the first sample without one, or the last sample of all.
+    """
+    stretches: list[tuple[float, float]] = []
+    was_int4 = False
+    for state in run.states:
+        at_s = run.at_s(state)
+        if was_int4:
+            stretches[-1] = (stretches[-1][0], at_s)
+        elif state.num_int4:
+            stretches.append((at_s, at_s))
+        was_int4 = state.num_int4 > 0
+    return stretches
 
 
 def tokens_per_level(states: Sequence[State]) -> dict[int, int]:

@@ -1,5 +1,6 @@
 """The headline table, in words for people who see them for the first time."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,9 +82,12 @@ class _Rows:
 
 def _best(costs: Sequence[float | None]) -> int | None:
     known = sorted(cost for cost in costs if cost is not None)
-    if len(known) < 2 or known[1] - known[0] <= _TIE * abs(known[1]):
+    if len(known) < 2 or math.isinf(known[0]):
         return None
-    return costs.index(known[0])
+    first, second = known[:2]
+    if math.isfinite(second) and second - first <= _TIE * abs(second):
+        return None
+    return costs.index(first)
 
 
 def _misses(policy: PolicySummary) -> str:
@@ -104,7 +108,11 @@ def _latency(build: _Rows, label: str, rank: str, field: str, detail: bool) -> N
         found = value(policy)
         return "no answer" if found is None else show_s(found)
 
-    build.add(label, show, value, detail=detail)
+    def cost(policy: PolicySummary) -> float:
+        found = value(policy)
+        return math.inf if found is None else found
+
+    build.add(label, show, cost, detail=detail)
 
 
 def _add_server_rows(build: _Rows) -> None:
@@ -126,6 +134,7 @@ def _add_server_rows(build: _Rows) -> None:
     add("tokens made while a layer was INT4", lambda s: show_share(s.int4_token_share))
     add("INT4 layers: mean per token / most", _layers, detail=True)
     add("all layers at full precision again after the burst", _full_again)
+    add("times that layers became INT4 again later", _later, detail=True)
 
 
 def _preemptions(server: ServerFigures) -> str:
@@ -143,9 +152,13 @@ def _layers(server: ServerFigures) -> str:
     return f"{mean} / {server.int4_layers_max}"
 
 
+def _later(server: ServerFigures) -> str:
+    return str(server.later_episodes)
+
+
 def _full_again(server: ServerFigures) -> str:
     if server.full_again_s is not None:
-        return f"after {show_s(server.full_again_s)}"
+        return f"after {show_s(server.full_again_s)}" if server.full_again_s else "by its end"
     if not server.int4_layers_max:
         return "always"
     return f"no, {server.int4_layers_at_end} INT4"

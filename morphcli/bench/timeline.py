@@ -35,9 +35,9 @@ def make_frame(runs: Sequence[Run], rates: list[int], slo: Slo, burst: Burst | N
     """Limits that hold every run."""
     outcomes = [o for run in runs for o in run.outcomes]
     states = [s for run in runs for s in run.states]
-    ends = [o.sent_s + (o.e2e_s or 0.0) for o in outcomes]
+    ends = [o.intended_s + (o.e2e_s or 0.0) for o in outcomes]
     ends += [run.at_s(run.states[-1]) for run in runs if run.states]
-    slowest = max([o.ttft_s or 0.0 for o in outcomes] + [2 * (slo.ttft_s or 0.1)])
+    slowest = max([o.ttft_s or 0.0 for o in outcomes] + [2 * (slo.ttft_s or 0.1), 10 * _FASTEST_S])
     kv = max((max(s.blocks_capacity, s.blocks_full) * s.block_tokens for s in states), default=1)
     return Frame(
         end_s=max([*ends, float(len(rates))]),

@@ -1,10 +1,17 @@
 """The verdict: what the figures of a comparison say about morphing, won or lost."""
 
+import math
 from dataclasses import dataclass
 
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.summary import PolicySummary, show_s
 from morphserve.morphcli.bench.table import policy_title, show_share
+
+# Differences up to these are called none.
+_MISSES = 2  # requests
+_MISS_SHARE = 0.02  # of the offered requests
+_SOONER = 0.10  # of the 95th percentile of first tokens
+_PERPLEXITY = 0.002  # relative
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,41 +23,72 @@ class Verdict:
 
 
 def verdict(summary: Summary) -> Verdict | None:
-    """Morph against full precision and static INT4; None if the comparison lacks either side."""
-    by_name = {policy.policy: policy for policy in summary.policies}
-    morph = next((p for name, p in by_name.items() if name.startswith("morph")), None)
-    full = by_name.get("full")
-    if morph is None or full is None:
+    """Each morph policy against full precision and static INT4, or why the run proves nothing.
+
+    None if no fault was found and the comparison lacks morph or full precision.
+    """
+    faults = [f"{policy_title(p.policy)}: {fault}" for p in summary.policies for fault in p.faults]
+    if faults:
+        return Verdict(False, (f"This run proves nothing ({'; '.join(faults)}): run it again.",))
+    full = next((p for p in summary.policies if p.policy == "full"), None)
+    static = next((p for p in summary.policies if p.policy.startswith("static:")), None)
+    morphs = [p for p in summary.policies if p.policy.startswith("morph")]
+    if full is None or not morphs:
         return None
+    found = [_judge(morph, full, static) for morph in morphs]
+    if len(morphs) > 1:
+        found = [_named(v, morph) for v, morph in zip(found, morphs, strict=True)]
+    return Verdict(any(v.won for v in found), tuple(s for v in found for s in v.sentences))
+
+
+def _named(found: Verdict, policy: PolicySummary) -> Verdict:
+    first, *others = found.sentences
+    return Verdict(found.won, (f"{policy_title(policy.policy)}: {first}", *others))
+
+
+def _judge(morph: PolicySummary, full: PolicySummary, static: PolicySummary | None) -> Verdict:
     won, first = _against_full(morph, full)
     sentences = [first, *_cost(morph, full)]
-    static = next((p for name, p in by_name.items() if name.startswith("static:")), None)
     if static is not None:
         sentences.append(_against_static(morph, static))
-    faulty = [f"{policy_title(p.policy)}: {fault}" for p in summary.policies for fault in p.faults]
-    if faulty:
-        won = False
-        sentences.insert(0, f"This run proves nothing ({'; '.join(faulty)}): run it again.")
     return Verdict(won, tuple(sentences))
 
 
 def _against_full(morph: PolicySummary, full: PolicySummary) -> tuple[bool, str]:
-    ours, theirs = morph.ttft_s.p95, full.ttft_s.p95
-    misses = (
-        f"{morph.slo_misses} of {morph.offered} requests missed the target against "
-        f"{full.slo_misses} at full precision"
-    )
-    times = f"95 % had their first token {_within(ours)} (full precision: {_within(theirs)})"
+    figures = _figures(morph, full)
     if full.slo_misses == morph.slo_misses == 0:
         return False, (
             "The burst did not bind: full precision kept the target for every request too, so "
-            f"there was nothing to win; {times}."
+            f"there was nothing to win; {figures}."
         )
-    sooner = ours is not None and (theirs is None or ours < theirs)
-    if morph.slo_misses < full.slo_misses and sooner:
-        factor = f", {theirs / ours:.1f} times sooner" if ours and theirs else ""
-        return True, f"Morphing paid: {misses}, and {times}{factor}."
-    return False, f"Morphing did not win here: {misses}, and {times}."
+    if morph.server is None or not morph.server.int4_layers_max:
+        return False, f"No layer was swapped, so no difference is morphing's: {figures}."
+    better = _clearly_better(morph, full)
+    if _clearly_better(full, morph):
+        outcome = "won by one measure and lost by the other" if better else "did not win here"
+        return False, f"Morphing {outcome}: {figures}."
+    if not better:
+        return False, f"There is no clear difference: {figures}."
+    ours, theirs = morph.ttft_s.p95, full.ttft_s.p95
+    factor = f", {theirs / ours:.1f} times sooner" if ours and theirs and ours < theirs else ""
+    return True, f"Morphing paid: {figures}{factor}."
+
+
+def _clearly_better(one: PolicySummary, other: PolicySummary) -> bool:
+    """By more than runs of the same policy differ, in missed targets or in first tokens."""
+    spared = other.slo_misses - one.slo_misses
+    if spared > max(_MISSES, _MISS_SHARE * one.offered):
+        return True
+    p95, other_p95 = (math.inf if p is None else p for p in (one.ttft_s.p95, other.ttft_s.p95))
+    return p95 < (1 - _SOONER) * other_p95
+
+
+def _figures(morph: PolicySummary, full: PolicySummary) -> str:
+    return (
+        f"{morph.slo_misses} of {morph.offered} requests missed the target against "
+        f"{full.slo_misses} at full precision, and 95 % had their first token "
+        f"{_within(morph.ttft_s.p95)} (full precision: {_within(full.ttft_s.p95)})"
+    )
 
 
 def _within(value: float | None) -> str:
@@ -59,10 +97,8 @@ def _within(value: float | None) -> str:
 
 def _cost(morph: PolicySummary, full: PolicySummary) -> list[str]:
     server = morph.server
-    if server is None:
+    if server is None or not server.int4_layers_max:
         return []
-    if not server.int4_layers_max:
-        return ["It never swapped a layer."]
     price = (
         f"It made {show_share(server.int4_token_share)} of the tokens with up to "
         f"{server.int4_layers_max} INT4 layers"
@@ -73,10 +109,17 @@ def _cost(morph: PolicySummary, full: PolicySummary) -> list[str]:
             f"; perplexity {morph.perplexity:.3f} against {full.perplexity:.3f} ({worse:+.2f} %)"
         )
     if server.full_again_s is not None:
-        end = f"Every layer was back {show_s(server.full_again_s)} after the burst."
+        end = f"Every layer was back {_after_burst(server.full_again_s)}."
     else:
         end = f"{server.int4_layers_at_end} layers were still INT4 when the run ended."
+    if server.later_episodes:
+        times = "once" if server.later_episodes == 1 else f"{server.later_episodes} times"
+        end += f" It swapped again later, {times}."
     return [price + ".", end]
+
+
+def _after_burst(seconds: float) -> str:
+    return f"{show_s(seconds)} after the burst" if seconds else "by the end of the burst"
 
 
 def _against_static(morph: PolicySummary, static: PolicySummary) -> str:
@@ -85,5 +128,11 @@ def _against_static(morph: PolicySummary, static: PolicySummary) -> str:
     text += f"(95 % {_within(static.ttft_s.p95)})"
     if static.perplexity is None or morph.perplexity is None:
         return text + "."
-    relation = "worse" if static.perplexity > morph.perplexity else "no worse"
-    return text + f", at a perplexity of {static.perplexity:.3f} all day: {relation} than morph's."
+    relation = _relation(static.perplexity, morph.perplexity)
+    return text + f", at a perplexity of {static.perplexity:.3f} all day: {relation}."
+
+
+def _relation(static: float, morph: float) -> str:
+    if abs(static / morph - 1) < _PERPLEXITY:
+        return "no measurable difference from morph's"
+    return f"{'worse' if static > morph else 'better'} than morph's"

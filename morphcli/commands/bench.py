@@ -40,9 +40,10 @@ def bench(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling and prompts.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout.")] = False,
 ) -> None:
-    """Replay a trace against each policy and compare latency, throughput and quality."""
+    """Replay a trace against several policies, and compare."""
     from rich.console import Console
 
     from morphserve.configs.errors import ConfigError
@@ -75,14 +76,19 @@ def bench(
         max_model_len=max_model_len,
         prompts=prompts,
         url=url,
+        force=force,
     )
     console = Console(stderr=True)
     summary = run_bench(request, console)
+    found = verdict(summary)
     if json:
+        if any(policy.faults for policy in summary.policies) and found:
+            console.print(*found.sentences, sep="\n", highlight=False, markup=False)
         typer.echo((output / "summary.json").read_text("utf-8"), nl=False)
         return
     console = Console()
     print_table(summary, console, details=True)
-    if found := verdict(summary):
-        console.print(*found.sentences, sep="\n", highlight=False)
-    console.print(f"wrote {output}, open: {output / REPORT}", highlight=False, soft_wrap=True)
+    if found:
+        console.print(*found.sentences, sep="\n", highlight=False, markup=False)
+    done = f"wrote {output}, open: {output / REPORT}"
+    console.print(done, highlight=False, markup=False, soft_wrap=True)

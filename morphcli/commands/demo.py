@@ -1,5 +1,6 @@
 """`morph demo`: the whole mission on one machine, with no download."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,31 +17,31 @@ def demo(
         Path, typer.Option("--output", "-o", help="Folder of the bundle, figures and report.")
     ] = Path("demo-run"),
 ) -> None:
-    """Show morphing on the shipped model under a burst of requests; takes a few minutes."""
+    """Show morphing under a burst; takes a few minutes."""
     from rich.console import Console
 
-    from morphserve.morphcli.bench.demo import DemoSettings, demo_budget, demo_request
+    from morphserve.morphcli.bench.demo import WINDOW_S, DemoSettings, demo_budget, demo_request
     from morphserve.morphcli.bench.run import REPORT, print_table, run_bench
     from morphserve.morphcli.bench.verdict import verdict
 
     settings, console = DemoSettings(), Console(highlight=False)
     bundle = _prepare(output, settings, console)
     budget = demo_budget(settings, bundle)
+    start_s, end_s = WINDOW_S
     console.print(
-        "one minute of real traffic, thinned and shortened, against three servers of "
-        f"{budget} each: full precision, INT4 all the time, and morph"
+        f"{end_s - start_s:g} seconds of real traffic, thinned and shortened, "
+        f"against three servers of {budget} each: full precision, INT4 all the time, and morph"
     )
     summary = run_bench(demo_request(settings, output, bundle, budget), console)
     console.print()
     print_table(summary, console, details=False)
     if found := verdict(summary):
-        console.print("\n".join(found.sentences))
-    console.print(f"\nreport, second by second: {output / REPORT}", soft_wrap=True)
-    console.print(
-        f"try: morph serve demo --bundle {bundle} --memory-budget {budget} "
-        f"--max-model-len {settings.max_model_len}",
-        soft_wrap=True,
-    )
+        console.print("\n".join(found.sentences), markup=False)
+    report = f"\nreport, second by second: {output / REPORT}"
+    console.print(report, markup=False, soft_wrap=True)
+    command = ["morph", "serve", "demo", "--bundle", str(bundle), "--memory-budget", budget]
+    command += ["--max-model-len", str(settings.max_model_len)]
+    console.print(f"try: {shlex.join(command)}", markup=False, soft_wrap=True)
 
 
 def _prepare(output: Path, settings: "DemoSettings", console: "Console") -> Path:

@@ -65,8 +65,8 @@ def make_summary(runs: list[Run]) -> tuple[Summary, Schedule]:
     names = tuple(run.policy for run in runs)
     summary = Summary(
         settings=Settings(
-            "t.csv", Shape(length_scale=0.1, output_scale=10.0), None, "demo", None, "9MiB", None, None, names,
-            SLO, 30.0,
+            "t.csv", Shape(length_scale=0.1, output_scale=10.0), None, "demo", None, "9MiB", None,
+            None, names, SLO, 30.0,
         ),
         environment=Environment("0", None, "3", "2", "linux", "a <fast> cpu", 2),
         trace=trace_facts(schedule, 0, "", BURST),

@@ -16,6 +16,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bodies: list[dict[str, Any]] = []
         self.started_s: list[float] = []
+        self.gets: list[str] = []
         self.state: dict[str, Any] | None = None
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -30,6 +31,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self.server.gets.append(self.path)
         if self.path == "/v1/models":
             self._json(200, {"data": [{"id": "fake"}]})
         elif self.path == "/morph/v1/state" and self.server.state is not None:

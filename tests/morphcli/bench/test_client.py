@@ -28,6 +28,7 @@ def test_an_answer_is_recorded_with_its_tokens_and_precisions() -> None:
     assert len(outcome.event_times_s) == 3  # pieces of two, two and one token
     assert outcome.ttft_s == outcome.event_times_s[0]
     assert outcome.e2e_s == outcome.event_times_s[-1]
+    assert outcome.ttft_s >= outcome.lag_s  # it counts from when the request was due
     assert outcome.tpot_s == (outcome.e2e_s - outcome.ttft_s) / 4
     body = server.bodies[0]
     assert body["ignore_eos"] and body["stream_options"] == {"include_usage": True}

@@ -9,12 +9,14 @@ from tokenizers.models import WordLevel
 from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import Whitespace
 
+from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.bench.prompts import (
     PromptError,
     load_corpus,
     load_tokenizer,
     make_prompts,
 )
+from morphserve.morphcli.bench.quality import open_quality
 
 DEMO = Path(__file__).parents[3] / "morphcli" / "demo_model"
 
@@ -59,3 +61,12 @@ def test_a_folder_without_text_or_tokenizer_says_what_to_give(tmp_path: Path) ->
         load_corpus(tmp_path, tmp_path / "none.txt")
     with pytest.raises(PromptError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(PromptError, match="cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_too_short_a_text_for_perplexity_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("import os\n" * 100)
+    with pytest.raises(ConfigError, match="give a longer --prompts FILE"):
+        open_quality(str(DEMO), None, tmp_path / "short.txt")

@@ -5,13 +5,18 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
+import pytest
 from bench_runs import answered, make_run, make_summary, state, unanswered
 
+from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.morphcli.bench.plot import Scale, nice_ceiling, spans, steps
-from morphserve.morphcli.bench.record import Summary, write_record
+from morphserve.morphcli.bench.record import Summary, append_run, open_record, write_summary
 from morphserve.morphcli.bench.report import render_report
-from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.bench.schedule import Burst
+from morphserve.morphcli.bench.summary import Run, Slo
 from morphserve.morphcli.bench.table import table_rows
+from morphserve.morphcli.bench.timeline import draw_timeline, make_frame
 from morphserve.morphcli.bench.verdict import verdict
 
 QUICK = [answered(i, 0.2) for i in range(5)]
@@ -71,6 +76,105 @@ def test_an_invalid_run_proves_nothing() -> None:
 def test_no_verdict_without_both_sides() -> None:
     summary, _ = make_summary([make_run("full", QUICK, CALM)])
     assert verdict(summary) is None
+
+
+def test_faults_are_told_whichever_policies_ran() -> None:
+    broken = [*QUICK[:4], unanswered(4)]
+    runs = [make_run("server", broken, [])]
+    summary, schedule = make_summary(runs)
+    found = verdict(summary)
+    assert found is not None and not found.won
+    sentence = "This run proves nothing (server: 1 requests failed without a whole answer)"
+    assert found.sentences[0].startswith(sentence)
+    assert sentence in render_report(summary, runs, schedule)
+
+
+def test_nothing_is_won_without_a_swap() -> None:
+    runs = [make_run("full", SLOW, CALM), make_run("morph", QUICK, CALM)]
+    found = verdict(make_summary(runs)[0])
+    assert found is not None and not found.won
+    assert found.sentences[0].startswith("No layer was swapped")
+
+
+@pytest.mark.parametrize(("missed", "won"), [(8, False), (7, True)])
+def test_a_win_is_more_than_noise(missed: int, won: bool) -> None:
+    def run(policy: str, misses: int, states: list) -> Run:
+        slow = [answered(i, 3.0) for i in range(misses)]
+        return make_run(policy, [*slow, *(answered(i, 0.2) for i in range(misses, 40))], states)
+
+    summary, _ = make_summary([run("full", 10, CALM), run("morph", missed, morph_states())])
+    found = verdict(summary)
+    assert found is not None and found.won == won
+    assert found.sentences[0].startswith("Morphing paid" if won else "There is no clear difference")
+
+
+def test_every_morph_policy_is_judged_by_name() -> None:
+    runs = [
+        make_run("full", SLOW, CALM),
+        make_run("morph", QUICK, morph_states()),
+        make_run("morph:accuracy", SLOW, morph_states()),
+    ]
+    found = verdict(make_summary(runs)[0])
+    assert found is not None and found.won
+    assert any(s.startswith("morph: Morphing paid") for s in found.sentences)
+    assert any(s.startswith("morph:accuracy: There is no clear") for s in found.sentences)
+
+
+def test_equal_perplexities_are_called_equal() -> None:
+    summary = three(SLOW, QUICK, QUICK)[0]
+    summary.policies[1].perplexity = 10.21
+    found = verdict(summary)
+    assert found is not None and "no measurable difference from morph's" in found.sentences[-1]
+
+
+def test_a_later_swap_is_told() -> None:
+    states = [*morph_states(), state(4, 2, 60), state(5, 0, 70)]
+    runs = [make_run("full", SLOW, CALM), make_run("morph", QUICK, states)]
+    found = verdict(make_summary(runs)[0])
+    assert found is not None
+    assert found.sentences[-1] == (
+        "Every layer was back 1 s after the burst. It swapped again later, once."
+    )
+
+
+def test_no_answer_is_worse_than_a_slow_one() -> None:
+    runs = [make_run("full", SLOW, CALM), make_run("morph", QUICK, morph_states())]
+    rows = {row.label: row for row in table_rows(make_summary(runs)[0])}
+    assert rows["95 % of requests had their first token within"].best == 1
+
+
+def test_a_burst_out_of_silence_has_a_rate_and_no_factor() -> None:
+    runs = [make_run("full", QUICK, CALM)]
+    summary, schedule = make_summary(runs)
+    summary.trace = msgspec.structs.replace(summary.trace, burst=Burst(1.0, 2.0, 0.0, 7.0))
+    assert "a burst of up to 7 requests per second" in render_report(summary, runs, schedule)
+
+
+def test_the_report_tells_the_scales_of_prompts_and_outputs() -> None:
+    page = three(SLOW, QUICK, QUICK)[2]
+    assert "prompts × 0.1, outputs × 1, seed 0" in page
+
+
+def test_a_target_faster_than_the_axis_is_drawn() -> None:
+    runs = [make_run("full", [answered(0, 0.004)], CALM)]
+    frame = make_frame(runs, [1], Slo(ttft_s=0.005), None)
+    assert "target 5 ms" in draw_timeline(runs[0], frame)
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    open_record(tmp_path, force=False)
+    open_record(tmp_path, force=False)  # the first never finished
+    write_summary(tmp_path, three(SLOW, QUICK, QUICK)[0])
+    with pytest.raises(ConfigError, match="holds a run already"):
+        open_record(tmp_path, force=False)
+    open_record(tmp_path, force=True)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MorphError, match="cannot write to"):
+        open_record(tmp_path / "file" / "run", force=False)
 
 
 def test_rows_name_the_best_only_where_one_is_clearly_better() -> None:
@@ -139,11 +243,16 @@ def test_marks_are_where_the_data_is_and_text_is_escaped() -> None:
 
 def test_the_run_folder_can_be_read_back(tmp_path: Path) -> None:
     summary, runs, _ = three(SLOW, QUICK, QUICK)
-    write_record(tmp_path, summary, runs)
+    open_record(tmp_path, force=False)
+    for run in runs:
+        append_run(tmp_path, run)
+    write_summary(tmp_path, summary)
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["schema_version"] == 1
     assert written["policies"][0]["slo_misses"] == 4
     assert written["policies"][0]["ttft_s"]["p95"] is None
+    assert written["policies"][0]["faults"] == []
+    assert written["settings"]["shape"]["output_scale"] == 10.0
     assert written["settings"]["policies"] == ["full", "static:all", "morph"]
     requests = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert len(requests) == 15 and requests[4]["status"] == 503

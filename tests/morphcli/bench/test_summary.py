@@ -67,6 +67,37 @@ def test_a_late_load_generator_and_wrong_lengths_are_faults() -> None:
     ]
 
 
+def test_failures_errors_and_missing_counts_are_faults_and_turning_away_is_none() -> None:
+    silent = answered(5, 0.1)
+    silent.output_tokens = 0
+    outcomes = [
+        answered(0, 0.1), unanswered(1), unanswered(2, status=400), unanswered(3, status=429),
+        unanswered(4, status=503), silent, unanswered(6, status=200, timed_out=True),
+    ]  # fmt: skip
+    found = summarise(make_run("full", outcomes, []), SLO, 3.0)
+    assert found.faults == [
+        "1 requests failed without a whole answer",
+        "1 requests were answered with HTTP 400",
+        "1 answers did not tell their number of tokens",
+    ]
+    assert not SLO.met_by(silent) and SLO.met_by(outcomes[0])
+
+
+def test_recovery_ends_with_what_the_burst_began_and_later_swaps_are_counted() -> None:
+    def figures(*levels: int) -> tuple[float | None, int]:
+        states = [state(at_s, level, 0) for at_s, level in enumerate(levels)]
+        server = summarise(make_run("morph", [answered(0, 0.1)], states), SLO, 2.5).server
+        assert server is not None
+        return server.full_again_s, server.later_episodes
+
+    assert figures(0, 0, 0, 0, 0, 0) == (None, 0)
+    assert figures(0, 2, 2, 0, 0, 0) == (0.5, 0)
+    assert figures(0, 2, 0, 0, 0, 0) == (0.0, 0)
+    assert figures(0, 2, 2, 2, 0, 1, 0, 1, 0) == (1.5, 2)
+    assert figures(0, 0, 0, 0, 1, 0) == (0.0, 1)
+    assert figures(0, 2, 2, 0, 1, 1) == (None, 1)
+
+
 def test_figures_of_the_server_are_differences_within_the_run() -> None:
     states = [state(0, 0, 100, 3), state(1, 2, 200, 3), state(2, 4, 300, 9), state(6, 0, 500, 9)]
     server = summarise(make_run("morph", [answered(0, 0.1)], states), SLO, 1.5).server
