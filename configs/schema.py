@@ -60,6 +60,11 @@ class Policy:
         if not 0 <= self.max_demoted_share <= 1:
             raise ConfigError(f"policy {self.name}: max_demoted_share must lie between 0 and 1")
 
+    @property
+    def swaps(self) -> bool:
+        """Whether it needs INT4 layers, of a model with enough layers."""
+        return self.static_layers > 0 or (self.static_layers < 0 and self.max_demoted_share > 0)
+
     def max_demoted(self, num_layers: int) -> int:
         """Deepest rung this policy may reach."""
         if self.static_layers >= 0:
@@ -87,8 +92,8 @@ class EngineConfig:
 class ServerConfig:
     """The HTTP side."""
 
+    served_model_name: str
     host: str = "127.0.0.1"
     port: int = 8000
-    served_model_name: str | None = None  # None: the model folder's name
+    max_queued: int = 512  # prompts in flight; more are told to come again
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
-    log_interval_s: float = 10.0

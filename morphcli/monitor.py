@@ -22,11 +22,11 @@ HISTORY_S = 0.5  # between two points of the KV rows
 _MAX_POINTS = 400
 _EVENTS = 5
 _BARS = " ▁▂▃▄▅▆▇█"
-_LAYER_STYLES = {
-    "full": "green",
-    "int4": "yellow",
-    "demoting": "bold magenta",
-    "promoting": "bold cyan",
+_LAYERS = {  # glyph and style of each state
+    "full": ("■", "green"),
+    "int4": ("▪", "yellow"),
+    "demoting": ("▼", "bold magenta"),
+    "promoting": ("▲", "bold cyan"),
 }
 
 
@@ -77,13 +77,17 @@ def log_line(now: Snapshot, rates: Rates) -> str:
 
 
 async def watch_live(serving: Serving, console: Console) -> None:
-    """The live view, redrawn four times a second; the terminal is restored at the end."""
-    view = View(serving.model_name)
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        while True:
-            view.update(serving.engine.snapshot, serving.metrics.latency())
-            live.update(view.render(console.width), refresh=True)
-            await asyncio.sleep(REFRESH_S)
+    """The live view, redrawn four times a second; its last state stays when it ends."""
+    view = View(f"{serving.model_name} on {serving.url}")
+    try:
+        # On a screen of its own: a resized terminal leaves no old lines behind.
+        with Live(console=console, auto_refresh=False, screen=True) as live:
+            while True:
+                view.update(serving.engine.snapshot, serving.metrics.latency())
+                live.update(view.render(console.width), refresh=True)
+                await asyncio.sleep(REFRESH_S)
+    finally:
+        console.print(view.render(console.width))
 
 
 @dataclass(slots=True)
@@ -132,8 +136,8 @@ def _header(model: str, now: Snapshot) -> Text:
 
 def _layer_map(now: Snapshot) -> Text:
     """One cell per layer, in the order of the model."""
-    cells = [("■ ", _LAYER_STYLES[state]) for state in now.layers]
-    legend = [(f" {state}", style) for state, style in _LAYER_STYLES.items()]
+    cells = [(f"{_LAYERS[state][0]} ", _LAYERS[state][1]) for state in now.layers]
+    legend = [(f"  {glyph} {state}", style) for state, (glyph, style) in _LAYERS.items()]
     return Text.assemble("layers  ", *cells, *legend)
 
 
@@ -164,9 +168,10 @@ def _queue(now: Snapshot, rates: Rates) -> Text:
     waiting = f"{now.waiting} waiting"
     if now.waiting:
         waiting += f" (oldest {now.oldest_wait_s:.1f} s)"
+    preemptions = f"{now.preemptions} preemption{'' if now.preemptions == 1 else 's'}"
     return Text(
-        f"{now.running} running  {waiting}  {now.preemptions} preemptions  "
-        f"{rates.prompt:.0f} prompt tok/s  {rates.generation:.0f} tok/s"
+        f"{now.running} running  {waiting}  {preemptions}  "
+        f"{rates.prompt:.0f} prompt tok/s  {rates.generation:.0f} generation tok/s"
     )
 
 

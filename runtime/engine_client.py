@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -31,6 +32,7 @@ from morphserve.runtime.request import FinishReason, SamplingParams
 # -P: a file in the user's folder named like a module of ours must not be imported.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "morphserve.runtime.engine_process")
 _READ_BYTES = 1 << 18
+_EXIT_S = 1.0  # from closing its socket to the engine's end
 
 
 class EngineDead(MorphError):
@@ -74,6 +76,7 @@ def launch_engine(command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
         process = subprocess.Popen(
             [*command, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
+            # Idle OpenMP threads must sleep: the HTTP process needs the cores too.
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
             start_new_session=True,
         )
@@ -86,10 +89,14 @@ class EngineClient:
     snapshot: Snapshot  # the latest; there is one once start() has returned
     hello: Hello
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(
+        self, sock: socket.socket, exit_code: Callable[[float], Awaitable[int]] | None = None
+    ) -> None:
+        """`exit_code` waits so many seconds for the process to end."""
         self.died = asyncio.Event()
         self.failure = "the engine process ended unexpectedly"
         self._sock = sock
+        self._exit_code = exit_code
         self._queues: dict[str, asyncio.Queue[Chunk | RequestRefused]] = {}
         self._writer: asyncio.StreamWriter | None = None  # before start()
         self._greeted: asyncio.Future[None] | None = None
@@ -157,6 +164,16 @@ class EngineClient:
             self._writer.write(encode_frame(message))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
+        failed: Failed | None = None
+        try:
+            failed = await self._receive_all(reader)
+            if failed is None and self._exit_code is not None:
+                self.failure = f"the engine process {_ending(await self._exit_code(_EXIT_S))}"
+        finally:
+            self._end(failed)
+
+    async def _receive_all(self, reader: asyncio.StreamReader) -> Failed | None:
+        """Takes messages until the engine hangs up; its last words, if there are any."""
         decoder = msgspec.msgpack.Decoder(FromEngine)
         splitter = FrameSplitter()
         failed: Failed | None = None
@@ -168,8 +185,7 @@ class EngineClient:
                     self._receive(message)
         except OSError:
             pass  # a reset is the end, like a close
-        finally:
-            self._end(failed)
+        return failed
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -209,3 +225,11 @@ class EngineClient:
             self._greeted.set_exception(error)
         for request_id in list(self._queues):
             self._finish(request_id, FinishReason.ERROR)
+
+
+def _ending(exit_code: int) -> str:
+    """How a process came to its end."""
+    if exit_code >= 0:
+        return f"ended unexpectedly with exit code {exit_code}"
+    guess = " (out of memory?)" if -exit_code == signal.SIGKILL else ""
+    return f"was killed by signal {-exit_code}{guess}"

@@ -1,7 +1,6 @@
 """The engine's own process: messages in, steps and snapshots out, over one local socket."""
 
 import logging
-import os
 import select
 import signal
 import socket
@@ -188,8 +187,6 @@ def main(make_engine: EngineFactory = _make_engine) -> int:
     """Entry point: the socket's descriptor is the last argument; signals are for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Idle OpenMP threads must sleep: the HTTP process needs the cores too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     return run_engine(socket.socket(fileno=int(sys.argv[-1])), make_engine)
 

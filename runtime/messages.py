@@ -30,7 +30,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     max_model_len: int
     num_layers: int
     max_request_tokens: int  # largest prompt + output the deepest allowed rung can hold
-    startup_s: dict[str, float]  # seconds per phase: import, checkpoint, bundle, arena, warm-up
+    startup_s: dict[str, float]  # seconds per phase: import, load, arena
 
 
 class TokenOutput(msgspec.Struct, frozen=True):

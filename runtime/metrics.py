@@ -6,7 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -17,6 +23,9 @@ WINDOW_S = 60.0  # of the latency percentiles
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _REQUEST_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
+
+# They would be a second series for each, which nobody reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 Clock = Callable[[], float]
 
@@ -177,6 +186,10 @@ class _EngineCollector(Collector):
         for precision in ("full", "int4", "demoting", "promoting"):
             layers.add_metric([precision], snapshot.layers.count(precision))
         yield layers
+        config = {"block_size": str(snapshot.block_tokens), "policy": snapshot.policy}
+        info = GaugeMetricFamily("morph:cache_config_info", "Settings.", labels=list(config))
+        info.add_metric(list(config.values()), 1)
+        yield info
 
 
 def _gauges(now: Snapshot) -> list[tuple[str, str, float]]:

@@ -19,6 +19,7 @@ from morphserve.runtime.metrics import RequestTimer
 from morphserve.runtime.server.body import read_body
 from morphserve.runtime.server.errors import (
     ApiError,
+    bad_request,
     on_crash,
     on_http_error,
     on_known_error,
@@ -30,9 +31,15 @@ from morphserve.runtime.server.protocol import (
     DEFAULT_MAX_TOKENS,
     ChatRequest,
     CompletionRequest,
+    DetokenizeReply,
+    DetokenizeRequest,
     Model,
     ModelList,
     SamplingFields,
+    TokenizeRequest,
+    Tokens,
+    encode,
+    plain_messages,
 )
 from morphserve.runtime.server.replies import ChatReply, CompletionReply, Reply
 from morphserve.runtime.server.serving import Serving
@@ -40,18 +47,24 @@ from morphserve.runtime.server.streaming import DONE, EventStream, event, unless
 
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
 _CHAT = msgspec.json.Decoder(ChatRequest)
+_TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def make_app(serving: Serving) -> Starlette:
     """The ASGI application for one served model."""
     api = Api(serving)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
             Route("/v1/models", api.models),
+            Route("/v1/models/{name:path}", api.model),
+            Route("/tokenize", api.tokenize, methods=["POST"]),
+            Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/health", api.health),
+            Route("/ready", api.ready),
             Route("/metrics", api.metrics),
             Route("/version", api.version),
             Route("/morph/v1/state", api.state),
@@ -64,6 +77,8 @@ def make_app(serving: Serving) -> Starlette:
             Exception: on_crash,
         },
     )
+    app.router.redirect_slashes = False  # a redirect would lose the body; 404 says what is wrong
+    return app
 
 
 class Api:
@@ -77,7 +92,9 @@ class Api:
         received = self._serving.metrics.clock()
         fields = await read_body(request, _COMPLETION)
         self._check(fields)
-        prompts = [await self._serving.encode(prompt, "prompt") for prompt in fields.prompts()]
+        given = fields.prompts()
+        self._serving.widen(request.state.ticket, len(given))
+        prompts = [await self._serving.encode(prompt, "prompt") for prompt in given]
         wanted = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
         for prompt in prompts:
             self._serving.fit(len(prompt), wanted, "prompt")
@@ -89,8 +106,7 @@ class Api:
         received = self._serving.metrics.clock()
         fields = await read_body(request, _CHAT)
         self._check(fields)
-        messages = [message.plain(f"messages[{i}]") for i, message in enumerate(fields.messages)]
-        prompt = await self._serving.encode_chat(messages)
+        prompt = await self._serving.encode_chat(plain_messages(fields.messages))
         max_tokens = self._serving.fit(len(prompt), fields.token_limit, "messages")
         job = self._job("chatcmpl", [prompt], fields, max_tokens, received)
         reply = ChatReply(job.id, int(time.time()), self._serving.model_name)
@@ -131,25 +147,57 @@ class Api:
         return EventStream(_events(first, pieces, job, reply, fields.wants_usage))
 
     async def models(self, _request: Request) -> Response:
+        return _json(encode(ModelList([self._model()])))
+
+    async def model(self, request: Request) -> Response:
+        self._serving.check_model(request.path_params["name"])
+        return _json(encode(self._model()))
+
+    def _model(self) -> Model:
         serving = self._serving
-        model = Model(serving.model_name, serving.created, serving.engine.hello.max_model_len)
-        return _json(msgspec.json.encode(ModelList([model])))
+        return Model(serving.model_name, serving.created, serving.engine.hello.max_model_len)
+
+    async def tokenize(self, request: Request) -> Response:
+        fields = await read_body(request, _TOKENIZE)
+        self._serving.check_model(fields.model)
+        tokens = await self._tokens_of(fields)
+        limit = self._serving.engine.hello.max_model_len
+        return _json(encode(Tokens(tokens, len(tokens), limit)))
+
+    async def _tokens_of(self, fields: TokenizeRequest) -> list[int]:
+        if fields.messages is not None:
+            return await self._serving.encode_chat(plain_messages(fields.messages))
+        if fields.prompt is None:
+            raise bad_request("give either prompt or messages", "prompt")
+        return await self._serving.encode(
+            fields.prompt, "prompt", special_tokens=fields.add_special_tokens
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        fields = await read_body(request, _DETOKENIZE)
+        self._serving.check_model(fields.model)
+        return _json(encode(DetokenizeReply(self._serving.tokenizer.decode(fields.tokens))))
 
     async def health(self, _request: Request) -> Response:
         if self._serving.engine.died.is_set():
             raise unavailable(self._serving.engine.failure)
         return _json(b'{"status":"ok"}')
 
+    async def ready(self, _request: Request) -> Response:
+        if refusal := self._serving.why_not():
+            raise refusal
+        return _json(b'{"status":"ready"}')
+
     async def metrics(self, _request: Request) -> Response:
         return Response(self._serving.metrics.exposition(), media_type=_PROMETHEUS)
 
     async def version(self, _request: Request) -> Response:
-        return _json(msgspec.json.encode({"version": version("morphserve")}))
+        return _json(encode({"version": version("morphserve")}))
 
     async def state(self, _request: Request) -> Response:
         snapshot = msgspec.structs.asdict(self._serving.engine.snapshot)
         latency = self._serving.metrics.latency()
-        return _json(msgspec.json.encode(snapshot | {"latency": latency}))
+        return _json(encode(snapshot | {"latency": latency}))
 
 
 def _json(body: bytes) -> Response:

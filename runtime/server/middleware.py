@@ -5,7 +5,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from morphserve.runtime.server.errors import ApiError, unavailable
+from morphserve.runtime.server.errors import ApiError
 from morphserve.runtime.server.serving import Serving
 
 MAX_HEADERS = 128
@@ -45,12 +45,17 @@ class Gate:
             return await self._app(scope, receive, send)
         if refusal := self._refusal(scope):
             return await refusal.response()(scope, receive, send)
-        is_work = scope["method"] == "POST"
-        self._serving.num_active += is_work
+        if scope["method"] != "POST":
+            return await self._app(scope, receive, send)
+        try:
+            ticket = self._serving.enter()
+        except ApiError as refusal:
+            return await refusal.response()(scope, receive, send)
+        scope.setdefault("state", {})["ticket"] = ticket
         try:
             await self._app(scope, receive, send)
         finally:
-            self._serving.num_active -= is_work
+            self._serving.leave(ticket)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = scope["headers"]
@@ -60,8 +65,4 @@ class Gate:
         ):
             limits = f"{MAX_HEADERS} headers, {MAX_HEADER_BYTES // 1024} KiB"
             return ApiError(431, f"the request's headers are too large: at most {limits}")
-        if scope["method"] == "POST" and self._serving.draining:
-            return unavailable("the server is shutting down")
-        if scope["method"] == "POST" and self._serving.engine.died.is_set():
-            return unavailable(self._serving.engine.failure)
-        return None
+        return self._serving.why_not() if scope["method"] == "POST" else None

@@ -13,6 +13,7 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_MESSAGES = 4096
+MAX_DETOKENIZED = 2**18
 DEFAULT_MAX_TOKENS = 16
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
@@ -125,8 +126,16 @@ class ChatMessage(Struct):
         return {"role": self.role, "content": "".join(part.text or "" for part in parts)}
 
 
+Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
+
+
+def plain_messages(messages: list[ChatMessage]) -> list[dict[str, str]]:
+    """As chat templates want them. Raises ApiError for what is not text."""
+    return [message.plain(f"messages[{i}]") for i, message in enumerate(messages)]
+
+
 class ChatRequest(SamplingFields, kw_only=True):
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     add_special_tokens: Any = False
@@ -135,6 +144,31 @@ class ChatRequest(SamplingFields, kw_only=True):
     def token_limit(self) -> int | None:
         """The newer name wins; None: as many as fit."""
         return self.max_completion_tokens or self.max_tokens
+
+
+class TokenizeRequest(Struct):
+    """Either a prompt or a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True  # of a prompt; a chat's are in its template
+
+
+class Tokens(Struct):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: None = None
+
+
+class DetokenizeRequest(Struct):
+    tokens: Annotated[list[TokenId], Meta(max_length=MAX_DETOKENIZED)]
+    model: str | None = None
+
+
+class DetokenizeReply(Struct):
+    prompt: str
 
 
 class MorphUsage(Struct):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -16,6 +17,7 @@ import uvloop
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.runtime.engine_client import ENGINE_COMMAND, EngineClient, launch_engine
+from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.app import make_app
 from morphserve.runtime.server.serving import Serving
@@ -23,6 +25,7 @@ from morphserve.runtime.tokenizer import Tokenizer
 
 KEEP_ALIVE_S = 30
 _BACKLOG = 2048
+_SPARE_CONNECTIONS = 128  # for probes, metrics and idle clients
 _ABORT_GRACE_S = 0.5  # for sending the last words of requests that were ended
 _ENGINE_EXIT_S = 5.0
 
@@ -100,18 +103,35 @@ async def _run(
     listener: socket.socket,
 ) -> int:
     interrupts = Interrupts()
+    _say(f"loading {server.served_model_name} ...")
     process = launch_engine(command)
-    engine = EngineClient(process.sock)
+    engine = EngineClient(process.sock, process.wait)
     try:
         tokenizer = await _unless(interrupts.first, _start(engine, config))
         if tokenizer is None:
             return 128 + interrupts.signal_number
-        name = server.served_model_name or Path(config.model).resolve().name
-        serving = Serving(engine, tokenizer, Metrics(lambda: engine.snapshot), name)
+        _say(start_line(engine.hello, engine.snapshot, config.cache.memory_budget))
+        metrics = Metrics(lambda: engine.snapshot)
+        serving = Serving(engine, tokenizer, metrics, server.served_model_name, server.max_queued)
         return await _serve(serving, server, watch, listener, interrupts)
     finally:
         await engine.close()
         await process.wait(_ENGINE_EXIT_S)
+
+
+def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> str:
+    """What the engine has come to: policy, memory, room for tokens, and how long it took."""
+    budget = "automatic" if memory_budget is None else f"{memory_budget / 2**20:.0f} MiB"
+    full, most = (n * snapshot.block_tokens for n in (snapshot.blocks_full, snapshot.blocks_max))
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in hello.startup_s.items())
+    return (
+        f"policy {snapshot.policy}, memory budget {budget}, KV cache of {full} tokens at full "
+        f"precision and {most} at most, started in {sum(hello.startup_s.values()):.1f} s ({phases})"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 async def _start(engine: EngineClient, config: EngineConfig) -> Tokenizer:
@@ -129,10 +149,15 @@ async def _serve(
     listener: socket.socket,
     interrupts: Interrupts,
 ) -> int:
-    url = _listen(listener)
+    serving.url = _listen(listener)
     http = _Http(_http_config(serving))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
-    print(f"serving {serving.model_name} on {url}", file=sys.stderr, flush=True)
+    _say(f"serving {serving.model_name} on {serving.url}")
+    _say(
+        f"""try: curl {serving.url}/v1/completions -d '{{"prompt": "import ", "max_tokens": 16}}'"""
+    )
+    if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+        _say("warning: other machines can reach this server, and it checks no key")
     watching = asyncio.create_task(_watch(watch, serving))
     died = serving.engine.died
     try:
@@ -169,7 +194,8 @@ async def _watch(watch: Watch, serving: Serving) -> None:
 
 async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> None:
     """Lets running requests finish; what is left after the timeout, or a hurry, is aborted."""
-    print(f"stopping: {serving.num_active} requests to finish", file=sys.stderr)
+    count = serving.num_active
+    _say(f"stopping: {count} request{'' if count == 1 else 's'} to finish")
     await _first_of(
         serving.idle(), hurry.wait(), serving.engine.died.wait(), asyncio.sleep(timeout_s)
     )
@@ -187,6 +213,8 @@ def _http_config(serving: Serving) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        # Over this, uvicorn refuses without an envelope; the queue is full long before.
+        limit_concurrency=2 * serving.max_queued + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=1,  # responses are complete by then; a stuck reader is cut off
     )
 

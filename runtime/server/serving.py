@@ -8,11 +8,18 @@ from dataclasses import dataclass, field
 from morphserve.runtime.engine_client import EngineClient
 from morphserve.runtime.messages import Hello
 from morphserve.runtime.metrics import Metrics
-from morphserve.runtime.server.errors import ApiError, bad_request
+from morphserve.runtime.server.errors import ApiError, bad_request, unavailable
 from morphserve.runtime.tokenizer import PromptTooLong, TemplateError, Tokenizer
 
 _TOO_LONG = "context_length_exceeded"
 _LONG_TEXT = 4096  # characters; tokenising more would hold up other streams for milliseconds
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What one API call takes of the queue."""
+
+    num_prompts: int = 1  # more once its body has been read
 
 
 @dataclass(slots=True)
@@ -23,15 +30,52 @@ class Serving:
     tokenizer: Tokenizer
     metrics: Metrics
     model_name: str
+    max_queued: int  # prompts in flight
+    url: str = ""  # once it listens
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False  # no new requests are taken
     num_active: int = 0  # API calls not yet answered to the end
+    num_prompts: int = 0  # in flight
 
     @property
     def max_tokens(self) -> int:
         """Most tokens a request can come to hold, prompt included."""
         hello = self.engine.hello
         return min(hello.max_model_len, hello.max_request_tokens)
+
+    def why_not(self) -> ApiError | None:
+        """Why no new request is taken, whatever it asks for."""
+        if self.engine.died.is_set():
+            return unavailable(self.engine.failure)
+        return unavailable("the server is shutting down") if self.draining else None
+
+    def enter(self) -> Ticket:
+        """Admits an API call. Raises ApiError (503) if the queue is full."""
+        if self.num_prompts >= self.max_queued:
+            raise self._full()
+        self.num_active += 1
+        self.num_prompts += 1
+        return Ticket()
+
+    def widen(self, ticket: Ticket, num_prompts: int) -> None:
+        """Counts the prompts of a call. Raises ApiError if so many do not fit the queue."""
+        if num_prompts > self.max_queued:
+            raise bad_request(f"this server takes at most {self.max_queued} prompts", "prompt")
+        more = num_prompts - ticket.num_prompts
+        if self.num_prompts + more > self.max_queued:
+            raise self._full()
+        self.num_prompts += more
+        ticket.num_prompts = num_prompts
+
+    def leave(self, ticket: Ticket) -> None:
+        """The call has been answered to the end."""
+        self.num_active -= 1
+        self.num_prompts -= ticket.num_prompts
+
+    def _full(self) -> ApiError:
+        return unavailable(
+            f"the queue is full: {self.num_prompts} of {self.max_queued} prompts are in flight"
+        )
 
     async def idle(self) -> None:
         """Returns when every API call has been answered."""
@@ -47,12 +91,18 @@ class Serving:
                 code="model_not_found",
             )
 
-    async def encode(self, prompt: str | list[int], path: str) -> list[int]:
+    async def encode(
+        self, prompt: str | list[int], path: str, *, special_tokens: bool = True
+    ) -> list[int]:
         """Token ids of a prompt; `path` names it in errors."""
         if isinstance(prompt, str):
             limit = self.max_tokens
             text = prompt
-            prompt = await _off_loop(len(text), path, lambda: self.tokenizer.encode(text, limit))
+            prompt = await _off_loop(
+                len(text),
+                path,
+                lambda: self.tokenizer.encode(text, limit, special_tokens=special_tokens),
+            )
         return self._check_tokens(prompt, path)
 
     async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:

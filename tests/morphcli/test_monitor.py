@@ -42,7 +42,7 @@ def test_precision_queue_latency_and_events_are_shown() -> None:
     view.update(make_snapshot(running=2, preemptions=7), latency)
     text = "\n".join(shown(view, 100))
     assert "policy balanced  INT4 1/4  rung 2 of 2 wanted" in text
-    assert "layers  ■ ■ ■ ■  full int4 demoting promoting" in text
+    assert "layers  ■ ▪ ▼ ■   ■ full  ▪ int4  ▼ demoting  ▲ promoting" in text
     assert "2 running  3 waiting (oldest 0.2 s)  7 preemptions" in text
     assert "TTFT         20 ms  500 ms  1250 ms" in text
     assert "demote    layer 1 to INT4: demand 50 of 40 blocks" in text

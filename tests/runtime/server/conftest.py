@@ -17,6 +17,7 @@ from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.tokenizer import Tokenizer
 
 DEMO_MODEL = Path(str(resources.files("morphserve.morphcli").joinpath("demo_model")))
+MAX_QUEUED = 80
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ async def client(
 
 @pytest.fixture
 def serving(client: EngineClient, tokenizer: Tokenizer) -> Serving:
-    return Serving(client, tokenizer, Metrics(lambda: client.snapshot), "demo")
+    return Serving(client, tokenizer, Metrics(lambda: client.snapshot), "demo", MAX_QUEUED)
 
 
 @pytest.fixture

@@ -185,8 +185,32 @@ async def test_a_draining_server_finishes_and_takes_nothing_new(
     refused = await post(api, "/v1/completions", prompt="a")
     assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
     assert (await api.get("/health")).status_code == 200
+    assert (await api.get("/ready")).status_code == 503
     assert (await running)["usage"]["completion_tokens"] == 50
     await serving.idle()
+
+
+async def test_a_full_queue_is_a_503_and_counts_every_prompt(
+    api: httpx.AsyncClient, serving: Serving
+) -> None:
+    serving.max_queued = 4
+    running = asyncio.create_task(
+        post(api, "/v1/completions", prompt=[[fake_engine.MUTE]] * 3, max_tokens=5)
+    )
+    while serving.engine.num_requests < 3:
+        await asyncio.sleep(0.001)
+    refused = await post(api, "/v1/completions", prompt=["a", "b"])
+    assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+    message = refused.json()["error"]["message"]
+    assert message == "the queue is full: 4 of 4 prompts are in flight"
+    assert (await post(api, "/v1/completions", prompt="a")).status_code == 200
+    serving.max_queued = 3
+    assert (await api.post("/v1/completions", content=b"not read")).status_code == 503
+    assert (await api.get("/ready")).status_code == 200
+    serving.engine.abort_all()
+    await running
+    assert serving.num_prompts == serving.num_active == 0
+    assert (await post(api, "/v1/completions", prompt=["a", "b", "c", "d"])).status_code == 400
 
 
 async def test_an_aborted_request_is_a_503_or_an_error_event(
@@ -223,6 +247,29 @@ async def test_the_small_endpoints(api: httpx.AsyncClient) -> None:
     metrics = await api.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
     assert "morph:num_requests_running 0.0" in metrics.text
+
+
+async def test_a_model_is_found_by_its_name(api: httpx.AsyncClient) -> None:
+    listed = (await api.get("/v1/models")).json()["data"][0]
+    assert (await api.get("/v1/models/demo")).json() == listed
+    for name in ("other", "a/b", ""):
+        missing = await api.get(f"/v1/models/{name}")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "model_not_found"
+
+
+async def test_text_becomes_tokens_and_text_again(
+    api: httpx.AsyncClient, tokenizer: Tokenizer
+) -> None:
+    answer = (await post(api, "/tokenize", model="demo", prompt="import os")).json()
+    assert answer["tokens"] == tokenizer.encode("import os", 10)
+    assert answer["count"] == 2 and answer["max_model_len"] == fake_engine.MAX_MODEL_LEN
+    text = (await post(api, "/detokenize", tokens=answer["tokens"])).json()
+    assert text == {"prompt": "import os"}
+    chat = (await post(api, "/tokenize", messages=[{"role": "user", "content": "hi"}])).json()
+    assert tokenizer.decode(chat["tokens"]) == "user: hi\nassistant:"
+    neither = await post(api, "/tokenize")
+    assert neither.status_code == 400 and neither.json()["error"]["param"] == "prompt"
 
 
 async def test_request_ids_are_echoed_if_they_are_clean(api: httpx.AsyncClient) -> None:

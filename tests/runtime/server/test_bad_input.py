@@ -169,6 +169,7 @@ async def test_an_unknown_model_is_a_404(api: httpx.AsyncClient, model: str) -> 
         ("GET", "/", 404),
         ("GET", "/v1/../../etc/passwd", 404),
         ("GET", "//v1/models", 404),
+        ("POST", "/v1/completions/", 404),
         ("GET", "/v1/%00", 404),
         ("POST", "/health", 405),
     ],

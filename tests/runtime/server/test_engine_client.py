@@ -158,6 +158,16 @@ async def test_a_killed_engine_process_ends_requests_with_an_error(
     assert await process.wait(10) == -9
 
 
+async def test_an_engine_killed_while_it_loads_is_told_with_its_signal(
+    engine_config: EngineConfig,
+) -> None:
+    process = launch_engine((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
+    client = EngineClient(process.sock, process.wait)
+    with pytest.raises(EngineDead, match=r"was killed by signal 9 \(out of memory\?\)"):
+        await client.start(engine_config)
+    await client.close()
+
+
 async def test_the_engine_process_leaves_when_its_parent_does(engine_config: EngineConfig) -> None:
     process = launch_engine(COMMAND)
     client = EngineClient(process.sock)

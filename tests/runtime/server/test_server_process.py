@@ -26,6 +26,7 @@ DEADLINE_S = 20.0  # far above what anything here takes
 class Server:
     process: subprocess.Popen[str]
     port: int
+    start: list[str]  # the lines it begins with
 
     def get(self, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
@@ -94,10 +95,11 @@ def server() -> Iterator[Server]:
     )
     assert process.stdout is not None and process.stderr is not None
     with process:
-        line = process.stderr.readline()
-        match = re.fullmatch(r"serving demo on http://127\.0\.0\.1:(\d+)\n", line)
-        assert match, line + process.stderr.read()
-        yield Server(process, int(match[1]))
+        start = [process.stderr.readline() for _ in range(4)]
+        match = re.fullmatch(r"serving demo on http://127\.0\.0\.1:(\d+)\n", start[2])
+        assert match, "".join(start) + process.stderr.read()
+        assert start[0] == "loading demo ...\n"
+        yield Server(process, int(match[1]), start)
         process.kill()
 
 
@@ -105,6 +107,7 @@ def test_the_openai_client_streams_and_does_not(server: Server) -> None:
     url = f"http://127.0.0.1:{server.port}/v1"
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["demo"]
+        assert client.models.retrieve("demo").object == "model"
         whole = client.completions.create(model="demo", prompt="import os\n", max_tokens=6)
         assert whole.choices[0].text == "import os\n" * 2
         assert whole.usage is not None and whole.usage.completion_tokens == 6
@@ -127,6 +130,15 @@ def test_the_openai_client_streams_and_does_not(server: Server) -> None:
             client.completions.create(model="demo", prompt="a", max_tokens=5000)
         with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4' here"):
             client.completions.create(model="gpt-4", prompt="a")
+
+
+def test_the_start_tells_policy_memory_time_and_a_command_to_try(server: Server) -> None:
+    assert server.start[1].startswith(
+        "policy balanced, memory budget automatic, KV cache of 640 tokens at full precision and "
+        "1280 at most, started in "
+    )
+    url = f"http://127.0.0.1:{server.port}"
+    assert server.start[3].startswith(f"try: curl {url}/v1/completions -d '{{")
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -180,6 +192,8 @@ def test_a_killed_engine_is_told_to_clients_and_the_server_exits_1(server: Serve
     assert '"type":"server_error"' in read_all(stream)
     assert read_all(silent).startswith("HTTP/1.1 500")
     assert server.wait() == 1
+    assert server.process.stderr is not None
+    assert "was killed by signal 9 (out of memory?)" in server.process.stderr.read()
 
 
 def test_a_crashing_step_ends_the_same_way_with_a_traceback_in_the_log(server: Server) -> None:
@@ -230,3 +244,13 @@ def test_a_host_that_is_not_here_is_one_sentence() -> None:
     result = subprocess.run([sys.executable, SCRIPT, "256.1.1.1"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout.startswith("cannot listen on host '256.1.1.1': ")
+
+
+def test_a_server_that_others_can_reach_warns_that_no_key_is_checked() -> None:
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, "0.0.0.0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(5)]
+        process.terminate()
+    assert lines[4].startswith(b"warning: other machines can reach this server")
