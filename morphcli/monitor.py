@@ -78,7 +78,7 @@ def log_line(now: Snapshot, rates: Rates) -> str:
 
 async def watch_live(serving: Serving, console: Console) -> None:
     """The live view, redrawn four times a second; its last state stays when it ends."""
-    view = View(f"{serving.model_name} on {serving.url}")
+    view = View(serving.model_name, serving.url)
     try:
         # On a screen of its own: a resized terminal leaves no old lines behind.
         with Live(console=console, auto_refresh=False, screen=True) as live:
@@ -95,6 +95,7 @@ class View:
     """What the live view remembers between two redraws."""
 
     model: str
+    url: str = ""
     history: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=_MAX_POINTS))
     now: Snapshot | None = None
     latency: Latency = Latency(None, None)
@@ -108,7 +109,7 @@ class View:
         assert self.now is not None, "update comes before render"
         now = self.now
         parts: list[RenderableType] = [
-            _header(self.model, now),
+            _header(self.model, self.url, now),
             _layer_map(now),
             *_kv_rows(list(self.history), now, width),
             _queue(now, self._rates(now)),
@@ -123,12 +124,12 @@ class View:
         return Rates.between(recent[0] if recent else now, now)
 
 
-def _header(model: str, now: Snapshot) -> Text:
+def _header(model: str, url: str, now: Snapshot) -> Text:
     return Text.assemble(
         (f"morph serve {model}", "bold"),
         f"  policy {now.policy}  ",
         (f"INT4 {_num_int4(now)}/{len(now.layers)}", "yellow" if _num_int4(now) else "green"),
-        f"  rung {now.rung} of {now.target_rung} wanted",
+        f"  rung {now.rung} of {now.target_rung} wanted  {url}",
         overflow="ellipsis",
         no_wrap=True,
     )
@@ -170,7 +171,7 @@ def _queue(now: Snapshot, rates: Rates) -> Text:
         waiting += f" (oldest {now.oldest_wait_s:.1f} s)"
     preemptions = f"{now.preemptions} preemption{'' if now.preemptions == 1 else 's'}"
     return Text(
-        f"{now.running} running  {waiting}  {preemptions}  "
+        f"{now.running} running  {waiting}  {preemptions}\n"
         f"{rates.prompt:.0f} prompt tok/s  {rates.generation:.0f} generation tok/s"
     )
 

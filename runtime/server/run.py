@@ -163,6 +163,7 @@ async def _serve(
     try:
         await _first_of(interrupts.first.wait(), died.wait())
         serving.draining = True
+        await _end(watching)  # a live view would hide the words that follow
         if died.is_set():
             logger.error("stopping: %s", serving.engine.failure)
         else:
@@ -170,9 +171,9 @@ async def _serve(
         await _first_of(serving.idle(), asyncio.sleep(_ABORT_GRACE_S))
         return 1 if died.is_set() else 0
     finally:
-        watching.cancel()
         http.should_exit = True
-        await asyncio.gather(watching, listening, return_exceptions=True)
+        await _end(watching)
+        await asyncio.gather(listening, return_exceptions=True)
 
 
 def _listen(listener: socket.socket) -> str:
@@ -190,6 +191,11 @@ async def _watch(watch: Watch, serving: Serving) -> None:
         await watch(serving)
     except Exception:
         logger.exception("the view of the running server failed; serving goes on")
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> None:

@@ -84,3 +84,9 @@ def test_the_engines_snapshot_is_read_when_asked() -> None:
     assert found["morph:layers[full]"] == 2 and found["morph:layers[demoting]"] == 1
     snapshot = make_snapshot(running=8)
     assert samples(metrics)["morph:num_requests_running"] == 8
+
+
+def test_settings_are_labels_and_creation_times_are_left_out() -> None:
+    text = Metrics(make_snapshot).exposition().decode()
+    assert 'morph:cache_config_info{block_size="16",policy="balanced"} 1.0' in text
+    assert "_created" not in text
