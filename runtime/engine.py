@@ -41,7 +41,6 @@ class Engine:
         return Hello(
             max_model_len=parts.max_model_len,
             num_layers=parts.architecture.num_layers,
-            max_request_tokens=self._max_request_tokens,
             startup_s=parts.startup_s,
         )
 
@@ -106,23 +105,17 @@ class Engine:
             events=list(monitor.events),
         )
 
-    @property
-    def _max_request_tokens(self) -> int:
-        return self._parts.capacities[-1] * self._config.cache.block_tokens
-
     def _never(self, prompt: int, output: int) -> str | None:
-        """Why a request of these many tokens can never be served, or None."""
+        """Why a request of these many tokens can never be served, or None.
+
+        The budget was refused at start unless its KV cache holds one request of full length.
+        """
         if prompt < 1 or output < 1:
             return "a request needs at least one prompt token and max_tokens of at least 1"
         limit = self._parts.max_model_len
         asked = f"{prompt} prompt tokens + max_tokens {output} = {prompt + output}"
         if prompt + output > limit:
             return f"{asked}, more than this model's limit of {limit} tokens"
-        if prompt + output > self._max_request_tokens:
-            return (
-                f"{asked}, more than the {self._max_request_tokens} tokens of KV cache "
-                "that this server can offer one request"
-            )
         return None
 
     def _seeded(self, params: SamplingParams) -> SamplingParams:

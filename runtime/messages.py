@@ -27,9 +27,8 @@ class Shutdown(msgspec.Struct, tag=True, frozen=True):
 class Hello(msgspec.Struct, tag=True, frozen=True):
     """The engine is ready to serve."""
 
-    max_model_len: int
+    max_model_len: int  # most tokens of a request, prompt and output; the KV cache holds one
     num_layers: int
-    max_request_tokens: int  # largest prompt + output the deepest allowed rung can hold
     startup_s: dict[str, float]  # seconds per phase: import, load, arena
 
 

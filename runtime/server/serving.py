@@ -40,8 +40,7 @@ class Serving:
     @property
     def max_tokens(self) -> int:
         """Most tokens a request can come to hold, prompt included."""
-        hello = self.engine.hello
-        return min(hello.max_model_len, hello.max_request_tokens)
+        return self.engine.hello.max_model_len
 
     def why_not(self) -> ApiError | None:
         """Why no new request is taken, whatever it asks for."""
@@ -144,9 +143,6 @@ async def _off_loop(size: int, path: str, work: Callable[[], list[int]]) -> list
 
 def _too_long(hello: Hello, num_prompt: int, max_tokens: int | None, path: str) -> ApiError:
     output = "one of output" if max_tokens is None else f"max_tokens {max_tokens}"
-    if num_prompt + (max_tokens or 1) > hello.max_model_len:
-        limit = f"the model's limit of {hello.max_model_len} tokens"
-    else:
-        limit = f"the {hello.max_request_tokens} tokens that the memory budget holds"
+    limit = f"the model's limit of {hello.max_model_len} tokens"
     total = f"the prompt's {num_prompt} tokens and {output}"
     return bad_request(f"{total} together exceed {limit}", path, _TOO_LONG)

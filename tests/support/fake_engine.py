@@ -13,7 +13,6 @@ from morphserve.runtime.messages import Event, Hello, Refused, Snapshot, Step, S
 CRASH, REFUSE, INT4, STOP, MUTE = 4000, 4001, 4002, 4003, 4004
 NUM_LAYERS = 4
 MAX_MODEL_LEN = 2048
-MAX_REQUEST_TOKENS = 1024
 
 
 @dataclass
@@ -38,7 +37,7 @@ class FakeEngine:
         self.steps = 0
 
     def hello(self) -> Hello:
-        return Hello(MAX_MODEL_LEN, NUM_LAYERS, MAX_REQUEST_TOKENS, {"checkpoint": 0.0})
+        return Hello(MAX_MODEL_LEN, NUM_LAYERS, {"checkpoint": 0.0})
 
     def submit(self, message: Submit) -> Refused | None:
         if message.prompt[0] == REFUSE:

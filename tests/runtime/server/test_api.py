@@ -120,7 +120,7 @@ async def test_a_chat_fills_what_fits_unless_told(api: httpx.AsyncClient) -> Non
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     answer = await post(api, "/v1/chat/completions", messages=messages)
     usage = answer.json()["usage"]
-    assert usage["total_tokens"] == fake_engine.MAX_REQUEST_TOKENS
+    assert usage["total_tokens"] == fake_engine.MAX_MODEL_LEN
     for limit in ({"max_tokens": 7}, {"max_completion_tokens": 7, "max_tokens": 9}):
         answer = await post(api, "/v1/chat/completions", messages=messages, **limit)
         choice = answer.json()["choices"][0]
