@@ -22,7 +22,7 @@ class Model:
         self.num_layers = checkpoint.architecture.num_layers
         self._static = checkpoint.static()
         self._full = [checkpoint.layer(i) for i in range(self.num_layers)]
-        self._int4 = [bundle.int4_layer(i) for i in range(self.num_layers)] if bundle else []
+        self._int4 = [bundle.layer(i) for i in range(self.num_layers)] if bundle else []
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[n, length] token ids to [n, length, hidden]."""
@@ -32,7 +32,9 @@ class Model:
         """[n, length, hidden] through layer `i`."""
         if int4 and not self._int4:
             raise ConfigError("INT4 layers need a bundle: make one with `morph quantize`")
-        weights = dense.int4_to_float32(self._int4[i]) if int4 else dense.to_float32(self._full[i])
+        weights = (
+            dense.quantized_to_float32(self._int4[i]) if int4 else dense.to_float32(self._full[i])
+        )
         return dense.decoder_layer(
             x, weights, self.architecture, dense.rotation(self.architecture, x.shape[1])
         )

@@ -27,7 +27,7 @@ def fixed_orders(num_layers: int, seed: int) -> dict[str, list[int]]:
     return {
         "front-to-back": front_to_back,
         "back-to-front": front_to_back[::-1],
-        "random": random.Random(seed).sample(front_to_back, num_layers),
+        f"random-{seed}": random.Random(seed).sample(front_to_back, num_layers),
     }
 
 
@@ -35,7 +35,7 @@ def rank(
     checkpoint: Checkpoint,
     bundle: Bundle,
     calibration: Windows,
-    evaluation: Windows,
+    selection: Windows,
     seed: int,
     on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Ranking:
@@ -53,17 +53,16 @@ def rank(
     orders = {LIS: [entry.layer for entry in ranked]} | fixed_orders(model.num_layers, seed)
     counts = replacement_counts(model.num_layers)
     mixes = {frozenset(order[:number]) for order in orders.values() for number in counts}
-    step = _steps("comparing orders", len(mixes) * num_batches(evaluation.tokens), on_progress)
-    quality = measure(model, evaluation.tokens, mixes, step)
+    step = _steps("comparing orders", len(mixes) * num_batches(selection.tokens), on_progress)
+    quality = measure(model, selection.tokens, mixes, step)
     scores = {LIS: [entry.score for entry in ranked]}
     described = [
         _describe(name, order, scores.get(name, []), counts, quality)
         for name, order in orders.items()
     ]
     return Ranking(
-        seed=seed,
         calibration=calibration.sample,
-        evaluation=evaluation.sample,
+        selection=selection.sample,
         replaced=counts,
         orders=described,
         chosen=min(described, key=mean_divergence).name,

@@ -1,6 +1,6 @@
-"""Making a bundle: every layer of a checkpoint rounded to INT4 and written."""
+"""Making a bundle: every layer of a checkpoint quantised and written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,12 +10,33 @@ from torch import Tensor
 
 from morphserve.configs.errors import ConfigError
 from morphserve.quantize.architecture import Architecture
-from morphserve.quantize.bundle import MANIFEST, write_layer, write_manifest
+from morphserve.quantize.bundle import encode_layer
+from morphserve.quantize.calibration import Windows
 from morphserve.quantize.checkpoint import BadCheckpoint, Checkpoint
-from morphserve.quantize.files import BadFile
-from morphserve.quantize.int4 import dequantize, quantize_rtn
-from morphserve.quantize.manifest import FORMAT, SCHEMA, Base, LayerFile, Manifest, Quantization
-from morphserve.quantize.weights import Int4Weight, LayerTensors
+from morphserve.quantize.manifest import (
+    FORMAT,
+    SCHEMA,
+    Base,
+    Manifest,
+    Quantization,
+    Variant,
+    VariantFiles,
+)
+from morphserve.quantize.rounding import Grid, dequantize, quantize_rtn
+from morphserve.quantize.weights import LayerTensors, QuantizedWeight
+from morphserve.quantize.workspace import open_workspace
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSettings:
+    """What `morph quantize` is told."""
+
+    method: str = "gptq"  # of INT4: rtn, gptq, awq; INT8 is always rounded to nearest
+    group_size: int = 128  # of INT4; INT8 has one scale per row
+    symmetric: bool = True
+    act_order: bool = True  # of gptq
+    int8: bool = False  # whether INT8 variants are made beside INT4
+    device: str = "cpu"
 
 
 @dataclass(slots=True)
@@ -49,68 +70,78 @@ def _check_group_size(arch: Architecture, group_size: int) -> None:
             )
 
 
-def _prepare_folder(folder: Path, force: bool) -> None:
-    """Makes `folder`; a bundle in it becomes unfinished with `force` and is an error without.
-
-    A folder that holds anything else is refused: a bundle must not spill among other files.
-    """
-    manifest = folder / MANIFEST
-    if folder.is_dir() and any(not _is_ours(path.name) for path in folder.iterdir()):
-        raise ConfigError(f"{folder} holds other files than a bundle's: choose another --output")
-    if manifest.exists() and not force:
-        raise ConfigError(f"{folder} holds a bundle already: pass --force to replace it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadFile(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _is_ours(name: str) -> bool:
-    """Whether `quantize` or `profile` may have written this file, finished or not."""
-    return name == MANIFEST or name.lstrip(".").startswith(("layer-", MANIFEST))
-
-
 def build_bundle(
     checkpoint: Checkpoint,
     folder: Path,
-    group_size: int,
+    settings: QuantizeSettings,
+    windows: Windows | None = None,
     force: bool = False,
+    resume: bool = False,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
-    """Writes a bundle of round-to-nearest INT4 layers; `on_layer` is called after each.
+    """Writes a bundle; `on_layer` is called after each layer.
 
-    The folder is a bundle only when this has returned: the manifest is written last. A bundle that
-    is there is replaced only with `force`.
+    `windows` is the calibration text, which every method but rtn needs. What is at `folder` stays
+    until the new bundle is whole: see `open_workspace` for `force` and `resume`.
     """
     arch = checkpoint.architecture
-    _check_group_size(arch, group_size)
-    _prepare_folder(folder, force)
-    files: list[LayerFile] = []
-    for i in range(arch.num_layers):
-        files.append(_build_layer(checkpoint, folder, i, group_size))
+    _check_group_size(arch, settings.group_size)
+    plan = _plan(checkpoint, settings, windows)
+    workspace = open_workspace(folder, plan, force, resume)
+    for i in range(workspace.num_finished, arch.num_layers):
+        full = checkpoint.layer(i)
+        written = {}
+        for variant, files in plan.variants.items():
+            how = files.quantization
+            grid = Grid(how.bits, how.group_size, how.symmetric)
+            layer, error = _quantize_rtn(checkpoint, i, full, grid)
+            written[variant] = (encode_layer(layer, arch), error.relative, None)
+        workspace.write(written)
         on_layer(i)
-    manifest = Manifest(
+    return workspace.finish()
+
+
+def _plan(checkpoint: Checkpoint, settings: QuantizeSettings, windows: Windows | None) -> Manifest:
+    """The manifest of the bundle to be, without layers."""
+    return Manifest(
         format=FORMAT,
         schema=SCHEMA,
         tool=f"morphserve {version('morphserve')}",
         base=Base(checkpoint.path.name, checkpoint.fingerprint()),
-        architecture=asdict(arch),
-        quantization=Quantization("rtn", group_size),
-        layers=files,
+        architecture=asdict(checkpoint.architecture),
+        variants={
+            variant: VariantFiles(quantization, [])
+            for variant, quantization in _quantizations(settings, windows).items()
+        },
     )
-    write_manifest(folder, manifest)
-    return manifest
 
 
-def _build_layer(checkpoint: Checkpoint, folder: Path, i: int, group_size: int) -> LayerFile:
-    full = checkpoint.layer(i)
+def _quantizations(
+    settings: QuantizeSettings, windows: Windows | None
+) -> Mapping[Variant, Quantization]:
+    int4 = Quantization(
+        method=settings.method,
+        bits=4,
+        group_size=settings.group_size,
+        symmetric=settings.symmetric,
+        act_order=settings.method == "gptq" and settings.act_order,
+        calibration=windows.sample if windows else None,
+    )
+    variants = {Variant.INT4: int4}
+    if settings.int8:
+        variants[Variant.INT8] = Quantization("rtn", 8, 0, symmetric=True)
+    return variants
+
+
+def _quantize_rtn(
+    checkpoint: Checkpoint, i: int, full: LayerTensors[Tensor], grid: Grid
+) -> tuple[LayerTensors[QuantizedWeight], _Error]:
     error = _Error()
 
-    def quantize(weight: Tensor) -> Int4Weight:
+    def quantize(weight: Tensor) -> QuantizedWeight:
         if not weight.isfinite().all():
             raise BadCheckpoint(f"layer {i} of {checkpoint.path} has weights that are not finite")
-        rounded = quantize_rtn(weight, group_size)
+        rounded = quantize_rtn(weight, grid)
         exact = weight.float()
         error.squared_error += float((dequantize(rounded) - exact).square().sum(dtype=torch.double))
         error.squared_weight += float(exact.square().sum(dtype=torch.double))
@@ -124,4 +155,4 @@ def _build_layer(checkpoint: Checkpoint, folder: Path, i: int, group_size: int) 
         gate_up=quantize(full.gate_up),
         down=quantize(full.down),
     )
-    return write_layer(folder, i, layer, checkpoint.architecture, error.relative)
+    return layer, error

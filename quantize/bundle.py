@@ -1,4 +1,4 @@
-"""A bundle: the folder of INT4 layer variants and their ranking, made for one checkpoint."""
+"""A bundle: the folder of quantised layer variants and their ranking, made for one checkpoint."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,11 +12,26 @@ from morphserve.quantize import modules
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.checkpoint import Checkpoint, read_biases, read_norms
 from morphserve.quantize.files import BadFile, encode_tensors, parse_tensors, write_atomically
-from morphserve.quantize.int4 import fuse, pack_gptq, split, unpack_gptq
-from morphserve.quantize.manifest import LayerFile, Manifest, Ranking, decode, encode
-from morphserve.quantize.weights import Int4Weight, LayerTensors
+from morphserve.quantize.manifest import (
+    LayerFile,
+    Manifest,
+    Quantization,
+    Ranking,
+    Variant,
+    VariantFiles,
+    decode,
+    encode,
+)
+from morphserve.quantize.packing import fuse, pack, split, unpack
+from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 
 MANIFEST = "bundle.json"
+_PACKED = {
+    "qweight": torch.int32,
+    "scales": torch.float16,
+    "qzeros": torch.int32,
+    "g_idx": torch.int32,
+}
 
 
 class BadBundle(BadFile):
@@ -32,24 +47,36 @@ class Bundle:
         self._architecture = architecture
 
     @property
+    def num_layers(self) -> int:
+        return self._architecture.num_layers
+
+    @property
     def order(self) -> list[int]:
         """Layer ids, first to be demoted first; front to back until `morph profile` ran."""
         ranking = self.manifest.ranking
         if ranking is None:
-            return list(range(len(self.manifest.layers)))
+            return list(range(self.num_layers))
         return next(order.layers for order in ranking.orders if order.name == ranking.chosen)
 
-    def int4_layer(self, i: int) -> LayerTensors[Int4Weight]:
-        """The INT4 variant of layer `i`, q, k, v and gate, up fused, with norms and biases.
+    def layer(self, i: int, variant: Variant = Variant.INT4) -> LayerTensors[QuantizedWeight]:
+        """A variant of layer `i`, q, k, v and gate, up fused, with norms and biases.
 
         Raises BadBundle if the file is not, byte for byte, the one that was written.
         """
-        tensors = self._read(i)
+        files = self.manifest.variants[variant]
+        tensors = self._read(files, i)
 
-        def linear(names: tuple[str, ...]) -> Int4Weight:
-            parts = [(tensors[f"{name}.qweight"], tensors[f"{name}.scales"]) for name in names]
-            return fuse([unpack_gptq(*part) for part in parts])
+        def linear(names: tuple[str, ...]) -> QuantizedWeight:
+            parts = [
+                unpack({end: tensors[f"{name}.{end}"] for end in ends(name)}, bits)
+                for name in names
+            ]
+            return fuse(parts)
 
+        def ends(name: str) -> list[str]:
+            return [end for end in _PACKED if f"{name}.{end}" in tensors]
+
+        bits = files.quantization.bits
         return LayerTensors(
             norms=read_norms(tensors),
             biases=read_biases(tensors),
@@ -65,8 +92,8 @@ class Bundle:
         write_manifest(self.path, manifest)
         return Bundle(self.path, self._architecture, manifest)
 
-    def _read(self, i: int) -> dict[str, Tensor]:
-        fact = self.manifest.layers[i]
+    def _read(self, files: VariantFiles, i: int) -> dict[str, Tensor]:
+        fact = files.layers[i]
         path = self.path / fact.name
         try:
             data = path.read_bytes()
@@ -75,7 +102,7 @@ class Bundle:
         if hashlib.sha256(data).hexdigest() != fact.sha256:
             raise BadBundle(f"{path} is damaged (its sha256 does not match): {_rebuild(self.path)}")
         tensors = parse_tensors(path, data)
-        _check_tensors(path, tensors, self._architecture, self.manifest.quantization.group_size)
+        _check_tensors(path, tensors, self._architecture, files.quantization)
         return tensors
 
 
@@ -92,10 +119,11 @@ def open_bundle(path: str, checkpoint: Checkpoint) -> Bundle:
             f"{folder} was built from another checkpoint ({manifest.base.name}) than "
             f"{checkpoint.path}: run `morph quantize {checkpoint.path}`"
         )
-    if len(manifest.layers) != checkpoint.architecture.num_layers:
-        raise BadBundle(f"{folder} does not hold every layer: {_rebuild(folder)}")
-    for i, fact in enumerate(manifest.layers):
-        _check_file(folder, i, fact)
+    for variant, files in manifest.variants.items():
+        if len(files.layers) != checkpoint.architecture.num_layers:
+            raise BadBundle(f"{folder} does not hold every {variant} layer: {_rebuild(folder)}")
+        for i, fact in enumerate(files.layers):
+            _check_file(folder, i, variant, fact)
     return Bundle(folder, checkpoint.architecture, manifest)
 
 
@@ -113,9 +141,9 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BadBundle(f"{path} cannot be used ({error}): {_rebuild(folder)}") from error
 
 
-def _check_file(folder: Path, layer: int, fact: LayerFile) -> None:
+def _check_file(folder: Path, layer: int, variant: Variant, fact: LayerFile) -> None:
     path = folder / fact.name
-    if fact.name != layer_file_name(layer):
+    if fact.name != layer_file_name(layer, variant):
         raise BadBundle(f"{folder / MANIFEST} names a wrong file for layer {layer}: {fact.name!r}")
     if not path.is_file():
         raise BadBundle(f"{path} is missing: {_rebuild(folder)}")
@@ -131,35 +159,42 @@ def _rebuild(folder: Path) -> str:
 
 
 def _check_tensors(
-    path: Path, tensors: Mapping[str, Tensor], arch: Architecture, group_size: int
+    path: Path, tensors: Mapping[str, Tensor], arch: Architecture, how: Quantization
 ) -> None:
-    packed: dict[str, tuple[int, ...]] = {}
+    per_word = 32 // how.bits
+    expected: dict[str, tuple[int, ...]] = dict(modules.vector_shapes(arch))
     for name, (outputs, inputs) in modules.linear_shapes(arch).items():
-        packed[f"{name}.qweight"] = (inputs // 8, outputs)
-        packed[f"{name}.scales"] = (inputs // group_size, outputs)
-    expected = packed | modules.vector_shapes(arch)
+        groups = inputs // (how.group_size or inputs)
+        expected[f"{name}.qweight"] = (inputs // per_word, outputs)
+        expected[f"{name}.scales"] = (groups, outputs)
+        if not how.symmetric:
+            expected[f"{name}.qzeros"] = (groups, outputs // per_word)
+        if f"{name}.g_idx" in tensors:
+            expected[f"{name}.g_idx"] = (inputs,)
+            _check_groups(path, name, tensors[f"{name}.g_idx"], groups)
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
         raise BadBundle(f"{path} does not hold the tensors of a {arch.family} layer")
     for name, tensor in tensors.items():
-        wanted = {"qweight": torch.int32, "scales": torch.float16}.get(name.rpartition(".")[2])
+        wanted = _PACKED.get(name.rpartition(".")[2])
         if wanted is not None and tensor.dtype != wanted:
             raise BadBundle(f"{name} in {path} is {tensor.dtype}, not {wanted}")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise BadBundle(f"{name} in {path} has values that are not finite")
 
 
-def layer_file_name(layer: int) -> str:
-    return f"layer-{layer:05d}.int4.safetensors"
+def _check_groups(path: Path, linear: str, group_of: Tensor, groups: int) -> None:
+    counts = torch.bincount(group_of.clamp(min=0), minlength=groups)
+    if len(counts) != groups or len(set(counts.tolist())) != 1 or int(group_of.min()) < 0:
+        raise BadBundle(f"{linear}.g_idx in {path} does not put as many inputs into each group")
 
 
-def write_layer(
-    folder: Path, i: int, layer: LayerTensors[Int4Weight], arch: Architecture, error: float
-) -> LayerFile:
-    """Writes the INT4 variant of layer `i`, unfused, and returns what the manifest says of it."""
-    data = encode_tensors(_named_tensors(layer, arch))
-    name = layer_file_name(i)
-    write_atomically(folder / name, data)
-    return LayerFile(name, len(data), hashlib.sha256(data).hexdigest(), error)
+def layer_file_name(layer: int, variant: Variant) -> str:
+    return f"layer-{layer:05d}.{variant}.safetensors"
+
+
+def encode_layer(layer: LayerTensors[QuantizedWeight], arch: Architecture) -> bytes:
+    """The content of the file of a layer's variant: linears unfused, packed."""
+    return encode_tensors(_named_tensors(layer, arch))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -167,7 +202,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, encode(manifest))
 
 
-def _named_tensors(layer: LayerTensors[Int4Weight], arch: Architecture) -> dict[str, Tensor]:
+def _named_tensors(layer: LayerTensors[QuantizedWeight], arch: Architecture) -> dict[str, Tensor]:
     named: dict[str, Tensor | None] = {
         modules.INPUT_NORM: layer.norms.input,
         modules.POST_ATTENTION_NORM: layer.norms.post_attention,
@@ -183,7 +218,7 @@ def _named_tensors(layer: LayerTensors[Int4Weight], arch: Architecture) -> dict[
     ):
         sizes = [modules.linear_shapes(arch)[name][0] for name in names]
         for name, part in zip(names, split(weight, sizes), strict=True):
-            named[f"{name}.qweight"], named[f"{name}.scales"] = pack_gptq(part)
+            named |= {f"{name}.{end}": tensor for end, tensor in pack(part).items()}
         if bias is not None:
             parts = torch.split(bias, sizes)
             named |= {f"{name}.bias": part for name, part in zip(names, parts, strict=True)}

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -24,14 +25,25 @@ class Windows:
     tokens: Tensor  # [num_windows, window_tokens] int64
 
 
-def calibration_and_evaluation(
-    checkpoint: Checkpoint, source: str | None, samples: int, length: int, seed: int
-) -> tuple[Windows, Windows]:
-    """`samples` windows of `length` tokens to rank layers on, and as many to compare ranks on.
+class Part(Enum):
+    """Parts of a text that share nothing, as shares of its tokens: no result flatters itself."""
 
-    The first half of the text is for calibration, the second for evaluation; windows are drawn
-    from the halves without overlap. `source` is a text file or a folder of them; None takes the
-    held-out text in the model's folder. Raises ConfigError where text is missing or too short.
+    CALIBRATION = "first half", 0.0, 0.5  # weights are rounded and layers scored on it
+    SELECTION = "third quarter", 0.5, 0.75  # orders are compared on it
+    EVALUATION = "last quarter", 0.75, 1.0  # what is reported as quality
+
+    def of(self, tokens: list[int]) -> list[int]:
+        _, start, end = self.value
+        return tokens[int(start * len(tokens)) : int(end * len(tokens))]
+
+
+def draw_windows(
+    checkpoint: Checkpoint, source: str | None, part: Part, samples: int, length: int, seed: int = 0
+) -> Windows:
+    """`samples` windows of `length` tokens of a part of a text, chosen by `seed`, none twice.
+
+    `source` is a text file or a folder of them; None takes the held-out text in the model's
+    folder. Raises ConfigError where text is missing or too short.
     """
     arch = checkpoint.architecture
     if samples < 1 or not 2 <= length <= arch.max_position:
@@ -41,12 +53,7 @@ def calibration_and_evaluation(
         )
     path = _find_text(checkpoint, source)
     tokens = encode(checkpoint, _read_text(path))
-    middle = len(tokens) // 2
-    halves = ((tokens[:middle], "first half"), (tokens[middle:], "second half"))
-    first, second = (
-        _draw(half, f"{path.name}, {part}", samples, length, seed) for half, part in halves
-    )
-    return first, second
+    return _draw(part.of(tokens), f"{path.name}, {part.value[0]}", samples, length, seed)
 
 
 def encode(checkpoint: Checkpoint, text: str) -> list[int]:
@@ -100,4 +107,4 @@ def _draw(tokens: list[int], source: str, samples: int, length: int, seed: int) 
     places = sorted(random.Random(seed).sample(range(available), samples))
     rows = torch.tensor([tokens[place * length : (place + 1) * length] for place in places])
     sha256 = hashlib.sha256(rows.numpy().data).hexdigest()
-    return Windows(TextSample(source, sha256, samples, length), rows)
+    return Windows(TextSample(source, sha256, samples, length, seed), rows)

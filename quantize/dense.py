@@ -8,8 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from morphserve.quantize.architecture import Architecture, inverse_frequencies
-from morphserve.quantize.int4 import dequantize
-from morphserve.quantize.weights import Biases, Int4Weight, LayerTensors, Norms, StaticTensors
+from morphserve.quantize.rounding import dequantize
+from morphserve.quantize.weights import (
+    Biases,
+    LayerTensors,
+    Norms,
+    QuantizedWeight,
+    StaticTensors,
+)
 
 
 def to_float32(layer: LayerTensors[Tensor]) -> LayerTensors[Tensor]:
@@ -24,8 +30,8 @@ def to_float32(layer: LayerTensors[Tensor]) -> LayerTensors[Tensor]:
     )
 
 
-def int4_to_float32(layer: LayerTensors[Int4Weight]) -> LayerTensors[Tensor]:
-    """The layer that the INT4 variant stands for, in float32."""
+def quantized_to_float32(layer: LayerTensors[QuantizedWeight]) -> LayerTensors[Tensor]:
+    """The layer that a quantised variant stands for, in float32."""
     return LayerTensors(
         norms=_norms_to_float32(layer.norms),
         biases=_biases_to_float32(layer.biases),

@@ -1,11 +1,11 @@
-"""One decoder layer's tensors, full precision or INT4, fused as the forward pass wants them."""
+"""A decoder layer's tensors, full precision or quantised, fused for the forward pass."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
-Weight = TypeVar("Weight")  # Tensor at full precision, Int4Weight at INT4
+Weight = TypeVar("Weight")  # Tensor at full precision, QuantizedWeight otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,22 @@ class Biases:
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Weight:
-    """Symmetric INT4: the weight is `(codes - 8) * scales`, scales shared by groups of inputs."""
+class QuantizedWeight:
+    """The weight is `(codes - zeros) * scales`; groups of inputs share a scale and a zero."""
 
-    codes: Tensor  # uint8 [N, K], 0..15
+    codes: Tensor  # uint8 [N, K], below 2**bits
     scales: Tensor  # float16 [N, K / group_size]
     group_size: int
+    bits: int = 4  # or 8
+    zeros: Tensor | None = None  # uint8 [N, K / group_size]; None: symmetric, all `middle`
+    # int64 [K], the input that each column of codes belongs to; None: in order. Only layers
+    # imported from GPTQ with desc_act have one: there the members of a group are not neighbours.
+    input_order: Tensor | None = None
+
+    @property
+    def middle(self) -> int:
+        """The code of weight 0 in a symmetric weight."""
+        return int(1 << (self.bits - 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ import time
 import msgspec
 
 from morphserve.configs.schema import EngineConfig
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import Parts, build
 from morphserve.runtime.controller import ControlState, decide
-from morphserve.runtime.layers import Variant
 from morphserve.runtime.messages import Hello, Refused, Snapshot, Step, Submit, TokenOutput
 from morphserve.runtime.monitor import Monitor
 from morphserve.runtime.request import FinishReason, Request, SamplingParams

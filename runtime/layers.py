@@ -2,22 +2,17 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
-from morphserve.quantize.weights import Int4Weight, LayerTensors
+from morphserve.quantize.manifest import Variant
+from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.kernels import FullLinear, Int4Linear, Kernels, Linear, QKNorm
 from morphserve.runtime.memory import MemoryPlan, align
 
 LINEARS = ("qkv", "o", "gate_up", "down")
-
-
-class Variant(Enum):
-    FULL = "full"
-    INT4 = "int4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +56,18 @@ def full_image(layer: LayerTensors[Tensor], kernels: Kernels, dtype: torch.dtype
     return _pack(tensors, group_size=0)
 
 
-def int4_image(layer: LayerTensors[Int4Weight], kernels: Kernels, dtype: torch.dtype) -> Image:
+def int4_image(layer: LayerTensors[QuantizedWeight], kernels: Kernels, dtype: torch.dtype) -> Image:
     """The INT4 image; `dtype` is that of the full-precision weights beside it."""
     tensors = _norms_and_biases(layer, kernels.activation_dtype(dtype))
     for name in LINEARS:
-        weight: Int4Weight = getattr(layer, name)
+        weight: QuantizedWeight = getattr(layer, name)
         codes, scales = kernels.pack_int4(weight.codes, weight.scales)
         tensors[f"{name}.codes"], tensors[f"{name}.scales"] = codes, scales
     return _pack(tensors, layer.qkv.group_size)
 
 
 def _norms_and_biases(
-    layer: LayerTensors[Tensor] | LayerTensors[Int4Weight], dtype: torch.dtype
+    layer: LayerTensors[Tensor] | LayerTensors[QuantizedWeight], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     norms, biases = layer.norms, layer.biases
     named = {

@@ -62,7 +62,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         dtype=dtype,
         statics=statics,
         full=full,
-        int4=[int4_image(bundle.int4_layer(i), kernels, dtype) for i in layers]
+        int4=[int4_image(bundle.layer(i), kernels, dtype) for i in layers]
         if bundle and swaps
         else [],
         order=layer_order(config, architecture.num_layers, bundle),

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
-from morphserve.runtime.layers import Layers, Variant
+from morphserve.runtime.layers import Layers
 from morphserve.runtime.memory import MemoryPlan
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from morphserve.quantize.build import build_bundle
+from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 
 SIZES: dict[str, Any] = {
@@ -81,7 +81,9 @@ def tiny_bundle(
     def get(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(f"{name}-bundle")
-            build_bundle(open_checkpoint(str(tiny_model(name))), made[name], group_size=32)
+            build_bundle(
+                open_checkpoint(str(tiny_model(name))), made[name], QuantizeSettings("rtn", 32)
+            )
         return made[name]
 
     return get

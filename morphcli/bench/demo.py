@@ -12,9 +12,9 @@ from morphserve.morphcli.bench.run import BenchRequest
 from morphserve.morphcli.bench.schedule import Shape
 from morphserve.morphcli.bench.summary import Slo
 from morphserve.profile.orders import rank
-from morphserve.quantize.build import build_bundle, default_group_size
+from morphserve.quantize.build import QuantizeSettings, build_bundle, default_group_size
 from morphserve.quantize.bundle import Bundle, open_bundle
-from morphserve.quantize.calibration import calibration_and_evaluation
+from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.runtime.build import budget_for_tokens
 
@@ -83,16 +83,16 @@ def prepare_bundle(
         build_bundle(
             checkpoint,
             folder,
-            size,
-            True,
-            lambda i: on_step("rounding layers to INT4", i + 1, total),
+            QuantizeSettings("rtn", size),
+            force=True,
+            on_layer=lambda i: on_step("rounding layers to INT4", i + 1, total),
         )
         bundle = open_bundle(str(folder), checkpoint)
     if bundle.manifest.ranking is None:
-        texts = calibration_and_evaluation(
-            checkpoint, None, settings.profile_windows, settings.profile_tokens, seed=0
-        )
-        bundle.with_ranking(rank(checkpoint, bundle, *texts, 0, on_step))
+        shape = settings.profile_windows, settings.profile_tokens
+        calibration = draw_windows(checkpoint, None, Part.CALIBRATION, *shape)
+        selection = draw_windows(checkpoint, None, Part.SELECTION, *shape)
+        bundle.with_ranking(rank(checkpoint, bundle, calibration, selection, 0, on_step))
     return folder
 
 

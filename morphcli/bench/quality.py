@@ -7,7 +7,7 @@ from morphserve.configs.errors import ConfigError
 from morphserve.profile.mixes import Model
 from morphserve.profile.perplexity import measure
 from morphserve.quantize.bundle import Bundle, open_bundle
-from morphserve.quantize.calibration import Windows, calibration_and_evaluation
+from morphserve.quantize.calibration import Part, Windows, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 
 _NUM_WINDOWS = 8
@@ -38,18 +38,18 @@ class Quality:
 def open_quality(model: str, bundle: Path | None, text: Path | None) -> Quality:
     """Raises a MorphError if checkpoint, bundle or text cannot be used.
 
-    `text` None takes the held-out text in the model's folder. The windows are of the half of it
-    that `morph profile` does not rank layers on.
+    `text` None takes the held-out text in the model's folder. The windows are of the quarter of
+    it that neither `morph quantize` nor `morph profile` has seen.
     """
     checkpoint = open_checkpoint(model)
     opened = open_bundle(str(bundle), checkpoint) if bundle else None
     length = min(_WINDOW_TOKENS, checkpoint.architecture.max_position)
     source = str(text) if text else None
     try:
-        _, windows = calibration_and_evaluation(checkpoint, source, _NUM_WINDOWS, length, seed=0)
+        windows = draw_windows(checkpoint, source, Part.EVALUATION, _NUM_WINDOWS, length)
     except ConfigError as error:
         raise ConfigError(
-            f"perplexity is measured on text of at least {2 * _NUM_WINDOWS * length:,} tokens: "
+            f"perplexity is measured on text of at least {4 * _NUM_WINDOWS * length:,} tokens: "
             "give a longer --prompts FILE"
         ) from error
     return Quality(checkpoint, opened, windows)

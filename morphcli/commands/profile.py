@@ -31,19 +31,22 @@ def profile(
 ) -> None:
     """Rank the layers by how little INT4 changes the model.
 
-    Ranks by LIS on the first half of the text; on the second half compares it with front-to-back,
+    Ranks by LIS on the first half of the text; on the third quarter compares it with front-to-back,
     back-to-front and a random order. The order that stays closest to full precision is kept in
     the bundle.
     """
     import msgspec
 
     from morphserve.quantize.bundle import open_bundle
-    from morphserve.quantize.calibration import calibration_and_evaluation
+    from morphserve.quantize.calibration import Part, draw_windows
     from morphserve.quantize.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model)
     opened = open_bundle(str(bundle), checkpoint)
-    texts = calibration_and_evaluation(checkpoint, calibration, samples, length, seed)
+    texts = (
+        draw_windows(checkpoint, calibration, Part.CALIBRATION, samples, length, seed),
+        draw_windows(checkpoint, calibration, Part.SELECTION, samples, length, seed),
+    )
     ranking = _rank(checkpoint, opened, texts, seed, quiet=json)
     opened.with_ranking(ranking)
     if json:
@@ -81,7 +84,7 @@ def _print(model: str, bundle: Path, ranking: "Ranking") -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(_table("KL from full precision, 1e-3 nats/token", ranking, _divergences))
     console.print(_table("perplexity", ranking, _perplexities))
-    sample = ranking.evaluation
+    sample = ranking.selection
     chosen = next(order for order in ranking.orders if order.name == ranking.chosen)
     console.print(
         f"{ranking.chosen} stays closest to full precision (lowest mean KL over "

@@ -40,7 +40,7 @@ def quantize(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make the bundle of INT4 layers that `morph serve` swaps from."""
-    from morphserve.quantize.build import build_bundle, default_group_size
+    from morphserve.quantize.build import QuantizeSettings, build_bundle, default_group_size
     from morphserve.quantize.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model)
@@ -52,8 +52,8 @@ def quantize(
         manifest = build_bundle(
             checkpoint,
             folder,
-            size,
-            force,
+            QuantizeSettings("rtn", size),
+            force=force,
             on_layer=lambda i: progress.update(task, completed=i + 1, visible=True),
         )
     report = _report(folder, checkpoint, manifest)
@@ -71,12 +71,14 @@ def _progress(quiet: bool) -> "Progress":
 
 
 def _report(folder: Path, checkpoint: "Checkpoint", manifest: "Manifest") -> Report:
+    from morphserve.quantize.manifest import Variant
+
     return Report(
         bundle=str(folder),
-        group_size=manifest.quantization.group_size,
+        group_size=manifest.variants[Variant.INT4].quantization.group_size,
         layers=[
-            LayerReport(i, checkpoint.layer_bytes(i), file.num_bytes, file.relative_error)
-            for i, file in enumerate(manifest.layers)
+            LayerReport(i, checkpoint.layer_bytes(i), file.num_bytes, file.weight_error)
+            for i, file in enumerate(manifest.variants[Variant.INT4].layers)
         ],
     )
 

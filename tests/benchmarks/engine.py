@@ -22,9 +22,9 @@ from morphserve.configs.load import load_policy
 from morphserve.configs.schema import EngineConfig, SchedulerConfig
 from morphserve.quantize.build import build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import build
 from morphserve.runtime.engine import Engine
-from morphserve.runtime.layers import Variant
 from morphserve.runtime.messages import Submit
 from morphserve.runtime.request import SamplingParams
 

@@ -9,9 +9,9 @@ import torch
 from morphserve.configs.errors import ConfigError
 from morphserve.profile.mixes import Model, Run
 from morphserve.profile.perplexity import measure, perplexity
-from morphserve.quantize.build import build_bundle
+from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import open_bundle
-from morphserve.quantize.calibration import calibration_and_evaluation
+from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -36,9 +36,9 @@ def test_the_demo_models_perplexity_is_that_of_transformers_and_int4_costs_littl
     from transformers import AutoModelForCausalLM
 
     checkpoint = open_checkpoint("demo")
-    build_bundle(checkpoint, tmp_path, 64)
+    build_bundle(checkpoint, tmp_path, QuantizeSettings("rtn", 64))
     bundle = open_bundle(str(tmp_path), checkpoint)
-    windows, _ = calibration_and_evaluation(checkpoint, None, 4, 256, seed=0)
+    windows = draw_windows(checkpoint, None, Part.CALIBRATION, 4, 256)
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
     loss = theirs(windows.tokens, labels=windows.tokens).loss
     full = perplexity(checkpoint, None, [], windows.tokens)

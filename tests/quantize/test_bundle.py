@@ -13,23 +13,26 @@ import pytest
 import torch
 
 from morphserve.configs.errors import ConfigError, MorphError
-from morphserve.quantize.build import build_bundle, default_group_size
+from morphserve.quantize.build import QuantizeSettings, build_bundle, default_group_size
 from morphserve.quantize.bundle import BadBundle, Bundle, open_bundle
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
-from morphserve.quantize.int4 import quantize_rtn
 from morphserve.quantize.manifest import RankedOrder, Ranking, TextSample
+from morphserve.quantize.rounding import Grid, quantize_rtn
+
+RTN = QuantizeSettings("rtn", 32)
 
 KILLED_BUILD = """
 import os, signal, sys
 from pathlib import Path
-from morphserve.quantize.build import build_bundle
+from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 
 def kill(layer):
     if layer == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
-build_bundle(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), 32, force=True, on_layer=kill)
+checkpoint, settings = open_checkpoint(sys.argv[1]), QuantizeSettings("rtn", 32)
+build_bundle(checkpoint, Path(sys.argv[2]), settings, force=True, on_layer=kill)
 """
 
 
@@ -55,9 +58,9 @@ def refusal(folder: Path, checkpoint: Checkpoint) -> str:
 
 
 def a_ranking(layers: list[int]) -> Ranking:
-    text = TextSample("some.txt, first half", "00", 1, 16)
+    text = TextSample("some.txt, first half", "00", 1, 16, 0)
     order = RankedOrder("lis", layers, [0.5, 0.25, 0.125], [1.5], [0.1])
-    return Ranking(0, text, text, [0], [order], "lis")
+    return Ranking(text, text, [0], [order], "lis")
 
 
 def test_layers_come_back_as_they_were_rounded(
@@ -66,9 +69,9 @@ def test_layers_come_back_as_they_were_rounded(
     checkpoint = open_checkpoint(str(tiny_model(family)))
     bundle = open_bundle(str(tiny_bundle(family)), checkpoint)
     for i in range(3):
-        full, int4 = checkpoint.layer(i), bundle.int4_layer(i)
+        full, int4 = checkpoint.layer(i), bundle.layer(i)
         for name in ("qkv", "o", "gate_up", "down"):
-            expected = quantize_rtn(getattr(full, name), 32)
+            expected = quantize_rtn(getattr(full, name), Grid(4, 32))
             assert torch.equal(getattr(int4, name).codes, expected.codes)
             assert torch.equal(getattr(int4, name).scales, expected.scales)
             bias, kept = getattr(full.biases, name), getattr(int4.biases, name)
@@ -77,19 +80,19 @@ def test_layers_come_back_as_they_were_rounded(
 
 def test_building_again_makes_the_same_files(checkpoint: Checkpoint, folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    build_bundle(checkpoint, folder, 32, force=True)
+    build_bundle(checkpoint, folder, RTN, force=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_bundle_is_not_replaced_unasked(checkpoint: Checkpoint, folder: Path) -> None:
     with pytest.raises(ConfigError, match="--force"):
-        build_bundle(checkpoint, folder, 32)
+        build_bundle(checkpoint, folder, RTN)
 
 
 def test_a_wrong_group_size_leaves_the_old_bundle(checkpoint: Checkpoint, folder: Path) -> None:
     for group_size in (48, 0, 16):
         with pytest.raises(ConfigError, match=f"group size {group_size} must be a power of two"):
-            build_bundle(checkpoint, folder, group_size, force=True)
+            build_bundle(checkpoint, folder, QuantizeSettings("rtn", group_size), force=True)
     open_bundle(str(folder), checkpoint)
     assert default_group_size(checkpoint.architecture) == 64
 
@@ -105,16 +108,12 @@ def test_weights_that_are_not_finite_are_refused(
     tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
     path.write_bytes(safetensors.torch.save(tensors))
     with pytest.raises(MorphError, match="layer 2 .* not finite"):
-        build_bundle(open_checkpoint(str(model)), tmp_path / "bundle", 32)
+        build_bundle(open_checkpoint(str(model)), tmp_path / "bundle", RTN)
 
 
-def test_a_killed_build_leaves_an_unfinished_folder_that_can_be_built_again(
-    checkpoint: Checkpoint, folder: Path
-) -> None:
+def test_a_killed_build_leaves_the_old_bundle(checkpoint: Checkpoint, folder: Path) -> None:
     command = [sys.executable, "-c", KILLED_BUILD, str(checkpoint.path), str(folder)]
     assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
-    assert "not a finished bundle" in refusal(folder, checkpoint)
-    build_bundle(checkpoint, folder, 32)
     open_bundle(str(folder), checkpoint)
 
 
@@ -127,8 +126,8 @@ def test_every_tampered_byte_of_a_layer_is_noticed(checkpoint: Checkpoint, folde
         changed[place] ^= 1
         path.write_bytes(changed)
         with pytest.raises(BadBundle, match=r"layer-00001.* is damaged .*run `morph quantize"):
-            bundle.int4_layer(1)
-    bundle.int4_layer(0)
+            bundle.layer(1)
+    bundle.layer(0)
 
 
 def test_truncated_and_missing_layers_are_refused(checkpoint: Checkpoint, folder: Path) -> None:
@@ -155,10 +154,10 @@ def test_folders_that_are_no_bundle_are_refused(checkpoint: Checkpoint, tmp_path
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"schema": 2}, "its schema is 2, this program reads 1"),
+        ({"schema": 1}, "its schema is 1, this program reads 2"),
         ({"format": "other"}, "its format is 'other'"),
         ({"note": "hello"}, "unknown field `note`"),
-        ({"layers": 3}, "Expected `array`"),
+        ({"variants": 3}, "Expected `object`"),
         ({"tool": "mine"}, "edited or damaged"),
     ],
 )
@@ -196,5 +195,5 @@ def test_a_ranking_that_lacks_a_layer_is_refused(checkpoint: Checkpoint, folder:
 def test_a_bundle_does_not_spill_among_other_files(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds other files than a bundle's"):
-        build_bundle(checkpoint, tmp_path, 64, force=True)
+        build_bundle(checkpoint, tmp_path, RTN, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,4 +1,4 @@
-"""Text becomes token windows, apart for calibration and evaluation."""
+"""Text becomes token windows of parts that share nothing."""
 
 import shutil
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from morphserve.configs.errors import MorphError
-from morphserve.quantize.calibration import calibration_and_evaluation, encode
+from morphserve.quantize.calibration import Part, draw_windows, encode
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -25,21 +25,23 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_calibration_and_evaluation_share_no_text(checkpoint: Checkpoint, text: Path) -> None:
-    calibration, evaluation = calibration_and_evaluation(checkpoint, str(text), 5, 64, seed=0)
+def test_parts_share_no_text(checkpoint: Checkpoint, text: Path) -> None:
+    parts = {part: draw_windows(checkpoint, str(text), part, 3, 64) for part in Part}
     (a,), (b,) = encode(checkpoint, "a"), encode(checkpoint, "b")
-    assert torch.equal(calibration.tokens, torch.full((5, 64), a))
-    assert torch.equal(evaluation.tokens, torch.full((5, 64), b))
-    assert calibration.sample.source == "text.txt, first half"
-    assert (evaluation.sample.num_windows, evaluation.sample.window_tokens) == (5, 64)
-    assert calibration.sample.sha256 != evaluation.sample.sha256
+    assert torch.equal(parts[Part.CALIBRATION].tokens, torch.full((3, 64), a))
+    assert torch.equal(parts[Part.SELECTION].tokens, torch.full((3, 64), b))
+    sample = parts[Part.EVALUATION].sample
+    assert sample.source == "text.txt, last quarter"
+    assert (sample.num_windows, sample.window_tokens, sample.seed) == (3, 64, 0)
+    tokens = list(range(103))
+    assert [token for part in Part for token in part.of(tokens)] == tokens
 
 
 def test_the_seed_decides_the_windows(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("".join(map(chr, range(32, 127))) * 40)
     first, again, other = (
-        calibration_and_evaluation(checkpoint, str(path), 3, 50, seed)[0] for seed in (1, 1, 2)
+        draw_windows(checkpoint, str(path), Part.CALIBRATION, 3, 50, seed) for seed in (1, 1, 2)
     )
     assert first.sample == again.sample
     assert torch.equal(first.tokens, again.tokens)
@@ -49,13 +51,13 @@ def test_the_seed_decides_the_windows(checkpoint: Checkpoint, tmp_path: Path) ->
 def test_a_folder_is_read_file_by_file(checkpoint: Checkpoint, text: Path) -> None:
     shutil.copy(text, text.parent / "more.md")
     (text.parent / "image.png").write_bytes(b"\xff\xd8")
-    calibration, _ = calibration_and_evaluation(checkpoint, str(text.parent), 12, 64, seed=0)
+    calibration = draw_windows(checkpoint, str(text.parent), Part.CALIBRATION, 12, 64)
     assert len(calibration.tokens) == 12
 
 
 def test_the_shipped_model_brings_its_text() -> None:
-    calibration, evaluation = calibration_and_evaluation(open_checkpoint("demo"), None, 2, 128, 0)
-    assert calibration.tokens.shape == evaluation.tokens.shape == (2, 128)
+    for part in Part:
+        assert draw_windows(open_checkpoint("demo"), None, part, 2, 128).tokens.shape == (2, 128)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_windows_that_cannot_be_had_are_refused(
     checkpoint: Checkpoint, text: Path, samples: int, length: int, reason: str
 ) -> None:
     with pytest.raises(MorphError, match=reason):
-        calibration_and_evaluation(checkpoint, str(text), samples, length, 0)
+        draw_windows(checkpoint, str(text), Part.CALIBRATION, samples, length)
 
 
 def test_text_that_cannot_be_read_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_text_that_cannot_be_read_is_refused(checkpoint: Checkpoint, tmp_path: P
         (str(tmp_path), "holds no text files"),
     ):
         with pytest.raises(MorphError, match=reason):
-            calibration_and_evaluation(checkpoint, source, 1, 16, 0)
+            draw_windows(checkpoint, source, Part.CALIBRATION, 1, 16)
 
 
 def test_a_model_without_tokenizer_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

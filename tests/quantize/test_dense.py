@@ -9,7 +9,7 @@ from torch import Tensor
 from morphserve.quantize import dense
 from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
-from morphserve.quantize.int4 import dequantize
+from morphserve.quantize.rounding import dequantize
 
 
 def dense_logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
@@ -38,9 +38,9 @@ def test_an_int4_layer_stands_for_its_dequantised_weights(
     family: str, tiny_model: Callable[[str], Path], tiny_bundle: Callable[[str], Path]
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_model(family)))
-    int4 = open_bundle(str(tiny_bundle(family)), checkpoint).int4_layer(1)
+    int4 = open_bundle(str(tiny_bundle(family)), checkpoint).layer(1)
     full = checkpoint.layer(1)
-    layer = dense.int4_to_float32(int4)
+    layer = dense.quantized_to_float32(int4)
     assert torch.equal(layer.gate_up, dequantize(int4.gate_up))
     assert layer.qkv.shape == full.qkv.shape
     assert 0.01 < (layer.qkv - full.qkv).norm() / full.qkv.norm() < 0.12

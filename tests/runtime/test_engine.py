@@ -10,7 +10,7 @@ import torch
 from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, SchedulerConfig
-from morphserve.quantize.build import build_bundle
+from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.runtime.build import Parts
 from morphserve.runtime.engine import Engine
@@ -33,7 +33,7 @@ TIGHT = 50 * 2**20  # bytes in float32: the model and a few requests
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("demo-bundle")
-    build_bundle(open_checkpoint("demo"), folder, 64)
+    build_bundle(open_checkpoint("demo"), folder, QuantizeSettings("rtn", 64))
     return str(folder)
 
 

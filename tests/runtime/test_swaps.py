@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from swap_driver import ARCHITECTURE, ORDER, Driver, prompt_of, tiny_model
 from torch import Tensor
 
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.kernels import Kernels, load_kernels
-from morphserve.runtime.layers import Variant, weights_at
+from morphserve.runtime.layers import weights_at
 from morphserve.runtime.model import Model
 from morphserve.runtime.request import Request
 from morphserve.runtime.runner import pack

@@ -9,12 +9,19 @@ from torch import Tensor
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
 from morphserve.quantize.architecture import Architecture, Rope
-from morphserve.quantize.int4 import dequantize, quantize_rtn
-from morphserve.quantize.weights import Biases, Int4Weight, LayerTensors, Norms, StaticTensors
+from morphserve.quantize.manifest import Variant
+from morphserve.quantize.rounding import Grid, dequantize, quantize_rtn
+from morphserve.quantize.weights import (
+    Biases,
+    LayerTensors,
+    Norms,
+    QuantizedWeight,
+    StaticTensors,
+)
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.build import Parts, assemble
 from morphserve.runtime.kernels import Kernels
-from morphserve.runtime.layers import Variant, full_image, int4_image
+from morphserve.runtime.layers import full_image, int4_image
 from morphserve.runtime.loader import LoadedModel
 from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
 from morphserve.runtime.model import pack_statics
@@ -64,15 +71,15 @@ def _random_layer(generator: torch.Generator) -> LayerTensors[Tensor]:
     )
 
 
-def _quantise(layer: LayerTensors[Tensor]) -> LayerTensors[Int4Weight]:
+def _quantise(layer: LayerTensors[Tensor]) -> LayerTensors[QuantizedWeight]:
     return LayerTensors(
         layer.norms,
         layer.biases,
-        *(quantize_rtn(w, 32) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+        *(quantize_rtn(w, Grid(4, 32)) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)),
     )
 
 
-def _exact(layer: LayerTensors[Int4Weight]) -> LayerTensors[Tensor]:
+def _exact(layer: LayerTensors[QuantizedWeight]) -> LayerTensors[Tensor]:
     return LayerTensors(
         layer.norms,
         layer.biases,
