@@ -5,13 +5,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
+from morphserve.quantize.machine import free_memory
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.kernels import AttentionShape
@@ -127,7 +127,7 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
     if budget is None:
         wanted = config.scheduler.max_num_seqs * max_model_len
         wanted_bytes = budget_for(sizes, slots, cache.min_run_bytes, wanted)
-        budget = max(least, min(wanted_bytes, _free_memory() // 2))
+        budget = max(least, min(wanted_bytes, free_memory() // 2))
     _require_machine(budget)
     try:
         plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)
@@ -167,14 +167,6 @@ def _require_gain(config: EngineConfig, plan: MemoryPlan, order: Sequence[int]) 
 def _staging_slots(config: EngineConfig) -> int:
     """Policies that never swap while serving need no place to stage a swap."""
     return 0 if config.policy.static_layers >= 0 else config.cache.staging_slots
-
-
-def _free_memory() -> int:
-    """Bytes of main memory that can be had without swapping, by the kernel's estimate."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _attention_shape(architecture: Architecture, block_tokens: int) -> AttentionShape:
