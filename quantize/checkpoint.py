@@ -137,17 +137,18 @@ def open_checkpoint(path: str) -> Checkpoint:
             f"there is no model folder {folder}: give a Hugging Face folder with config.json and "
             f"{_WEIGHTS}, or `{DEMO_MODEL}` for the shipped model"
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     _refuse_foreign(folder, config)
     generation_file = folder / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.exists() else {}
-    architecture = _read_facts(folder, config, generation)
-    entries = _collect(folder)
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    architecture = read_facts(folder, config, generation)
+    entries = collect_entries(folder)
     _check_tensors(folder, architecture, entries)
     return Checkpoint(folder, architecture, entries)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises BadCheckpoint with the reason there is none."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -173,9 +174,10 @@ def _refuse_foreign(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _read_facts(
+def read_facts(
     folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> Architecture:
+    """`read_architecture`, with an error that names the folder."""
     try:
         return read_architecture(config, generation)
     except KeyError as error:
@@ -184,13 +186,13 @@ def _read_facts(
         raise BadCheckpoint(f"{folder}/config.json has a wrong value: {error}") from error
 
 
-def _collect(folder: Path) -> dict[str, TensorEntry]:
+def collect_entries(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of the folder's safetensors, one file or sharded."""
     if (folder / _WEIGHTS).exists():
         return read_entries(folder / _WEIGHTS)
     if not (folder / _INDEX).exists():
         raise BadCheckpoint(_no_weights(folder))
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
         raise BadCheckpoint(f"{folder / _INDEX} lacks a weight_map of tensor and file names")
     entries: dict[str, TensorEntry] = {}
