@@ -1,7 +1,7 @@
 """Layer images: one run of bytes per layer and variant, and which one each layer uses now."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 from morphserve.runtime.arena import Arena
-from morphserve.runtime.kernels import FullLinear, Int4Linear, Kernels, Linear, QKNorm
+from morphserve.runtime.kernels import FullLinear, Kernels, Linear, QKNorm, QuantizedLinear
 from morphserve.runtime.memory import MemoryPlan, align
 
 LINEARS = ("qkv", "o", "gate_up", "down")
@@ -27,7 +27,7 @@ class Image:
     """A layer's tensors in the kernels' layout, packed into host memory."""
 
     specs: Mapping[str, TensorSpec]
-    group_size: int  # of INT4 linears; 0 at full precision
+    bits: int  # of quantised linears; 0 at full precision
     host: Tensor  # uint8 [num_bytes]
 
     @property
@@ -53,17 +53,40 @@ def full_image(layer: LayerTensors[Tensor], kernels: Kernels, dtype: torch.dtype
     tensors = _norms_and_biases(layer, kernels.activation_dtype(dtype))
     for name in LINEARS:
         tensors[f"{name}.weight"] = kernels.pack_full(getattr(layer, name).to(dtype))
-    return _pack(tensors, group_size=0)
+    return _pack(tensors, bits=0)
 
 
-def int4_image(layer: LayerTensors[QuantizedWeight], kernels: Kernels, dtype: torch.dtype) -> Image:
-    """The INT4 image; `dtype` is that of the full-precision weights beside it."""
+def quantized_image(
+    layer: LayerTensors[QuantizedWeight], kernels: Kernels, dtype: torch.dtype
+) -> Image:
+    """The image of a quantised variant; `dtype` is that of the full-precision weights beside it."""
+    layer = _with_down_in_order(layer)
     tensors = _norms_and_biases(layer, kernels.activation_dtype(dtype))
     for name in LINEARS:
-        weight: QuantizedWeight = getattr(layer, name)
-        codes, scales = kernels.pack_int4(weight.codes, weight.scales)
-        tensors[f"{name}.codes"], tensors[f"{name}.scales"] = codes, scales
-    return _pack(tensors, layer.qkv.group_size)
+        packed = kernels.pack_quantized(getattr(layer, name))
+        parts = {
+            part: getattr(packed, part) for part in ("codes", "scales", "zeros", "input_order")
+        }
+        tensors |= {f"{name}.{part}": t for part, t in parts.items() if t is not None}
+    return _pack(tensors, layer.qkv.bits)
+
+
+def _with_down_in_order(layer: LayerTensors[QuantizedWeight]) -> LayerTensors[QuantizedWeight]:
+    """The same layer, with gate's and up's outputs in the order of `down`'s columns."""
+    order = layer.down.input_order
+    if order is None:
+        return layer
+    rows = torch.cat((order, order + len(order)))
+    weight, bias = layer.gate_up, layer.biases.gate_up
+    gate_up = replace(
+        weight,
+        codes=weight.codes[rows],
+        scales=weight.scales[rows],
+        zeros=None if weight.zeros is None else weight.zeros[rows],
+    )
+    biases = replace(layer.biases, gate_up=None if bias is None else bias[rows])
+    down = replace(layer.down, input_order=None)
+    return replace(layer, biases=biases, gate_up=gate_up, down=down)
 
 
 def _norms_and_biases(
@@ -83,7 +106,7 @@ def _norms_and_biases(
     return {name: tensor.to(dtype) for name, tensor in named.items() if tensor is not None}
 
 
-def _pack(tensors: Mapping[str, Tensor], group_size: int) -> Image:
+def _pack(tensors: Mapping[str, Tensor], bits: int) -> Image:
     specs, end = {}, 0
     for name, tensor in tensors.items():
         specs[name] = TensorSpec(end, tuple(tensor.shape), tensor.dtype)
@@ -92,7 +115,7 @@ def _pack(tensors: Mapping[str, Tensor], group_size: int) -> Image:
     for name, tensor in tensors.items():
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         host[specs[name].offset : specs[name].offset + raw.numel()] = raw
-    return Image(specs, group_size, host)
+    return Image(specs, bits, host)
 
 
 def weights_at(arena: Arena, offset: int, image: Image) -> LayerWeights:
@@ -104,10 +127,16 @@ def weights_at(arena: Arena, offset: int, image: Image) -> LayerWeights:
 
     def linear(name: str) -> Linear:
         bias = tensors.get(f"{name}.bias")
-        if image.group_size:
-            codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
-            return Int4Linear(codes, scales, bias, image.group_size)
-        return FullLinear(tensors[f"{name}.weight"], bias)
+        if not image.bits:
+            return FullLinear(tensors[f"{name}.weight"], bias)
+        return QuantizedLinear(
+            bits=image.bits,
+            codes=tensors[f"{name}.codes"],
+            scales=tensors[f"{name}.scales"],
+            zeros=tensors.get(f"{name}.zeros"),
+            input_order=tensors.get(f"{name}.input_order"),
+            bias=bias,
+        )
 
     qk_norm = QKNorm(tensors["norm.q"], tensors["norm.k"]) if "norm.q" in tensors else None
     return LayerWeights(

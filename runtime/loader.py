@@ -11,7 +11,7 @@ from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.runtime.kernels import Kernels, load_kernels
-from morphserve.runtime.layers import Image, full_image, int4_image
+from morphserve.runtime.layers import Image, full_image, quantized_image
 from morphserve.runtime.memory import ModelSizes
 from morphserve.runtime.model import PackedStatics, pack_statics
 
@@ -62,7 +62,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         dtype=dtype,
         statics=statics,
         full=full,
-        int4=[int4_image(bundle.layer(i), kernels, dtype) for i in layers]
+        int4=[quantized_image(bundle.layer(i), kernels, dtype) for i in layers]
         if bundle and swaps
         else [],
         order=layer_order(config, architecture.num_layers, bundle),

@@ -87,16 +87,28 @@ class Model:
         kernels, eps = self.kernels, self.shape.norm_eps
         embedding = self.static.embedding
         residual = F.embedding(tokens, embedding).to(kernels.activation_dtype(embedding.dtype))
-        x = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
-        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.static.norm]
-        for layer, cache, norm in zip(self.layers, self.caches, next_norms, strict=True):
-            x = self._attention(x, layer, cache, meta)
-            x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = kernels.linear(kernels.silu_mul(kernels.linear(x, layer.gate_up)), layer.down)
-            x = kernels.add_rms_norm(x, residual, norm, eps)
+        norms = [layer.input_norm for layer in self.layers] + [self.static.norm]
+        x = kernels.rms_norm(residual, norms[0], eps)
+        for layer, cache, norm in zip(self.layers, self.caches, norms[1:], strict=True):
+            q = self.before_attention(x, layer, cache, meta)
+            x = kernels.attention(q, cache, meta, self.shape)
+            x = self.after_attention(x, residual, layer, norm)
         return kernels.linear(x[rows], self.static.head)
 
-    def _attention(self, x: Tensor, layer: LayerWeights, cache: Tensor, meta: BatchMeta) -> Tensor:
+    def before_attention(
+        self, x: Tensor, layer: LayerWeights, cache: Tensor, meta: BatchMeta
+    ) -> Tensor:
+        """The layer's normed input to queries [M, H, D]; keys and values go into the cache."""
         qkv = self.kernels.linear(x, layer.qkv)
-        q = self.kernels.rope_write_kv(qkv, cache, meta, self.shape, self.cos_sin, layer.qk_norm)
-        return self.kernels.linear(self.kernels.attention(q, cache, meta, self.shape), layer.o)
+        norm = layer.qk_norm
+        return self.kernels.rope_write_kv(qkv, cache, meta, self.shape, self.cos_sin, norm)
+
+    def after_attention(
+        self, x: Tensor, residual: Tensor, layer: LayerWeights, next_norm: Tensor
+    ) -> Tensor:
+        """Attention's output [M, H * D] to what follows the layer, normed; adds to `residual`."""
+        kernels, eps = self.kernels, self.shape.norm_eps
+        x = kernels.linear(x, layer.o)
+        x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
+        x = kernels.linear(kernels.silu_mul(kernels.linear(x, layer.gate_up)), layer.down)
+        return kernels.add_rms_norm(x, residual, next_norm, eps)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from morphserve.configs.errors import ConfigError
+from morphserve.quantize.weights import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +26,18 @@ class FullLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Linear:
-    """Codes and scales in the layout that `Kernels.pack_int4` made."""
+class QuantizedLinear:
+    """Codes, scales and zeros in the layout that `Kernels.pack_quantized` made."""
 
+    bits: int  # 4 or 8
     codes: Tensor
     scales: Tensor
+    zeros: Tensor | None  # None: symmetric, or kept with the scales
+    input_order: Tensor | None  # int32 [K], the input of each column of codes; None: in order
     bias: Tensor | None  # [N]
-    group_size: int  # input features that share a scale
 
 
-Linear = FullLinear | Int4Linear
+Linear = FullLinear | QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,10 @@ class Kernels(Protocol):
         """A [N, K] weight in this device's layout (same dtype, any shape, contiguous)."""
         ...
 
-    def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 codes 0..15 [N, K] and float16 scales [N, K / group] in this device's layout.
+    def pack_quantized(self, weight: QuantizedWeight) -> QuantizedLinear:
+        """The weight in this device's layout, without bias.
 
-        The weight is `(codes - 8) * scales`.
+        Raises ConfigError for groups that this device's kernels do not read.
         """
         ...
 

@@ -1,10 +1,11 @@
 """CPU kernels: C where a compiler is found, torch elsewhere. Activations are float32.
 
 Each output row of the C kernels is bit for bit the same whatever else is in the batch, however
-a prompt is cut into chunks and however many threads run. An INT4 linear equals, bit for bit,
+a prompt is cut into chunks and however many threads run. A quantised linear equals, bit for bit,
 the full-precision linear over the dequantised weight in float32.
 """
 
+import dataclasses
 import logging
 
 import torch
@@ -12,22 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morphserve.configs.errors import ConfigError
+from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
     AttentionShape,
     BatchMeta,
     FullLinear,
-    Int4Linear,
     Kernels,
     Linear,
     QKNorm,
+    QuantizedLinear,
 )
 from morphserve.runtime.kernels.native import NativeUnavailable, load_library
-from morphserve.runtime.kernels.reference import ReferenceKernels, dequantise
+from morphserve.runtime.kernels.reference import (
+    ReferenceKernels,
+    dequantise,
+    in_column_order,
+)
 
 log = logging.getLogger(__name__)
 
 _KIND = {torch.float32: 0, torch.bfloat16: 1}
-_INT4 = 2
+_INT4, _INT4_ZEROS, _INT8 = 2, 3, 4
 _STEP = 32  # features that the C linear takes at once; codes are packed in such runs
 # Multiply-adds below which waking a second thread (some 90 us where threads sleep between two
 # operations, as they must on shared cores) costs more than it saves.
@@ -61,13 +67,17 @@ class TorchKernels(ReferenceKernels):
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         if isinstance(weight, FullLinear):
             return super().linear(x, weight)
-        rows = 256  # dequantised at a time, so that they stay in the cache
-        pieces = [
-            F.linear(x, dequantise(Int4Linear(codes, scales, None, weight.group_size)))
-            for codes, scales in zip(
-                torch.split(weight.codes, rows), torch.split(weight.scales, rows), strict=True
+        x, zeros = in_column_order(x, weight), weight.zeros
+        pieces = []
+        for start in range(0, len(weight.codes), 256):  # rows whose floats stay in the cache
+            rows = slice(start, start + 256)
+            part = dataclasses.replace(
+                weight,
+                codes=weight.codes[rows],
+                scales=weight.scales[rows],
+                zeros=None if zeros is None else zeros[rows],
             )
-        ]
+            pieces.append(F.linear(x, dequantise(part)))
         out = torch.cat(pieces, dim=1)
         return out if weight.bias is None else out.add_(weight.bias)
 
@@ -92,35 +102,49 @@ class CpuKernels:
         """The weight itself, [N, K], float32 or bfloat16."""
         return weight.contiguous()
 
-    def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, K / 2] bytes, 16 for a run of 32 features (i low, 16 + i high), and float32 scales.
+    def pack_quantized(self, weight: QuantizedWeight) -> QuantizedLinear:
+        """Codes [N, K] or, INT4, [N, K / 2], 16 bytes for 32 features (i low, 16 + i high).
 
-        float32 spares a conversion per group, a tenth of the time at M = 1, for 2 bytes more.
+        K is rounded up to a multiple of 32 with weights of 0. Scales [N, groups] are float32, which
+        spares a conversion per group, a tenth of the time at M = 1, for 2 bytes more. Where zeros
+        are not 8, they are [N, groups, 2]: scale and `-zero * scale`, side by side, so that one
+        read finds both and one multiply-add makes a weight of a code.
         """
-        group = codes.shape[1] // scales.shape[1]
-        if group < _STEP or group & (group - 1):
-            raise ConfigError(
-                f"INT4 groups of {group} inputs cannot be served: run `morph quantize` with "
-                "--group-size 32, 64 or 128"
-            )
-        runs = codes.view(len(codes), -1, 2, _STEP // 2)
-        packed = runs[:, :, 0] | runs[:, :, 1] << 4
-        return packed.flatten(1), scales.to(torch.float16).float().contiguous()
+        codes, group = weight.codes, weight.group_size
+        if group != codes.shape[1]:
+            _require_readable(group)
+        elif group % _STEP:
+            codes = _pad_row(weight)
+        scales = weight.scales.to(torch.float16).float()
+        if weight.bits == 8 or weight.zeros is not None:
+            zeros = weight.middle if weight.zeros is None else weight.zeros
+            scales = torch.stack((scales, -scales * zeros), dim=-1)
+        if weight.bits == 4:
+            runs = codes.view(len(codes), -1, 2, _STEP // 2)
+            codes = (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
+        order = None if weight.input_order is None else weight.input_order.int()
+        return QuantizedLinear(
+            weight.bits, codes.contiguous(), scales.contiguous(), None, order, None
+        )
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        if isinstance(weight, Int4Linear):
-            data, scales, group = weight.codes, weight.scales.data_ptr(), weight.group_size
-            kind, features = _INT4, data.shape[1] * 2
+        if isinstance(weight, QuantizedLinear):
+            data, scales = weight.codes, weight.scales
+            kind = _INT8 if weight.bits == 8 else _INT4 if scales.dim() == 2 else _INT4_ZEROS
+            features, groups = data.shape[1] * 8 // weight.bits, scales.shape[1]
+            x = in_column_order(x, weight)
         else:
-            data, scales, group = weight.weight, None, 0
-            kind, features = _KIND[data.dtype], data.shape[1]
-        if features % _STEP:
-            x = F.pad(x, (0, -features % _STEP))
+            data, scales = weight.weight, None
+            kind, features, groups = _KIND[data.dtype], data.shape[1], 0
+        missing = features + -features % _STEP - x.shape[1]
+        if missing:
+            x = F.pad(x, (0, missing))
         outputs = data.shape[0]
         y = torch.empty(len(x), outputs)
         self._library.morph_linear(
-            *(kind, _data(x), len(x), x.shape[1], _data(data), scales, outputs, features, group),
-            *(_optional(weight.bias), y.data_ptr(), _threads(y.numel() * features)),
+            *(kind, _data(x), len(x), x.shape[1], _data(data), _optional(scales)),
+            *(outputs, features, groups, _optional(weight.bias), y.data_ptr()),
+            _threads(y.numel() * features),
         )
         return y
 
@@ -175,6 +199,22 @@ class CpuKernels:
             *(_data(gate_up), rows, width, y.data_ptr(), _threads(16 * gate_up.numel()))
         )
         return y
+
+
+def _require_readable(group: int) -> None:
+    if group < _STEP or group & (group - 1):
+        raise ConfigError(
+            f"groups of {group} inputs cannot be served on CPU, only powers of two from {_STEP}: "
+            "run `morph quantize` with --group-size 32, 64 or 128"
+        )
+
+
+def _pad_row(weight: QuantizedWeight) -> Tensor:
+    """Codes of rows that are one group each, filled up with the code of 0."""
+    codes, extra = weight.codes, -weight.codes.shape[1] % _STEP
+    if weight.zeros is None:
+        return F.pad(codes, (0, extra), value=weight.middle)
+    return torch.cat((codes, weight.zeros.expand(-1, extra)), dim=1)
 
 
 def _data(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-// Linear over float32, bfloat16 or INT4 weights: y[M, N] = x[M, K] times weight[N, K], transposed.
+// Linear: y[M, N] = x[M, K] times weight[N, K], transposed; float32, bfloat16, INT4 or INT8 weights.
 
 #include "vectors.h"
 
@@ -13,50 +13,63 @@
 #define DEPTH 1024    // features whose products are summed before they join the output
 #define BLOCK_ROWS 48 // activation rows that stay in the second-level cache
 
-// A run of 32 INT4 codes is 16 bytes: byte i holds feature i (low half) and 16 + i (high half).
-// Scales come from float16, so (code - 8) * scale has at most 15 significant bits and is exact: an
-// INT4 linear equals, bit for bit, the float32 linear over the dequantised weight.
-INLINE void unpack_int4(const uint8_t *bytes, float scale, vec w[VECS]) {
-    const vec s = splat(scale), offset = s * splat(-8.0f);
-    for (int v = 0; v < VECS / 2; v++) {
-        vecu codes = load_bytes(bytes + v * W);
-        w[v] = fma_vec(__builtin_convertvector((veci)(codes & 15), vec), s, offset);
-        w[v + VECS / 2] = fma_vec(__builtin_convertvector((veci)(codes >> 4), vec), s, offset);
-    }
-}
-
 typedef struct {
-    const char *data;       // float32 or bfloat16 [N, K], or codes [N, K / 2]
-    const float *scales;    // INT4: [N, groups]
+    const char *data;    // float32 or bfloat16 [N, K], or codes: INT4 [N, K / 2], INT8 [N, K]
+    const float *scales; // of codes: INT4 [N, groups]; others [N, groups, 2]: scale, -zero * scale
     int64_t n, k;
     int64_t row_bytes;
-    int64_t groups;  // per row
-    int group_shift; // log2 of the features that share a scale
+    int64_t row_scales; // floats
+    int group_shift; // log2 of the features that share a scale; 62: all features of a row
 } weight_t;
 
 typedef struct {
     const char *data;
     const float *scales;
-    int64_t next; // bytes to the same feature of the row that the next tile starts with
+    int64_t next, next_scales; // bytes, floats to the same feature of the next tile's row
 } row_t;
 
 // Past the last row, the last one again.
 INLINE row_t weight_row(const weight_t *w, int64_t n) {
     if (n >= w->n) n = w->n - 1;
-    row_t row = {w->data + n * w->row_bytes, w->scales + n * w->groups, COLS * w->row_bytes};
+    row_t row = {w->data + n * w->row_bytes, w->scales + n * w->row_scales, COLS * w->row_bytes, COLS * w->row_scales};
     return row;
+}
+
+// 32 codes as weights. INT4 codes are 16 bytes: byte i holds feature i (low half) and 16 + i (high
+// half). Scales come from float16, so (code - zero) * scale has at most 19 significant bits, as
+// has zero * scale: both are exact, and the linear equals, bit for bit, the float32 linear over
+// the dequantised weight.
+INLINE void unpack(int kind, const uint8_t *codes, row_t row, int64_t group, vec w[VECS]) {
+    const float *s = row.scales + (kind == INT4 ? group : 2 * group);
+    const vec scale = splat(s[0]), offset = kind == INT4 ? scale * splat(-8.0f) : splat(s[1]);
+    if (kind != INT8) __builtin_prefetch(s + row.next_scales); // INT8 seldom has many
+    UNROLL for (int v = 0; v < VECS; v++) {
+        const vecu byte = load_bytes(codes + (kind == INT8 ? v : v % (VECS / 2)) * W);
+        const vecu code = kind == INT8 ? byte : v < VECS / 2 ? byte & 15 : byte >> 4;
+        w[v] = fma_vec(__builtin_convertvector((veci)code, vec), scale, offset);
+    }
+}
+
+// Bytes of so many features.
+INLINE int64_t bytes_of(int kind, int64_t features) {
+    switch (kind) {
+    case F32: return features << 2;
+    case BF16: return features << 1;
+    case INT8: return features;
+    default: return features >> 1;
+    }
 }
 
 // A tile reads short runs far apart, which the hardware does not foresee: hence the prefetch of
 // the next tile's. Past the weight's end it does nothing.
 INLINE void load_step(int kind, row_t row, int group_shift, int64_t k, vec out[VECS]) {
-    const char *p = row.data + (kind == INT4 ? k >> 1 : kind == BF16 ? k << 1 : k << 2);
+    const char *p = row.data + bytes_of(kind, k);
     __builtin_prefetch(p + row.next);
     if (kind == F32) __builtin_prefetch(p + row.next + 64);
-    if (kind == INT4) {
-        unpack_int4((const uint8_t *)p, row.scales[k >> group_shift], out);
-    } else {
+    if (kind == F32 || kind == BF16) {
         UNROLL for (int v = 0; v < VECS; v++) out[v] = load_as_float(kind, p, v * W);
+    } else {
+        unpack(kind, (const uint8_t *)p, row, k >> group_shift, out);
     }
 }
 
@@ -232,21 +245,24 @@ static void linear_kind(int kind, const float *x, int64_t m, int64_t x_stride, c
     case F32: linear_strips(F32, x, m, x_stride, w, bias, y, first, last); break;
     case BF16: linear_strips(BF16, x, m, x_stride, w, bias, y, first, last); break;
     case INT4: linear_strips(INT4, x, m, x_stride, w, bias, y, first, last); break;
+    case INT4_ZEROS: linear_strips(INT4_ZEROS, x, m, x_stride, w, bias, y, first, last); break;
+    case INT8: linear_strips(INT8, x, m, x_stride, w, bias, y, first, last); break;
     }
 }
 
-// x: [m, x_stride] where x_stride is k rounded up to a multiple of STEP, zeros past k.
+// x: [m, x_stride] where x_stride is k rounded up to a multiple of STEP, zeros past k. A row of codes
+// is a whole number of STEPs, and so is a group of them; several groups have a power of two.
 void morph_linear(int kind, const float *x, int64_t m, int64_t x_stride, const void *data,
-                  const float *scales, int64_t n, int64_t k, int64_t group, const float *bias,
+                  const float *scales, int64_t n, int64_t k, int64_t groups, const float *bias,
                   float *y, int threads) {
     if (!m) return;
     const weight_t w = {.data = data,
                         .scales = scales,
                         .n = n,
                         .k = k,
-                        .row_bytes = kind == INT4 ? k / 2 : kind == BF16 ? k * 2 : k * 4,
-                        .groups = group ? k / group : 0,
-                        .group_shift = group ? __builtin_ctzll(group) : 0};
+                        .row_bytes = bytes_of(kind, k),
+                        .row_scales = kind == INT4 ? groups : 2 * groups,
+                        .group_shift = groups > 1 ? __builtin_ctzll(k / groups) : 62};
     const int64_t strips = (n + COLS - 1) / COLS;
     if (threads > strips) threads = (int)strips;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)

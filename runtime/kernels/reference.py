@@ -4,7 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morphserve.runtime.kernels import AttentionShape, BatchMeta, Int4Linear, Linear, QKNorm
+from morphserve.quantize.weights import QuantizedWeight
+from morphserve.runtime.kernels import (
+    AttentionShape,
+    BatchMeta,
+    FullLinear,
+    Linear,
+    QKNorm,
+    QuantizedLinear,
+)
 
 
 class ReferenceKernels:
@@ -22,14 +30,19 @@ class ReferenceKernels:
     def pack_full(self, weight: Tensor) -> Tensor:
         return weight.contiguous()
 
-    def pack_int4(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Two codes to a byte, [N, K / 2], the even feature in the low half; scales as given."""
-        return codes[:, 0::2] | codes[:, 1::2] << 4, scales.contiguous()
+    def pack_quantized(self, weight: QuantizedWeight) -> QuantizedLinear:
+        """Two INT4 codes to a byte, the even feature in the low half: [N, K / 2]. Else as given."""
+        codes, order = weight.codes, weight.input_order
+        if weight.bits == 4:
+            codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        order = None if order is None else order.int()
+        return QuantizedLinear(weight.bits, codes, weight.scales, weight.zeros, order, None)
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        if isinstance(weight, Int4Linear):
-            return F.linear(x, dequantise(weight).to(x.dtype), _as(x.dtype, weight.bias))
-        return F.linear(x, weight.weight.to(x.dtype), _as(x.dtype, weight.bias))
+        if isinstance(weight, FullLinear):
+            return F.linear(x, weight.weight.to(x.dtype), _as(x.dtype, weight.bias))
+        x = in_column_order(x, weight)
+        return F.linear(x, dequantise(weight).to(x.dtype), _as(x.dtype, weight.bias))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _unit_rms(x.float(), weight, eps).to(x.dtype)
@@ -73,10 +86,19 @@ class ReferenceKernels:
         return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def dequantise(weight: Int4Linear) -> Tensor:
-    """The float32 weight [N, K] of `ReferenceKernels.pack_int4`'s layout."""
-    codes = torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).flatten(1)
-    return (codes.float() - 8) * weight.scales.float().repeat_interleave(weight.group_size, dim=1)
+def dequantise(weight: QuantizedLinear) -> Tensor:
+    """The float32 weight [N, K] of `ReferenceKernels.pack_quantized`'s layout, by column."""
+    codes, scales = weight.codes, weight.scales.float().unsqueeze(-1)
+    if weight.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+    groups = codes.view(*weight.scales.shape, -1).float()
+    zeros = float(1 << weight.bits - 1) if weight.zeros is None else weight.zeros.unsqueeze(-1)
+    return ((groups - zeros) * scales).flatten(1)
+
+
+def in_column_order(x: Tensor, weight: QuantizedLinear) -> Tensor:
+    """Inputs [M, K] in the order of the weight's columns."""
+    return x if weight.input_order is None else x.index_select(1, weight.input_order)
 
 
 def split_pages(cache: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias
 typedef float vec4 __attribute__((vector_size(16)));
 typedef float loose_vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
-enum kind { F32 = 0, BF16 = 1, INT4 = 2 };
+enum kind { F32 = 0, BF16 = 1, INT4 = 2, INT4_ZEROS = 3, INT8 = 4 };
 
 INLINE vec splat(float x) { return x - (vec){}; }
 

@@ -1,10 +1,11 @@
-"""Batches over scrambled pages, for kernel tests."""
+"""Batches over scrambled pages and quantised weights, for kernel tests."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import AttentionShape, BatchMeta
 
 
@@ -43,3 +44,19 @@ def rotations(num_positions: int, head_dim: int) -> Tensor:
     """[num_positions, head_dim]: cosines, then sines, of random angles."""
     angles = torch.rand(num_positions, head_dim // 2) * 6.28
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def random_weight(
+    n: int, k: int, group: int, bits: int = 4, zeros: bool = False, ordered: bool = False
+) -> QuantizedWeight:
+    """Random codes, zeros and order; scales of ordinary size, subnormal in float16, and 0."""
+    scales = torch.randn(n, k // group) * 0.02
+    scales *= torch.tensor([0.0, 1e-6, 1.0, 1.0, 1.0])[torch.randint(0, 5, scales.shape)]
+    return QuantizedWeight(
+        codes=torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8),
+        scales=scales.half(),
+        group_size=group,
+        bits=bits,
+        zeros=torch.randint(0, 1 << bits, scales.shape, dtype=torch.uint8) if zeros else None,
+        input_order=torch.randperm(k) if ordered else None,
+    )

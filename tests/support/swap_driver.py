@@ -21,7 +21,7 @@ from morphserve.quantize.weights import (
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.build import Parts, assemble
 from morphserve.runtime.kernels import Kernels
-from morphserve.runtime.layers import full_image, int4_image
+from morphserve.runtime.layers import full_image, quantized_image
 from morphserve.runtime.loader import LoadedModel
 from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
 from morphserve.runtime.model import pack_statics
@@ -102,7 +102,7 @@ def tiny_model(kernels: Kernels, exact: bool = False) -> LoadedModel:
         dtype=torch.float32,
         statics=pack_statics(static, kernels, torch.float32),
         full=[full_image(layer, kernels, torch.float32) for layer in full],
-        int4=[int4_image(layer, kernels, torch.float32) for layer in int4],
+        int4=[quantized_image(layer, kernels, torch.float32) for layer in int4],
         order=ORDER,
     )
 

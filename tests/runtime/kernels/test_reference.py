@@ -1,9 +1,11 @@
 """The reference against torch's own attention and against hand-made pages."""
 
+import pytest
 import torch
 import torch.nn.functional as F
+from kernel_batches import random_weight
 
-from morphserve.runtime.kernels import AttentionShape, BatchMeta, Int4Linear, Kernels, QKNorm
+from morphserve.runtime.kernels import AttentionShape, BatchMeta, Kernels, QKNorm
 from morphserve.runtime.kernels.reference import ReferenceKernels, dequantise, split_pages
 
 SHAPE = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=8, block_tokens=4, norm_eps=1e-6)
@@ -73,14 +75,15 @@ def test_query_and_key_norms_come_before_the_rotation() -> None:
     torch.testing.assert_close(cache, other)
 
 
-def test_packed_int4_dequantises_to_codes_less_eight_times_scale() -> None:
-    codes = torch.randint(0, 16, (6, 64), dtype=torch.uint8)
-    scales = torch.rand(6, 2, dtype=torch.float16)
-    packed, packed_scales = KERNELS.pack_int4(codes, scales)
-    weight = Int4Linear(packed, packed_scales, None, 32)
-    wanted = (codes.float() - 8) * scales.float().repeat_interleave(32, 1)
-    assert packed.shape == (6, 32)
-    assert torch.equal(dequantise(weight), wanted)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_packed_weight_dequantises_to_codes_less_zero_times_scale(bits: int, zeros: bool) -> None:
+    weight = random_weight(6, 64, 32, bits, zeros)
+    zero = 1 << bits - 1 if weight.zeros is None else weight.zeros.float().repeat_interleave(32, 1)
+    wanted = (weight.codes.float() - zero) * weight.scales.float().repeat_interleave(32, 1)
+    packed = KERNELS.pack_quantized(weight)
+    assert packed.codes.shape == (6, 64 * bits // 8)
+    assert torch.equal(dequantise(packed), wanted)
 
 
 def test_residual_is_updated_in_place() -> None:
