@@ -1,0 +1,1 @@
+"""Quantised checkpoints of other tools: GPTQ, AWQ and compressed-tensors read, GPTQ written."""
