@@ -1,7 +1,7 @@
 """Making a bundle: every layer of a checkpoint quantised and written."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from morphserve.configs.errors import ConfigError
 from morphserve.quantize.architecture import Architecture
-from morphserve.quantize.bundle import encode_layer
 from morphserve.quantize.calibration import Windows
 from morphserve.quantize.checkpoint import BadCheckpoint, Checkpoint
+from morphserve.quantize.layer_file import encode_layer
 from morphserve.quantize.manifest import (
     FORMAT,
     SCHEMA,
@@ -87,18 +87,18 @@ def build_bundle(
     arch = checkpoint.architecture
     _check_group_size(arch, settings.group_size)
     plan = _plan(checkpoint, settings, windows)
-    workspace = open_workspace(folder, plan, force, resume)
-    for i in range(workspace.num_finished, arch.num_layers):
-        full = checkpoint.layer(i)
-        written = {}
-        for variant, files in plan.variants.items():
-            how = files.quantization
-            grid = Grid(how.bits, how.group_size, how.symmetric)
-            layer, error = _quantize_rtn(checkpoint, i, full, grid)
-            written[variant] = (encode_layer(layer, arch), error.relative, None)
-        workspace.write(written)
-        on_layer(i)
-    return workspace.finish()
+    with open_workspace(folder, plan, force, resume) as workspace:
+        for i in range(workspace.num_finished, arch.num_layers):
+            full = checkpoint.layer(i)
+            written = {}
+            for variant, files in plan.variants.items():
+                how = files.quantization
+                grid = Grid(how.bits, how.group_size, how.symmetric)
+                layer, error = _quantize_rtn(checkpoint, i, full, grid)
+                written[variant] = (encode_layer(layer, arch), error.relative, None)
+            workspace.write(written)
+            on_layer(i)
+        return workspace.finish()
 
 
 def _plan(checkpoint: Checkpoint, settings: QuantizeSettings, windows: Windows | None) -> Manifest:
@@ -108,7 +108,7 @@ def _plan(checkpoint: Checkpoint, settings: QuantizeSettings, windows: Windows |
         schema=SCHEMA,
         tool=f"morphserve {version('morphserve')}",
         base=Base(checkpoint.path.name, checkpoint.fingerprint()),
-        architecture=asdict(checkpoint.architecture),
+        architecture=checkpoint.architecture,
         variants={
             variant: VariantFiles(quantization, [])
             for variant, quantization in _quantizations(settings, windows).items()

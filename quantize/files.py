@@ -1,12 +1,15 @@
 """Files of tensors: strict safetensors reading into owned memory, and atomic writing."""
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import safetensors.torch
 import torch
@@ -15,26 +18,32 @@ from torch import Tensor
 from morphserve.configs.errors import MorphError
 
 _MAX_HEADER_BYTES = 100_000_000
-_DTYPES = {
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DTYPES = {  # in the order in which `encode_tensors` lays them out
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class BadFile(MorphError):
     """A file of the model or the bundle is missing, damaged or not what it should be."""
 
     exit_code = 3
+
+
+class DiskFull(BadFile):
+    """There is no room for a file, or it may not become as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +158,18 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
 
 
+def file_bytes(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Size of the file that `encode_tensors` makes of tensors of these dtypes and shapes."""
+    places = list(_NAMES)
+    tensors = sorted(layout.items(), key=lambda item: (places.index(item[1][0]), item[0]))
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors:
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    header_bytes = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-header_bytes // 8) * 8 + end
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes `path` so that it holds all of `data` or what it held before, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -158,15 +179,61 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise BadFile(f"cannot write {path}: {error.strerror}") from error
+        kind = DiskFull if error.errno in _NO_ROOM else BadFile
+        raise kind(f"cannot write {path}: {error.strerror}") from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes the names of the files in a folder as lasting as what they hold."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest_file(path: Path) -> str | None:
+    """sha256 of a file's content; None if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+class Lock:
+    """A file that one process holds at a time; one that dies lets go."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path = path
+        self._file = file
+
+    @classmethod
+    def take(cls, path: Path) -> Self | None:
+        """None if another process holds it."""
+        while True:
+            file = path.open("ab")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                return None
+            if _is_open_at(path, file):
+                return cls(path, file)
+            file.close()  # its last holder removed it between our opening and our locking it
+
+    def release(self) -> None:
+        """Removes the file."""
+        if not self._file.closed:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+
+def _is_open_at(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

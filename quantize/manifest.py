@@ -4,15 +4,18 @@ Unknown fields and wrong types are errors.
 """
 
 import hashlib
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
 import msgspec
 
+from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.costs import DeviceCosts
 
 FORMAT = "morphserve-bundle"
 SCHEMA = 2
+_BITS = {"int4": 4, "int8": 8}
 
 
 class Variant(StrEnum):
@@ -111,11 +114,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: int
     tool: str  # program and version that wrote the bundle
     base: Base
-    architecture: dict[str, Any]
+    architecture: Architecture
     variants: dict[Variant, VariantFiles]
     ranking: Ranking | None = None
     costs: list[DeviceCosts] = []  # one entry per device
-    checksum: str = ""  # sha256 of all the rest
+    checksum: str = ""  # sha256 of the file as it is with "" here
 
 
 class _Header(msgspec.Struct):
@@ -125,10 +128,16 @@ class _Header(msgspec.Struct):
     schema: int
 
 
+class _Facts(msgspec.Struct):
+    architecture: dict[str, Any]
+
+
 def encode(manifest: Manifest) -> bytes:
     """The file's content, indented, with its checksum filled in."""
-    sealed = msgspec.structs.replace(manifest, checksum=_checksum(manifest))
-    return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
+    bare = msgspec.structs.replace(manifest, checksum="")
+    data = msgspec.json.format(msgspec.json.encode(bare), indent=2) + b"\n"
+    head, tail = data.rsplit(b'"checksum": ""', 1)
+    return head + b'"checksum": "' + _digest(data) + b'"' + tail
 
 
 def decode(data: bytes) -> Manifest:
@@ -139,17 +148,32 @@ def decode(data: bytes) -> Manifest:
     if header.schema != SCHEMA:
         raise ValueError(f"its schema is {header.schema}, this program reads {SCHEMA}")
     manifest = msgspec.json.decode(data, type=Manifest)
-    if Variant.INT4 not in manifest.variants or Variant.FULL in manifest.variants:
-        raise ValueError("its variants must be int4 and, if wanted, int8")
-    if manifest.checksum != _checksum(manifest):
+    if manifest.checksum.encode() != _digest(data.replace(manifest.checksum.encode(), b"", 1)):
         raise ValueError("its checksum does not match: it was edited or damaged")
+    _check_variants(manifest.variants)
+    facts = msgspec.json.decode(data, type=_Facts).architecture
+    if facts != msgspec.json.decode(msgspec.json.encode(manifest.architecture)):
+        raise ValueError("its architecture does not hold exactly the facts of this schema")
+    if any(fact < 1 for fact in facts.values() if type(fact) is int):
+        raise ValueError("its architecture has sizes that are not positive")
     _check_ranking(manifest)
+    for costs in manifest.costs:
+        _check_costs(costs)
     return manifest
 
 
-def _checksum(manifest: Manifest) -> str:
-    bare = msgspec.structs.replace(manifest, checksum="")
-    return hashlib.sha256(msgspec.json.encode(bare)).hexdigest()
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+def _check_variants(variants: Mapping[Variant, VariantFiles]) -> None:
+    if Variant.INT4 not in variants or Variant.FULL in variants:
+        raise ValueError("its variants must be int4 and, if wanted, int8")
+    for variant, files in variants.items():
+        if files.quantization.bits != _BITS[variant]:
+            raise ValueError(f"its {variant} variant has {files.quantization.bits} bits")
+        if files.quantization.group_size < 0:
+            raise ValueError(f"its {variant} variant has a negative group size")
 
 
 def _check_ranking(manifest: Manifest) -> None:
@@ -160,3 +184,15 @@ def _check_ranking(manifest: Manifest) -> None:
         raise ValueError("an order in its ranking does not hold every layer once")
     if manifest.ranking.chosen not in [order.name for order in manifest.ranking.orders]:
         raise ValueError("the order it chose is not in its ranking")
+
+
+def _check_costs(costs: DeviceCosts) -> None:
+    sizes = {len(costs.head_seconds), *(len(layer.seconds) for layer in costs.layers)}
+    if sizes != {len(costs.tokens)}:
+        raise ValueError(f"its costs on {costs.device} lack times of some numbers of tokens")
+    if any(layer.variant not in (*Variant,) for layer in costs.layers):
+        raise ValueError(f"its costs on {costs.device} are of an unknown variant")
+    times = [*costs.head_seconds, *(entry.seconds for entry in costs.attention)]
+    times += [seconds for layer in costs.layers for seconds in layer.seconds]
+    if min(costs.tokens, default=1) < 1 or min(times, default=1.0) <= 0:
+        raise ValueError(f"its costs on {costs.device} hold times or tokens that are not positive")
