@@ -1,7 +1,7 @@
 """A tiny random model in memory, and a driver that turns the step loop with scripted swaps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from torch import Tensor
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
 from morphserve.quantize.architecture import Architecture, Rope
+from morphserve.quantize.dense import quantized_to_float32
 from morphserve.quantize.manifest import Variant
-from morphserve.quantize.rounding import Grid, dequantize, quantize_rtn
+from morphserve.quantize.rounding import Grid, quantize_rtn
 from morphserve.quantize.weights import (
     Biases,
     LayerTensors,
@@ -50,6 +51,14 @@ ARCHITECTURE = Architecture(
 )
 ORDER = [3, 0, 4, 1, 2]
 BLOCK_TOKENS = 8
+# Of each layer's quantised variant: its grid, and whether inputs have an order of their own.
+KINDS = (
+    (Grid(4, 32), False),
+    (Grid(4, 32, symmetric=False), True),
+    (Grid(8, 0), False),
+    (Grid(4, 0), True),
+    (Grid(4, 64, symmetric=False), False),
+)
 
 
 def _random_layer(generator: torch.Generator) -> LayerTensors[Tensor]:
@@ -71,38 +80,55 @@ def _random_layer(generator: torch.Generator) -> LayerTensors[Tensor]:
     )
 
 
-def _quantise(layer: LayerTensors[Tensor]) -> LayerTensors[QuantizedWeight]:
-    return LayerTensors(
-        layer.norms,
-        layer.biases,
-        *(quantize_rtn(w, Grid(4, 32)) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)),
-    )
+def _quantise(
+    layer: LayerTensors[Tensor], grid: Grid, ordered: bool
+) -> LayerTensors[QuantizedWeight]:
+    def quantise(weight: Tensor) -> QuantizedWeight:
+        if not ordered:
+            return quantize_rtn(weight, grid)
+        order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(5))
+        return replace(quantize_rtn(weight[:, order].contiguous(), grid), input_order=order)
+
+    linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    return LayerTensors(layer.norms, layer.biases, *map(quantise, linears))
 
 
-def _exact(layer: LayerTensors[QuantizedWeight]) -> LayerTensors[Tensor]:
-    return LayerTensors(
-        layer.norms,
-        layer.biases,
-        *(dequantize(w) for w in (layer.qkv, layer.o, layer.gate_up, layer.down)),
-    )
+def random_model() -> tuple[StaticTensors, list[LayerTensors[Tensor]]]:
+    """The same every time."""
+    generator = torch.Generator().manual_seed(7)
+    layers = [_random_layer(generator) for _ in range(ARCHITECTURE.num_layers)]
+    embedding = torch.randn(ARCHITECTURE.vocab_size, ARCHITECTURE.hidden_size, generator=generator)
+    return StaticTensors(embedding, torch.ones(ARCHITECTURE.hidden_size), embedding), layers
+
+
+def quantised_layers(ordered: bool = True) -> list[LayerTensors[QuantizedWeight]]:
+    """Each layer of `random_model` in another kind of variant.
+
+    With `ordered`, two of them keep their inputs in an order of their own.
+    """
+    _, layers = random_model()
+    return [
+        _quantise(layer, grid, ordered and has_order)
+        for layer, (grid, has_order) in zip(layers, KINDS, strict=True)
+    ]
 
 
 def tiny_model(kernels: Kernels, exact: bool = False) -> LoadedModel:
-    """A random model; with `exact`, INT4 stands for the very weights of full precision."""
-    generator = torch.Generator().manual_seed(7)
-    full = [_random_layer(generator) for _ in range(ARCHITECTURE.num_layers)]
-    int4 = [_quantise(layer) for layer in full]
+    """A random model with swaps to `quantised_layers`.
+
+    With `exact`, those stand for the very weights of full precision, summed in the same order.
+    """
+    static, full = random_model()
+    quantised = quantised_layers(ordered=not exact)
     if exact:
-        full = [_exact(layer) for layer in int4]
-    embedding = torch.randn(ARCHITECTURE.vocab_size, ARCHITECTURE.hidden_size, generator=generator)
-    static = StaticTensors(embedding, torch.ones(ARCHITECTURE.hidden_size), embedding)
+        full = [quantized_to_float32(layer) for layer in quantised]
     return LoadedModel(
         architecture=ARCHITECTURE,
         kernels=kernels,
         dtype=torch.float32,
         statics=pack_statics(static, kernels, torch.float32),
         full=[full_image(layer, kernels, torch.float32) for layer in full],
-        int4=[quantized_image(layer, kernels, torch.float32) for layer in int4],
+        int4=[quantized_image(layer, kernels, torch.float32) for layer in quantised],
         order=ORDER,
     )
 

@@ -1,0 +1,105 @@
+"""Images of every kind of variant give what the float32 forward pass over their weights gives."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from swap_driver import (
+    ARCHITECTURE,
+    BLOCK_TOKENS,
+    KINDS,
+    Driver,
+    prompt_of,
+    quantised_layers,
+    random_model,
+    tiny_model,
+)
+from torch import Tensor
+
+from morphserve.quantize import dense
+from morphserve.quantize.manifest import Variant
+from morphserve.quantize.weights import LayerTensors
+from morphserve.runtime.kernels import Kernels
+from morphserve.runtime.kernels.cpu import TorchKernels
+from morphserve.runtime.layers import quantized_image
+from morphserve.runtime.request import Request, SamplingParams
+from morphserve.runtime.runner import pack
+from morphserve.runtime.scheduler import Slice
+
+PROMPT = prompt_of(3, 29)
+
+
+def dense_logits(layers: Sequence[LayerTensors[Tensor]]) -> Tensor:
+    """[len(PROMPT), vocab] by the plain forward pass over whole sequences."""
+    static, _ = random_model()
+    tokens = torch.tensor([PROMPT])
+    rotation = dense.rotation(ARCHITECTURE, len(PROMPT))
+    x = dense.embed(static, tokens)
+    for layer in layers:
+        x = dense.decoder_layer(x, layer, ARCHITECTURE, rotation)
+    return dense.logits(x, static, ARCHITECTURE)[0]
+
+
+@torch.inference_mode()
+def served_logits(driver: Driver) -> Tensor:
+    """[len(PROMPT), vocab] of the layers as they are now."""
+    request = Request("r", PROMPT, SamplingParams(max_tokens=1), arrival_s=0.0)
+    request.blocks = driver.parts.pool.allocate(-(-len(PROMPT) // BLOCK_TOKENS))
+    tokens, meta, _ = pack([Slice(request, 0, len(PROMPT))], BLOCK_TOKENS)
+    logits = driver.parts.runner._model.forward(tokens, meta, torch.arange(len(PROMPT)))
+    driver.parts.pool.free(request.blocks)
+    return logits
+
+
+def demote(driver: Driver, layers: Sequence[int]) -> None:
+    for layer in layers:
+        driver.step([(layer, Variant.INT4)])
+        driver.step()
+
+
+def assert_serves_each_mix(kernels: Kernels) -> None:
+    driver = Driver(tiny_model(kernels), kv_tokens=256)
+    _, layers = random_model()
+    for i, quantised in enumerate(quantised_layers()):
+        layers[i] = dense.quantized_to_float32(quantised)
+        before = served_logits(driver)
+        demote(driver, [i])
+        logits = served_logits(driver)
+        torch.testing.assert_close(logits, dense_logits(layers), rtol=1e-4, atol=2e-4)
+        assert not torch.equal(logits, before), f"layer {i} was not swapped"
+
+
+def test_each_kind_of_layer_serves_the_weights_it_stands_for(kernels: Kernels) -> None:
+    assert_serves_each_mix(kernels)
+
+
+def test_so_it_does_without_a_compiler() -> None:
+    assert_serves_each_mix(TorchKernels())
+
+
+def test_the_tested_kinds_differ() -> None:
+    assert len({grid for grid, _ in KINDS}) == len(KINDS)
+    assert any(ordered for _, ordered in KINDS)
+
+
+def test_a_variant_brings_its_own_norms(kernels: Kernels) -> None:
+    quantised = quantised_layers()
+    own = [
+        replace(layer, norms=replace(layer.norms, input=layer.norms.input * 2))
+        for layer in quantised
+    ]
+    model = tiny_model(kernels)
+    images = [quantized_image(layer, kernels, torch.float32) for layer in own]
+    driver = Driver(replace(model, int4=images), kv_tokens=256)
+    demote(driver, [1, 2])
+    _, layers = random_model()
+    for i in (1, 2):
+        layers[i] = dense.quantized_to_float32(own[i])
+    torch.testing.assert_close(served_logits(driver), dense_logits(layers), rtol=1e-4, atol=2e-4)
+
+
+def test_only_qkv_o_and_gate_up_gather_their_inputs(kernels: Kernels) -> None:
+    layer = next(layer for layer in quantised_layers() if layer.down.input_order is not None)
+    names = quantized_image(layer, kernels, torch.float32).specs
+    ordered = {name for name in names if name.endswith("input_order")}
+    assert ordered == {"qkv.input_order", "o.input_order", "gate_up.input_order"}
