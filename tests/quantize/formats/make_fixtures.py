@@ -4,7 +4,7 @@
     python make_fixtures.py llmcompressor   in an environment with llm-compressor 0.14.0.1
     python make_fixtures.py autoawq         in an environment with AutoAWQ 0.2.9
 
-Each folder of data/ then holds the library's config files and the tensors of its decoder layer,
+Each folder of data/ then holds the library's config.json and the tensors of its decoder layer,
 and expected.json: of each linear, the sha256 of the weight that the library itself dequantises.
 """
 
@@ -180,9 +180,9 @@ def keep(name: str, out: Path, weights: dict[str, Tensor], library: str) -> None
     tensors = load_file(out / "model.safetensors")
     layers = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
     save_file(layers, folder / "model.safetensors", {"format": "pt"})
-    for file in ("config.json", "quantize_config.json"):
-        if (out / file).exists():
-            (folder / file).write_text((out / file).read_text("utf-8"), "utf-8")
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    config["quantization_config"].get("meta", {}).pop("offload_to_disk_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     expected = {
         "library": library,
         "weights": {linear: digest(weight) for linear, weight in sorted(weights.items())},

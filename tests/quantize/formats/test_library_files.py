@@ -11,7 +11,6 @@ import torch
 from plain_model import write_plain_model
 from torch import Tensor
 
-from morphserve.configs.errors import MorphError
 from morphserve.quantize import modules
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.formats.source import open_quantized
