@@ -31,7 +31,7 @@ def layer_file_name(layer: int, variant: Variant) -> str:
 
 def encode_layer(layer: LayerTensors[QuantizedWeight], arch: Architecture) -> bytes:
     """The content of the file of a layer's variant: linears unfused, packed."""
-    return encode_tensors(_named_tensors(layer, arch))
+    return encode_tensors(named_tensors(layer, arch))
 
 
 def layer_file_bytes(arch: Architecture, how: Quantization, vectors: torch.dtype) -> int:
@@ -136,7 +136,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _named_tensors(layer: LayerTensors[QuantizedWeight], arch: Architecture) -> dict[str, Tensor]:
+def named_tensors(layer: LayerTensors[QuantizedWeight], arch: Architecture) -> dict[str, Tensor]:
+    """Norms, biases and packed linears of a layer, unfused, by their names within it."""
     named: dict[str, Tensor | None] = {
         modules.INPUT_NORM: layer.norms.input,
         modules.POST_ATTENTION_NORM: layer.norms.post_attention,
