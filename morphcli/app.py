@@ -8,6 +8,7 @@ import typer
 from morphserve.configs.errors import MorphError
 from morphserve.morphcli.commands.bench import bench
 from morphserve.morphcli.commands.demo import demo
+from morphserve.morphcli.commands.export import export
 from morphserve.morphcli.commands.inspect_bundle import inspect
 from morphserve.morphcli.commands.profile import profile
 from morphserve.morphcli.commands.quantize import quantize
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help takes three times as long as all the rest of --help
 )
-for command in (profile, quantize, inspect, verify, serve, bench, demo):
+for command in (profile, quantize, inspect, verify, export, serve, bench, demo):
     app.command()(command)
 
 
