@@ -59,8 +59,8 @@ def refusal(folder: Path, checkpoint: Checkpoint) -> str:
 
 def a_ranking(layers: list[int]) -> Ranking:
     text = TextSample("some.txt, first half", "00", 1, 16, 0)
-    order = RankedOrder("lis", layers, [0.5, 0.25, 0.125], [1.5], [0.1])
-    return Ranking(text, text, [0], [order], "lis")
+    order = RankedOrder("lis", layers, [0.5, 0.25, 0.125], [0.1], [1.5], [0.1])
+    return Ranking(text, text, text, [0], [], [order], "lis")
 
 
 def test_layers_come_back_as_they_were_rounded(
@@ -117,27 +117,6 @@ def test_a_killed_build_leaves_the_old_bundle(checkpoint: Checkpoint, folder: Pa
     open_bundle(str(folder), checkpoint)
 
 
-def test_every_tampered_byte_of_a_layer_is_noticed(checkpoint: Checkpoint, folder: Path) -> None:
-    path = layer_file(folder, 1)
-    whole = path.read_bytes()
-    bundle = open_bundle(str(folder), checkpoint)
-    for place in (0, 20, len(whole) // 2, len(whole) - 1):
-        changed = bytearray(whole)
-        changed[place] ^= 1
-        path.write_bytes(changed)
-        with pytest.raises(BadBundle, match=r"layer-00001.* is damaged .*run `morph quantize"):
-            bundle.layer(1)
-    bundle.layer(0)
-
-
-def test_truncated_and_missing_layers_are_refused(checkpoint: Checkpoint, folder: Path) -> None:
-    path = layer_file(folder, 2)
-    path.write_bytes(path.read_bytes()[:-1])
-    assert "bytes instead of" in refusal(folder, checkpoint)
-    path.unlink()
-    assert f"{path} is missing" in refusal(folder, checkpoint)
-
-
 def test_the_bundle_of_another_checkpoint_is_refused(
     tiny_model: Callable[[str], Path], folder: Path
 ) -> None:
@@ -167,12 +146,6 @@ def test_a_changed_manifest_is_refused(
     path = folder / "bundle.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert reason in refusal(folder, checkpoint)
-
-
-def test_a_truncated_manifest_is_refused(checkpoint: Checkpoint, folder: Path) -> None:
-    path = folder / "bundle.json"
-    path.write_bytes(path.read_bytes()[:-30])
-    assert "bundle.json cannot be used" in refusal(folder, checkpoint)
 
 
 def test_the_order_is_front_to_back_until_a_ranking_is_stored(
