@@ -1,7 +1,8 @@
-"""Running token windows through any mix of full-precision and INT4 layers."""
+"""Running token windows through any mix of layer variants."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,38 +11,88 @@ from morphserve.configs.errors import ConfigError
 from morphserve.quantize import dense
 from morphserve.quantize.bundle import Bundle
 from morphserve.quantize.checkpoint import Checkpoint
+from morphserve.quantize.machine import free_memory
+from morphserve.quantize.manifest import Variant
+from morphserve.quantize.weights import LayerTensors
+
+Mix = tuple[Variant, ...]  # the variant of each layer
 
 _BATCH_TOKENS = 2048  # windows that run together: bounds the memory of states and logits
 
 
-class Model:
-    """Both variants of every layer in memory, as they are stored; float32 only while in use."""
+def mix_of(layers: Collection[int], num_layers: int, variant: Variant = Variant.INT4) -> Mix:
+    """These layers as `variant`, all others at full precision."""
+    return tuple(variant if i in layers else Variant.FULL for i in range(num_layers))
 
-    def __init__(self, checkpoint: Checkpoint, bundle: Bundle | None) -> None:
+
+class Model:
+    """Every variant of every layer, read when it is first used.
+
+    Layers are kept in float32 while they take at most `float32_bytes` (None: half the memory that
+    is free), the rest as they are stored, to be converted at each use.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, bundle: Bundle | None, float32_bytes: int | None = None
+    ) -> None:
         self.architecture = checkpoint.architecture
         self.num_layers = checkpoint.architecture.num_layers
+        self._checkpoint = checkpoint
+        self._bundle = bundle
         self._static = checkpoint.static()
-        self._full = [checkpoint.layer(i) for i in range(self.num_layers)]
-        self._int4 = [bundle.layer(i) for i in range(self.num_layers)] if bundle else []
+        self._room = free_memory() // 2 if float32_bytes is None else float32_bytes
+        self._float32: dict[tuple[int, Variant], LayerTensors[Tensor]] = {}
+        self._stored: dict[tuple[int, Variant], Callable[[], LayerTensors[Tensor]]] = {}
+
+    @property
+    def variants(self) -> Sequence[Variant]:
+        """What layers can be replaced by."""
+        return sorted(self._bundle.manifest.variants) if self._bundle else []
+
+    def freed_bytes(self, layer: int, variant: Variant) -> int:
+        """How much smaller the layer's file is than at full precision."""
+        if variant is Variant.FULL:
+            return 0
+        file = self._require_bundle().manifest.variants[variant].layers[layer]
+        return self._checkpoint.layer_bytes(layer) - file.num_bytes
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[n, length] token ids to [n, length, hidden]."""
         return dense.embed(self._static, tokens)
 
-    def layer(self, x: Tensor, i: int, int4: bool) -> Tensor:
+    def weights(self, i: int, variant: Variant) -> LayerTensors[Tensor]:
+        """Layer `i` in float32."""
+        key = i, variant
+        if key in self._float32:
+            return self._float32[key]
+        convert = self._stored.pop(key, None) or self._read(i, variant)
+        weights = convert()
+        size = sum(4 * w.numel() for w in (weights.qkv, weights.o, weights.gate_up, weights.down))
+        if size <= self._room:
+            self._room -= size
+            self._float32[key] = weights
+        else:
+            self._stored[key] = convert
+        return weights
+
+    def layer(self, x: Tensor, i: int, variant: Variant) -> Tensor:
         """[n, length, hidden] through layer `i`."""
-        if int4 and not self._int4:
-            raise ConfigError("INT4 layers need a bundle: make one with `morph quantize`")
-        weights = (
-            dense.quantized_to_float32(self._int4[i]) if int4 else dense.to_float32(self._full[i])
-        )
-        return dense.decoder_layer(
-            x, weights, self.architecture, dense.rotation(self.architecture, x.shape[1])
-        )
+        cos_sin = dense.rotation(self.architecture, x.shape[1])
+        return dense.decoder_layer(x, self.weights(i, variant), self.architecture, cos_sin)
 
     def logits(self, x: Tensor) -> Tensor:
         """[n, length, hidden] behind the last layer to [n, length, vocab]."""
         return dense.logits(x, self._static, self.architecture)
+
+    def _read(self, i: int, variant: Variant) -> Callable[[], LayerTensors[Tensor]]:
+        if variant is Variant.FULL:
+            return partial(dense.to_float32, self._checkpoint.layer(i))
+        return partial(dense.quantized_to_float32, self._require_bundle().layer(i, variant))
+
+    def _require_bundle(self) -> Bundle:
+        if self._bundle is None:
+            raise ConfigError("INT4 layers need a bundle: make one with `morph quantize`")
+        return self._bundle
 
 
 class Run:
@@ -50,7 +101,7 @@ class Run:
     def __init__(self, model: Model, tokens: Tensor) -> None:
         self.tokens = tokens  # [n, length]
         self._model = model
-        self._int4: Collection[int] = frozenset()
+        self._mix = mix_of((), model.num_layers)
         self._states = [model.embed(tokens)]  # entering layer i, under the current mix
         self._extend(0)
 
@@ -62,25 +113,25 @@ class Run:
         """[n, length, vocab] of the current mix."""
         return self._model.logits(self._states[-1])
 
-    def change(self, int4: Collection[int]) -> None:
-        """Makes exactly these layers INT4."""
-        differing = set(int4) ^ set(self._int4)
-        self._int4 = frozenset(int4)
-        if differing:
-            self._extend(min(differing))
+    def change(self, mix: Mix) -> None:
+        pairs = enumerate(zip(mix, self._mix, strict=True))
+        first = next((i for i, (new, old) in pairs if new is not old), None)
+        self._mix = mix
+        if first is not None:
+            self._extend(first)
 
-    def logits_with(self, layer: int) -> Tensor:
-        """Logits with one more layer at INT4; the current mix stays."""
-        x = self._model.layer(self._states[layer], layer, int4=True)
+    def logits_with(self, layer: int, variant: Variant) -> Tensor:
+        """Logits with one layer replaced; the current mix stays."""
+        x = self._model.layer(self._states[layer], layer, variant)
         for i in range(layer + 1, self._model.num_layers):
-            x = self._model.layer(x, i, i in self._int4)
+            x = self._model.layer(x, i, self._mix[i])
         return self._model.logits(x)
 
     def _extend(self, first: int) -> None:
         """Computes the states behind layer `first` and all later ones."""
         del self._states[first + 1 :]
         for i in range(first, self._model.num_layers):
-            self._states.append(self._model.layer(self._states[i], i, i in self._int4))
+            self._states.append(self._model.layer(self._states[i], i, self._mix[i]))
 
 
 def batches(windows: Tensor) -> Iterator[Tensor]:

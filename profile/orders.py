@@ -1,100 +1,66 @@
-"""Orders of demotion, and what each costs after some number of replacements."""
+"""Orders in which layers may be demoted to INT4, by name."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from itertools import count, takewhile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from morphserve.profile.mixes import Model, num_batches
-from morphserve.profile.perplexity import Mix, Quality, measure
-from morphserve.profile.sensitivity import rank_layers
-from morphserve.quantize.bundle import Bundle
-from morphserve.quantize.calibration import Windows
-from morphserve.quantize.checkpoint import Checkpoint
-from morphserve.quantize.manifest import RankedOrder, Ranking
+from morphserve.configs.errors import ConfigError
+from morphserve.profile.additive import Single, order_by_cost
+from morphserve.profile.sensitivity import Lis
+from morphserve.quantize.manifest import LisSettings
 
 LIS = "lis"
+KL_PER_BYTE = "kl-per-byte"
+FRONT_TO_BACK = "front-to-back"
+BACK_TO_FRONT = "back-to-front"
+RANDOM = "random"  # stands for random-0, random-1, ...
+ORDERS = (LIS, KL_PER_BYTE, FRONT_TO_BACK, BACK_TO_FRONT, RANDOM)
 
 
-def replacement_counts(num_layers: int) -> list[int]:
-    """0, 1, 2, 4, 8, ... and all layers: the numbers of replacements at which orders compare."""
-    powers = takewhile(lambda power: power < num_layers, (2**i for i in count()))
-    return [0, *powers, num_layers]
+@dataclass(frozen=True, slots=True)
+class RankSettings:
+    """Which orders are compared."""
+
+    orders: Sequence[str] = ORDERS
+    num_random: int = 5
+    lis: LisSettings = field(default_factory=LisSettings)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.orders if name not in ORDERS]
+        if unknown or not self.orders:
+            what = f"no order {unknown[0]!r}" if unknown else "no order to compare"
+            raise ConfigError(f"there is {what}: choose from {', '.join(ORDERS)}")
+        if self.num_random < 1:
+            raise ConfigError("0 random orders cannot be compared: leave `random` out instead")
 
 
-def fixed_orders(num_layers: int, seed: int) -> dict[str, list[int]]:
-    """The orders that need no measurement."""
-    front_to_back = list(range(num_layers))
-    return {
-        "front-to-back": front_to_back,
-        "back-to-front": front_to_back[::-1],
-        f"random-{seed}": random.Random(seed).sample(front_to_back, num_layers),
-    }
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Layers, first to be demoted first."""
+
+    layers: list[int]
+    scores: list[float]  # of each when it was taken; empty where nothing was measured
 
 
-def rank(
-    checkpoint: Checkpoint,
-    bundle: Bundle,
-    calibration: Windows,
-    selection: Windows,
-    seed: int,
-    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
-) -> Ranking:
-    """Ranks layers by LIS on one text and compares orders on another.
-
-    The order with the lowest mean KL divergence from full precision, between no and all
-    replacements, is chosen. Perplexity is recorded but does not choose: on a text of practical
-    size one layer moves it by less than chance does, and rounding may even seem to improve it.
-    `on_progress` is told the phase, the steps done in it and their total.
-    """
-    model = Model(checkpoint, bundle)
-    candidates = model.num_layers * (model.num_layers + 1) // 2
-    step = _steps("ranking layers", candidates * num_batches(calibration.tokens), on_progress)
-    ranked = rank_layers(model, calibration.tokens, step)
-    orders = {LIS: [entry.layer for entry in ranked]} | fixed_orders(model.num_layers, seed)
-    counts = replacement_counts(model.num_layers)
-    mixes = {frozenset(order[:number]) for order in orders.values() for number in counts}
-    step = _steps("comparing orders", len(mixes) * num_batches(selection.tokens), on_progress)
-    quality = measure(model, selection.tokens, mixes, step)
-    scores = {LIS: [entry.score for entry in ranked]}
-    described = [
-        _describe(name, order, scores.get(name, []), counts, quality)
-        for name, order in orders.items()
-    ]
-    return Ranking(
-        calibration=calibration.sample,
-        selection=selection.sample,
-        replaced=counts,
-        orders=described,
-        chosen=min(described, key=mean_divergence).name,
-    )
-
-
-def _steps(
-    phase: str, total: int, on_progress: Callable[[str, int, int], None]
-) -> Callable[[], None]:
-    """A function that reports one more step each time it is called."""
-    done = count(1)
-    return lambda: on_progress(phase, next(done), total)
-
-
-def mean_divergence(order: RankedOrder) -> float:
-    """Over the numbers of replacements at which orders can differ: not none, not all."""
-    between = order.divergence[1:-1] or order.divergence
-    return sum(between) / len(between)
-
-
-def _describe(
-    name: str,
-    order: list[int],
-    scores: list[float],
-    counts: Sequence[int],
-    quality: Mapping[Mix, Quality],
-) -> RankedOrder:
-    costs = [quality[frozenset(order[:number])] for number in counts]
-    return RankedOrder(
-        name=name,
-        layers=order,
-        scores=scores,
-        perplexity=[cost.perplexity for cost in costs],
-        divergence=[cost.divergence for cost in costs],
-    )
+def make_orders(
+    settings: RankSettings, singles: Sequence[Single], lis: Lis | None
+) -> dict[str, Order]:
+    """The orders that were asked for; `singles` is each layer at INT4, `lis` None if not wanted."""
+    front_to_back = list(range(len(singles)))
+    made: dict[str, Order] = {}
+    if lis is not None:
+        made[LIS] = Order(
+            [entry.layer for entry in lis.order], [entry.score for entry in lis.order]
+        )
+    if KL_PER_BYTE in settings.orders:
+        layers = order_by_cost(singles)
+        made[KL_PER_BYTE] = Order(layers, [singles[i].per_byte for i in layers])
+    if FRONT_TO_BACK in settings.orders:
+        made[FRONT_TO_BACK] = Order(front_to_back, [])
+    if BACK_TO_FRONT in settings.orders:
+        made[BACK_TO_FRONT] = Order(front_to_back[::-1], [])
+    if RANDOM in settings.orders:
+        for seed in range(settings.num_random):
+            layers = random.Random(seed).sample(front_to_back, len(front_to_back))
+            made[f"{RANDOM}-{seed}"] = Order(layers, [])
+    return made

@@ -1,18 +1,16 @@
-"""What a mix of full-precision and INT4 layers costs in quality."""
+"""What a mix of layer variants costs in quality."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from morphserve.profile.mixes import Model, Run, batches
+from morphserve.profile.mixes import Mix, Model, Run, batches, mix_of
 from morphserve.quantize.bundle import Bundle
 from morphserve.quantize.checkpoint import Checkpoint
-
-Mix = frozenset[int]  # the layers that are INT4
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +23,7 @@ def perplexity(
     checkpoint: Checkpoint, bundle: Bundle | None, int4_layers: Collection[int], windows: Tensor
 ) -> float:
     """Perplexity over [n, length] token windows with these layers at INT4, in float32."""
-    mix = frozenset(int4_layers)
+    mix = mix_of(int4_layers, checkpoint.architecture.num_layers)
     return measure(Model(checkpoint, bundle), windows, [mix])[mix].perplexity
 
 
@@ -35,20 +33,23 @@ def measure(
     mixes: Collection[Mix],
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[Mix, Quality]:
-    """Quality of each mix over [n, length] token windows; `on_step` is called after each."""
-    ordered = _by_common_prefix(mixes, model.num_layers)
+    """Quality of each mix over [n, length] token windows.
+
+    `on_step` is called for each mix of each batch. Neighbours in the order of computing are alike
+    in their first layers, so that a Run computes little.
+    """
+    ordered = sorted(set(mixes))
     surprise = dict.fromkeys(ordered, 0.0)
     divergence = dict.fromkeys(ordered, 0.0)
     with torch.inference_mode():
         for batch in batches(windows):
             run = Run(model, batch)
-            full = F.log_softmax(run.logits()[:, :-1], dim=-1)
+            full = Reference(run.logits()[:, :-1])
             for mix in ordered:
                 run.change(mix)
                 mixed = F.log_softmax(run.logits()[:, :-1], dim=-1)
-                chosen = mixed.gather(-1, batch[:, 1:, None])
-                surprise[mix] -= float(chosen.sum(dtype=torch.double))
-                divergence[mix] += float(_divergence(full, mixed))
+                surprise[mix] += float(surprises(mixed, batch).sum(dtype=torch.double))
+                divergence[mix] += float(full.divergences(mixed).sum(dtype=torch.double))
                 on_step()
     count = windows[:, 1:].numel()
     return {
@@ -56,11 +57,19 @@ def measure(
     }
 
 
-def _divergence(full: Tensor, mixed: Tensor) -> Tensor:
-    """Sum over tokens of KL(full || mixed), from log-probabilities."""
-    return (full.exp() * (full - mixed)).sum(dtype=torch.double)
+class Reference:
+    """The distributions of full precision, which others diverge from."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._log = F.log_softmax(logits, dim=-1)  # [..., vocab]
+        self._probabilities = self._log.exp()
+
+    def divergences(self, mixed: Tensor) -> Tensor:
+        """KL(full || mixed) of each token, from log-probabilities."""
+        divergences: Tensor = torch.linalg.vecdot(self._probabilities, self._log - mixed)
+        return divergences
 
 
-def _by_common_prefix(mixes: Collection[Mix], num_layers: int) -> Sequence[Mix]:
-    """Without repeats, neighbours alike in their first layers, so that a Run computes little."""
-    return sorted(set(mixes), key=lambda mix: [i in mix for i in range(num_layers)])
+def surprises(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """Of each next token: [n, length - 1, vocab] and [n, length] token ids to [n, length - 1]."""
+    return -log_probabilities.gather(-1, tokens[:, 1:, None]).squeeze(-1)

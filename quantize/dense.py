@@ -3,6 +3,9 @@
 Offline work (calibration, profiles, perplexity) uses it: no cache, no batch state, no kernels.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,45 +18,55 @@ from morphserve.quantize.weights import (
     Norms,
     QuantizedWeight,
     StaticTensors,
+    Weight,
 )
 
+Linear = Literal["qkv", "o", "gate_up", "down"]  # fields of LayerTensors
+OnInput = Callable[[Linear, Tensor], None]  # told each linear's input, [n, length, inputs]
 
-def to_float32(layer: LayerTensors[Tensor]) -> LayerTensors[Tensor]:
+
+def to_float32(layer: LayerTensors[Tensor], device: str = "cpu") -> LayerTensors[Tensor]:
     """The same layer in float32."""
-    return LayerTensors(
-        norms=_norms_to_float32(layer.norms),
-        biases=_biases_to_float32(layer.biases),
-        qkv=layer.qkv.float(),
-        o=layer.o.float(),
-        gate_up=layer.gate_up.float(),
-        down=layer.down.float(),
-    )
+
+    def convert(weight: Tensor) -> Tensor:
+        return weight.to(device, torch.float32)
+
+    return _convert(layer, convert, device)
 
 
-def quantized_to_float32(layer: LayerTensors[QuantizedWeight]) -> LayerTensors[Tensor]:
+def quantized_to_float32(
+    layer: LayerTensors[QuantizedWeight], device: str = "cpu"
+) -> LayerTensors[Tensor]:
     """The layer that a quantised variant stands for, in float32."""
+
+    def convert(weight: QuantizedWeight) -> Tensor:
+        return dequantize(weight).to(device)
+
+    return _convert(layer, convert, device)
+
+
+def _convert(
+    layer: LayerTensors[Weight], convert: Callable[[Weight], Tensor], device: str
+) -> LayerTensors[Tensor]:
+    def vector(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, torch.float32)
+
+    norms, biases = layer.norms, layer.biases
     return LayerTensors(
-        norms=_norms_to_float32(layer.norms),
-        biases=_biases_to_float32(layer.biases),
-        qkv=dequantize(layer.qkv),
-        o=dequantize(layer.o),
-        gate_up=dequantize(layer.gate_up),
-        down=dequantize(layer.down),
+        norms=Norms(
+            norms.input.to(device, torch.float32),
+            norms.post_attention.to(device, torch.float32),
+            vector(norms.q),
+            vector(norms.k),
+        ),
+        biases=Biases(
+            vector(biases.qkv), vector(biases.o), vector(biases.gate_up), vector(biases.down)
+        ),
+        qkv=convert(layer.qkv),
+        o=convert(layer.o),
+        gate_up=convert(layer.gate_up),
+        down=convert(layer.down),
     )
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
-
-
-def _norms_to_float32(norms: Norms) -> Norms:
-    return Norms(
-        norms.input.float(), norms.post_attention.float(), _float(norms.q), _float(norms.k)
-    )
-
-
-def _biases_to_float32(biases: Biases) -> Biases:
-    return Biases(_float(biases.qkv), _float(biases.o), _float(biases.gate_up), _float(biases.down))
 
 
 def rotation(arch: Architecture, length: int) -> Tensor:
@@ -69,11 +82,15 @@ def embed(static: StaticTensors, tokens: Tensor) -> Tensor:
 
 
 def decoder_layer(
-    x: Tensor, layer: LayerTensors[Tensor], arch: Architecture, cos_sin: Tensor
+    x: Tensor,
+    layer: LayerTensors[Tensor],
+    arch: Architecture,
+    cos_sin: Tensor,
+    on_input: OnInput = lambda _linear, _x: None,
 ) -> Tensor:
     """[n, length, hidden] through one float32 decoder layer; each row starts at position 0."""
-    x = x + _attention(_rms_norm(x, layer.norms.input, arch.norm_eps), layer, arch, cos_sin)
-    return x + _mlp(_rms_norm(x, layer.norms.post_attention, arch.norm_eps), layer)
+    q, k, v = project(x, layer, arch, cos_sin, on_input)
+    return finish(x, attend(q, k, v), layer, arch, on_input)
 
 
 def logits(x: Tensor, static: StaticTensors, arch: Architecture) -> Tensor:
@@ -81,14 +98,17 @@ def logits(x: Tensor, static: StaticTensors, arch: Architecture) -> Tensor:
     return F.linear(_rms_norm(x, static.norm.float(), arch.norm_eps), static.head.float())
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _attention(
-    x: Tensor, layer: LayerTensors[Tensor], arch: Architecture, cos_sin: Tensor
-) -> Tensor:
+def project(
+    x: Tensor,
+    layer: LayerTensors[Tensor],
+    arch: Architecture,
+    cos_sin: Tensor,
+    on_input: OnInput = lambda _linear, _x: None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of [n, length, hidden], each [n, its heads, length, head_dim]."""
     n, length, _ = x.shape
+    x = _rms_norm(x, layer.norms.input, arch.norm_eps)
+    on_input("qkv", x)
     qkv = F.linear(x, layer.qkv, layer.biases.qkv)
     q, k, v = (
         part.view(n, length, -1, arch.head_dim).transpose(1, 2)
@@ -97,11 +117,33 @@ def _attention(
     if layer.norms.q is not None and layer.norms.k is not None:
         q = _rms_norm(q, layer.norms.q, arch.norm_eps)
         k = _rms_norm(k, layer.norms.k, arch.norm_eps)
-    q, k = _rotate(q, cos_sin), _rotate(k, cos_sin)
-    repeats = arch.num_heads // arch.num_kv_heads
+    return _rotate(q, cos_sin), _rotate(k, cos_sin), v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of what `project` returns, [n, length, heads * head_dim]."""
+    n, num_heads, length, _ = q.shape
+    repeats = num_heads // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.linear(mixed.transpose(1, 2).reshape(n, length, -1), layer.o, layer.biases.o)
+    return mixed.transpose(1, 2).reshape(n, length, -1)
+
+
+def finish(
+    x: Tensor,
+    attended: Tensor,
+    layer: LayerTensors[Tensor],
+    arch: Architecture,
+    on_input: OnInput = lambda _linear, _x: None,
+) -> Tensor:
+    """The layer's output from its input and what `attend` returns."""
+    on_input("o", attended)
+    x = x + F.linear(attended, layer.o, layer.biases.o)
+    return x + _mlp(_rms_norm(x, layer.norms.post_attention, arch.norm_eps), layer, on_input)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -111,6 +153,9 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def _mlp(x: Tensor, layer: LayerTensors[Tensor]) -> Tensor:
+def _mlp(x: Tensor, layer: LayerTensors[Tensor], on_input: OnInput) -> Tensor:
+    on_input("gate_up", x)
     gate, up = F.linear(x, layer.gate_up, layer.biases.gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, layer.down, layer.biases.down)
+    gated = F.silu(gate) * up
+    on_input("down", gated)
+    return F.linear(gated, layer.down, layer.biases.down)

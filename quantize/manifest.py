@@ -77,14 +77,43 @@ class Rung(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):
     to: Variant
 
 
+class Distance(StrEnum):
+    """Between vectors, from 0; a similarity of LIS is 1 less the distance."""
+
+    COSINE = "cosine"  # 1 - cos(a, b)
+    L2 = "l2"  # |a - b| / (|a| + |b|)
+
+
+class LisSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How LIS was computed."""
+
+    weights: tuple[float, float, float] = (0.25, 0.25, 0.5)  # of LTS, LRS and MDS
+    distance: Distance = Distance.COSINE
+
+
+class LayerScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What replacing one layer alone does, on the calibration text; None: LIS was not asked for."""
+
+    freed_bytes: dict[Variant, int]  # of its files, against full precision
+    divergence: dict[Variant, float]  # KL from full precision, nats per token
+    lts: float | None = None  # how little the layer transforms its input
+    lrs: float | None = None  # how close its INT4 variant comes
+    mds: float | None = None  # how little the logits move
+
+
 class RankedOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An order of demotion to INT4, first layer first, and what it costs."""
+    """An order of demotion to INT4, first layer first, and what it costs.
+
+    Costs are lists over the numbers of replacements in Ranking.replaced; divergence is KL from
+    full precision in nats per token.
+    """
 
     name: str  # lis, kl-per-byte, front-to-back, back-to-front, random-SEED
     layers: list[int]
     scores: list[float]  # of each layer when it was taken; empty for orders without scores
-    perplexity: list[float]  # after each number of replacements in Ranking.replaced
-    divergence: list[float]  # KL from full precision there, nats per token
+    selection_divergence: list[float]  # on the text that chooses
+    perplexity: list[float]  # on the text that reports
+    divergence: list[float]  # on the text that reports
 
 
 class Ladder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,17 +122,20 @@ class Ladder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     rungs: list[Rung]
     freed_bytes: list[int]  # after each rung, of the layers' files, from all at full precision
-    divergence: list[float]  # KL from full precision after each rung, nats per token
+    divergence: list[float]  # after each rung, on the text that reports
 
 
 class Ranking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `morph profile` found. Calibration and selection share no text."""
+    """What `morph profile` found. Its three texts share nothing."""
 
     calibration: TextSample  # that layers were scored on
-    selection: TextSample  # that orders were compared on
+    selection: TextSample  # that an order was chosen by
+    evaluation: TextSample  # that figures are reported of
     replaced: list[int]  # numbers of INT4 layers at which orders were compared
+    layers: list[LayerScores]
     orders: list[RankedOrder]
-    chosen: str  # name of the order with the lowest mean divergence
+    chosen: str  # name of the order that is kept
+    lis: LisSettings | None = None  # if LIS was asked for
     ladder: Ladder | None = None  # of bundles with INT8
 
 
@@ -187,12 +219,12 @@ def _check_ranking(manifest: Manifest) -> None:
 
 
 def _check_costs(costs: DeviceCosts) -> None:
-    sizes = {len(costs.head_seconds), *(len(layer.seconds) for layer in costs.layers)}
-    if sizes != {len(costs.tokens)}:
-        raise ValueError(f"its costs on {costs.device} lack times of some numbers of tokens")
     if any(layer.variant not in (*Variant,) for layer in costs.layers):
         raise ValueError(f"its costs on {costs.device} are of an unknown variant")
-    times = [*costs.head_seconds, *(entry.seconds for entry in costs.attention)]
-    times += [seconds for layer in costs.layers for seconds in layer.seconds]
-    if min(costs.tokens, default=1) < 1 or min(times, default=1.0) <= 0:
+    curves = [costs.rest, *(layer.curve for layer in costs.layers)]
+    if any(len(curve.tokens) != len(curve.seconds) for curve in curves):
+        raise ValueError(f"its costs on {costs.device} lack times of some numbers of tokens")
+    measured = [number for curve in curves for number in (*curve.tokens, *curve.seconds)]
+    measured += [entry.seconds for entry in costs.attention]
+    if min(measured, default=1) <= 0:
         raise ValueError(f"its costs on {costs.device} hold times or tokens that are not positive")

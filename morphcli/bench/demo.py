@@ -11,10 +11,11 @@ from morphserve.configs.schema import EngineConfig
 from morphserve.morphcli.bench.run import BenchRequest
 from morphserve.morphcli.bench.schedule import Shape
 from morphserve.morphcli.bench.summary import Slo
-from morphserve.profile.orders import rank
+from morphserve.profile.mixes import Model
+from morphserve.profile.orders import RankSettings
+from morphserve.profile.ranking import draw_texts, rank
 from morphserve.quantize.build import QuantizeSettings, build_bundle, default_group_size
 from morphserve.quantize.bundle import Bundle, open_bundle
-from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.runtime.build import budget_for_tokens
 
@@ -90,9 +91,9 @@ def prepare_bundle(
         bundle = open_bundle(str(folder), checkpoint)
     if bundle.manifest.ranking is None:
         shape = settings.profile_windows, settings.profile_tokens
-        calibration = draw_windows(checkpoint, None, Part.CALIBRATION, *shape)
-        selection = draw_windows(checkpoint, None, Part.SELECTION, *shape)
-        bundle.with_ranking(rank(checkpoint, bundle, calibration, selection, 0, on_step))
+        texts = draw_texts(checkpoint, None, *shape)
+        model = Model(checkpoint, bundle)
+        bundle.with_ranking(rank(model, texts, RankSettings(num_random=1), on_step))
     return folder
 
 

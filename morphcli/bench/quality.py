@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from morphserve.configs.errors import ConfigError
-from morphserve.profile.mixes import Model
+from morphserve.profile.mixes import Model, mix_of
 from morphserve.profile.perplexity import measure
 from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.calibration import Part, Windows, draw_windows
@@ -29,7 +29,7 @@ class Quality:
     def perplexities(self, levels: Collection[int]) -> dict[int, float]:
         """By number of INT4 layers, the first of the bundle's order; without a bundle only 0."""
         order = self._bundle.order if self._bundle else []
-        mixes = {k: frozenset(order[:k]) for k in sorted(levels) if k <= len(order)}
+        mixes = {k: mix_of(order[:k], self.num_layers) for k in sorted(levels) if k <= len(order)}
         model = Model(self._checkpoint, self._bundle)
         found = measure(model, self._windows.tokens, set(mixes.values()))
         return {level: found[mix].perplexity for level, mix in mixes.items()}

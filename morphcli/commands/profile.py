@@ -1,20 +1,23 @@
 """`morph profile`: which layers to demote first."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+
     from rich.progress import TaskID
     from rich.table import Table
 
+    from morphserve.profile.orders import RankSettings
+    from morphserve.profile.ranking import Texts
+    from morphserve.profile.result import Profile, Study
     from morphserve.quantize.bundle import Bundle
-    from morphserve.quantize.calibration import Windows
     from morphserve.quantize.checkpoint import Checkpoint
-    from morphserve.quantize.manifest import RankedOrder, Ranking
+    from morphserve.quantize.manifest import LisSettings, RankedOrder, Ranking
 
 
 def profile(
@@ -24,48 +27,67 @@ def profile(
         str | None,
         typer.Option(help="Text file or folder; if not given, the held-out text of the model."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows to rank on, and as many to compare.")] = 4,
+    samples: Annotated[int, typer.Option(help="Windows of each of the three texts.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows and the random order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    orders: Annotated[
+        str, typer.Option(help="What to compare, with commas between.")
+    ] = "lis,kl-per-byte,front-to-back,back-to-front,random",
+    seeds: Annotated[int, typer.Option(help="Number of random orders: random-0, ...")] = 5,
+    lis_weights: Annotated[str, typer.Option(help="Of LTS, LRS and MDS in LIS.")] = "0.25,0.25,0.5",
+    distance: Annotated[str, typer.Option(help="In LIS: cosine or l2.")] = "cosine",
+    independence: Annotated[
+        bool, typer.Option("--independence", help="Also: does a layer cost the same among others?")
+    ] = False,
+    positions: Annotated[
+        bool, typer.Option("--positions", help="Also: INT4 early or late in a request?")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of the report; the bundle's own if not given.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Rank the layers by how little INT4 changes the model.
+    """Find the order in which INT4 layers change the model least, and keep it in the bundle.
 
-    Ranks by LIS on the first half of the text; on the third quarter compares it with front-to-back,
-    back-to-front and a random order. The order that stays closest to full precision is kept in
-    the bundle.
+    Layers are scored on the first half of the text; the third quarter chooses the order that
+    stays closest to full precision; the last quarter is what the report tells of. Writes
+    profile.html, .svg, .png and .json.
     """
     import msgspec
 
+    from morphserve.profile.orders import RankSettings
+    from morphserve.profile.ranking import draw_texts
+    from morphserve.profile.result import Study
     from morphserve.quantize.bundle import open_bundle
-    from morphserve.quantize.calibration import Part, draw_windows
     from morphserve.quantize.checkpoint import open_checkpoint
 
+    names = [name.strip() for name in orders.split(",")]
+    settings = RankSettings(names, seeds, _lis_settings(lis_weights, distance))
+    wanted = {Study.INDEPENDENCE: independence, Study.POSITIONS: positions}
     checkpoint = open_checkpoint(model)
     opened = open_bundle(str(bundle), checkpoint)
-    texts = (
-        draw_windows(checkpoint, calibration, Part.CALIBRATION, samples, length, seed),
-        draw_windows(checkpoint, calibration, Part.SELECTION, samples, length, seed),
-    )
-    ranking = _rank(checkpoint, opened, texts, seed, quiet=json)
-    opened.with_ranking(ranking)
+    texts = draw_texts(checkpoint, calibration, samples, length, seed)
+    studies = [study for study in Study if wanted[study]]
+    found = _measure(checkpoint, opened, texts, settings, studies, quiet=json)
+    page = _keep(found, opened, report)
     if json:
-        typer.echo(msgspec.json.encode(ranking).decode())
+        typer.echo(msgspec.json.encode(found).decode())
     else:
-        _print(model, bundle, ranking)
+        _print(model, bundle, found, page)
 
 
-def _rank(
+def _measure(
     checkpoint: "Checkpoint",
     bundle: "Bundle",
-    texts: "tuple[Windows, Windows]",
-    seed: int,
+    texts: "Texts",
+    settings: "RankSettings",
+    studies: "Collection[Study]",
     quiet: bool,
-) -> "Ranking":
+) -> "Profile":
     from rich.console import Console
     from rich.progress import Progress
 
-    from morphserve.profile.orders import rank
+    from morphserve.profile.result import make_profile
 
     with Progress(console=Console(stderr=True), disable=quiet) as progress:
         tasks: dict[str, TaskID] = {}
@@ -75,43 +97,102 @@ def _rank(
                 tasks[phase] = progress.add_task(phase, total=total)
             progress.update(tasks[phase], completed=done)
 
-        return rank(checkpoint, bundle, *texts, seed, show)
+        return make_profile(checkpoint, bundle, texts, settings, studies, show)
 
 
-def _print(model: str, bundle: Path, ranking: "Ranking") -> None:
+def _keep(found: "Profile", bundle: "Bundle", report: Path | None) -> Path:
+    """Stores the ranking in the bundle and writes the report; returns its page."""
+    from morphserve.profile.report import write_report
+
+    bundle.with_ranking(found.ranking)
+    return write_report(found, report or bundle.path)
+
+
+def _lis_settings(weights: str, distance: str) -> "LisSettings":
+    from morphserve.configs.errors import ConfigError
+    from morphserve.quantize.manifest import Distance, LisSettings
+
+    try:
+        lts, lrs, mds = (float(weight) for weight in weights.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--lis-weights {weights!r} must be three numbers, as 0.25,0.25,0.5"
+        ) from None
+    if distance not in list(Distance):
+        raise ConfigError(f"--distance {distance!r} must be one of {', '.join(Distance)}")
+    return LisSettings((lts, lrs, mds), Distance(distance))
+
+
+def _print(model: str, bundle: Path, found: "Profile", page: Path) -> None:
     from rich.console import Console
 
+    from morphserve.profile.verdict import chosen_order, headline, verdict
+
     console = Console(highlight=False, soft_wrap=True)
-    console.print(_table("KL from full precision, 1e-3 nats/token", ranking, _divergences))
-    console.print(_table("perplexity", ranking, _perplexities))
-    sample = ranking.selection
-    chosen = next(order for order in ranking.orders if order.name == ranking.chosen)
-    console.print(
-        f"{ranking.chosen} stays closest to full precision (lowest mean KL over "
-        f"{sample.num_windows} windows of {sample.window_tokens} tokens, {sample.source}) and is "
-        f"the bundle's order now: {' '.join(map(str, chosen.layers))}",
-        markup=False,
-    )
+    ranking = found.ranking
+    console.print(_orders_table("KL from full precision, 1e-3 nats/token", ranking, _divergences))
+    console.print(_orders_table("perplexity", ranking, _perplexities))
+    for table in _study_tables(found):
+        console.print(table)
+    for sentence in (f"{headline(ranking)}.", *verdict(ranking)):
+        console.print(sentence, markup=False)
+    order = " ".join(map(str, chosen_order(ranking).layers))
+    console.print(f"the bundle's order is now: {order}", markup=False)
     command = shlex.join(["morph", "serve", model, "--bundle", str(bundle)])
-    console.print(f"wrote {bundle}, try: {command}", markup=False)
+    console.print(f"wrote {page}, try: {command}", markup=False)
 
 
-def _table(title: str, ranking: "Ranking", cells: Callable[["RankedOrder"], list[str]]) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title)
-    table.add_column("INT4 layers")
-    for number in ranking.replaced:
-        table.add_column(str(number), justify="right")
+def _orders_table(
+    title: str, ranking: "Ranking", cells: "Callable[[RankedOrder], list[str]]"
+) -> "Table":
+    table = _table(title, "INT4 layers", ranking.replaced)
     for order in ranking.orders:
         style = "bold" if order.name == ranking.chosen else None
         table.add_row(order.name, *cells(order), style=style)
     return table
 
 
+def _study_tables(found: "Profile") -> "Iterator[Table]":
+    if study := found.independence:
+        title = "what one more INT4 layer adds to KL (1e-3 nats/token) and perplexity"
+        table = _table(title, "INT4 layers before it", study.probed)
+        for probe in study.probes:
+            table.add_row(f"layer {probe.layer}: KL", *_thousandths(probe.divergence))
+            extra = [f"{value:+.4f}" for value in probe.perplexity]
+            table.add_row(f"layer {probe.layer}: perplexity", *extra)
+        yield table
+        table = _table("layers together and alone, KL in 1e-3", "INT4 layers", study.replaced)
+        table.add_row("together", *_thousandths(study.joint))
+        table.add_row("sum of each alone", *_thousandths(study.summed))
+        yield table
+    if found.positions:
+        table = _table("INT4 early or late in a request: KL in 1e-3 and perplexity", "INT4", ())
+        for heading in ("first half", "second half", "all", "perplexity"):
+            table.add_column(heading, justify="right")
+        for schedule in found.positions.schedules:
+            costs, middle = schedule.divergence, len(schedule.divergence) // 2
+            means = [sum(part) / len(part) for part in (costs[:middle], costs[middle:], costs)]
+            table.add_row(schedule.name, *_thousandths(means), f"{schedule.perplexity:.3f}")
+        yield table
+
+
+def _table(title: str, first: str, numbers: "Iterable[int]") -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column(first)
+    for number in numbers:
+        table.add_column(str(number), justify="right")
+    return table
+
+
 def _divergences(order: "RankedOrder") -> list[str]:
-    return [f"{1e3 * value:.2f}" for value in order.divergence]
+    return _thousandths(order.divergence)
 
 
 def _perplexities(order: "RankedOrder") -> list[str]:
     return [f"{value:.3f}" for value in order.perplexity]
+
+
+def _thousandths(values: "Iterable[float]") -> list[str]:
+    return [f"{1e3 * value:.2f}" for value in values]

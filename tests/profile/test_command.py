@@ -25,7 +25,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("".join(map(chr, range(32, 127))) * 20)
+    path.write_text(" ".join(map(str, range(1000))))
     return path
 
 
@@ -33,37 +33,80 @@ def test_from_checkpoint_to_ranked_bundle(model: Path, text: Path, tmp_path: Pat
     folder = tmp_path / "a bundle"
     made = morph("quantize", model, "--output", folder, "--group-size", "32")
     assert made.exit_code == 0, made.output
-    assert "relative weight error" in made.output
     assert f"try: morph profile {model} --bundle '{folder}'" in made.output
     ranked = morph(
         *("profile", model, "--bundle", folder, "--calibration", text),
-        *("--samples", "2", "--length", "32"),
+        *("--samples", "2", "--length", "32", "--independence", "--positions"),
     )
     assert ranked.exit_code == 0, ranked.output
-    for name in ("lis", "front-to-back", "back-to-front", "random"):
+    for name in ("lis", "kl-per-byte", "front-to-back", "back-to-front", "random-0", "random-4"):
         assert name in ranked.output
+    for study in ("layers together and alone", "every other eighth"):
+        assert study in ranked.output
+    assert f"wrote {folder}/profile.html" in ranked.output
     assert f"try: morph serve {model} --bundle '{folder}'" in ranked.output
     bundle = open_bundle(str(folder), open_checkpoint(str(model)))
     assert bundle.manifest.ranking is not None
-    assert " ".join(map(str, bundle.order)) in ranked.output
+    assert f"order is now: {' '.join(map(str, bundle.order))}" in ranked.output
+    again = morph("quantize", model, "-o", folder, "--force")
+    assert again.exit_code == 0, again.output  # a report is no foreign file
 
 
-def test_json_holds_the_same_for_scripts(model: Path, text: Path, tmp_path: Path) -> None:
+def test_quantize_tells_scripts_the_same_as_people(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     made = json.loads(morph("quantize", model, "-o", folder, "--json").stdout)
     assert made["bundle"] == str(folder)
     assert made["group_size"] == 64
     assert [layer["layer"] for layer in made["layers"]] == [0, 1, 2]
     assert all(layer["int4_bytes"] < layer["full_bytes"] / 4 for layer in made["layers"])
-    options = ("--calibration", text, "--samples", "1", "--length", "32", "--json")
-    ranked = json.loads(morph("profile", model, "-b", folder, *options).stdout)
-    chosen = next(order for order in ranked["orders"] if order["name"] == ranked["chosen"])
+
+
+def test_json_is_what_the_bundle_and_the_report_hold(
+    model: Path, text: Path, tiny_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for file in tiny_bundle("qwen2").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    printed = morph(
+        *("profile", model, "-b", folder, "--calibration", text, "--json"),
+        *("--samples", "1", "--length", "32", "--orders", "lis, random", "--seeds", "2"),
+        *("--lis-weights", "0,0,1", "--distance", "l2", "--report", tmp_path / "report"),
+    )
+    assert printed.exit_code == 0, printed.output
+    found = json.loads(printed.stdout)
+    assert found == json.loads((tmp_path / "report" / "profile.json").read_text())
+    ranking = found["ranking"]
+    assert ranking["lis"] == {"weights": [0.0, 0.0, 1.0], "distance": "l2"}
+    assert [order["name"] for order in ranking["orders"]] == ["lis", "random-0", "random-1"]
+    chosen = next(order for order in ranking["orders"] if order["name"] == ranking["chosen"])
     bundle = open_bundle(str(folder), open_checkpoint(str(model)))
     assert bundle.order == chosen["layers"]
+    assert not list(folder.glob("profile.*"))
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        f"profile.{kind}" for kind in ("html", "json", "png", "svg")
+    }
 
 
-def test_a_profile_without_text_says_how_to_give_some(model: Path, tmp_path: Path) -> None:
-    morph("quantize", model, "-o", tmp_path / "bundle")
-    failed = morph("profile", model, "-b", tmp_path / "bundle")
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--lis-weights", "1,2"], "must be three numbers"),
+        (["--distance", "l3"], "one of cosine, l2"),
+        (["--orders", "best"], "choose from lis"),
+        (["--seeds", "0"], "leave `random` out"),
+        (["--length", "8", "--positions"], "raise --length"),
+        ([], "--calibration"),
+    ],
+)
+def test_what_cannot_be_done_is_told_with_a_way_out(
+    model: Path,
+    text: Path,
+    tiny_bundle: Callable[[str], Path],
+    options: list[str],
+    complaint: str,
+) -> None:
+    source = ["--calibration", text] if options else []
+    failed = morph("profile", model, "-b", tiny_bundle("qwen2"), *source, *options)
     assert isinstance(failed.exception, MorphError)
-    assert "--calibration" in str(failed.exception)
+    assert complaint in str(failed.exception)

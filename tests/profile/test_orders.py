@@ -1,52 +1,39 @@
-"""Orders are compared on text they were not ranked on, and the closest to full precision wins."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""Orders that were asked for, by name."""
 
 import pytest
 
-from morphserve.profile.orders import fixed_orders, mean_divergence, rank, replacement_counts
-from morphserve.quantize.bundle import open_bundle
-from morphserve.quantize.calibration import Part, draw_windows
-from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.configs.errors import ConfigError
+from morphserve.profile.additive import Single
+from morphserve.profile.orders import RankSettings, make_orders
+from morphserve.profile.sensitivity import Lis, Ranked
+
+SINGLES = [Single(divergence, 10) for divergence in (0.3, 0.1, 0.2, 0.5)]
+NO_SCORES = [0.0] * 4
 
 
-def test_orders_compare_at_powers_of_two_and_the_ends() -> None:
-    assert replacement_counts(12) == [0, 1, 2, 4, 8, 12]
-    assert replacement_counts(16) == [0, 1, 2, 4, 8, 16]
-    assert replacement_counts(1) == [0, 1]
+def test_every_order_holds_every_layer_once_and_random_ones_are_those_of_their_seeds() -> None:
+    lis = Lis([Ranked(i, 1.0 - i) for i in (2, 1, 0, 3)], NO_SCORES, NO_SCORES, NO_SCORES)
+    made = make_orders(RankSettings(num_random=3), SINGLES, lis)
+    fixed = ["lis", "kl-per-byte", "front-to-back", "back-to-front"]
+    assert list(made) == [*fixed, "random-0", "random-1", "random-2"]
+    assert all(sorted(order.layers) == [0, 1, 2, 3] for order in made.values())
+    assert made["lis"].layers == [2, 1, 0, 3]
+    assert made["lis"].scores == [-1.0, 0.0, 1.0, -2.0]
+    assert made["kl-per-byte"].layers == [1, 2, 0, 3]
+    assert made["kl-per-byte"].scores == pytest.approx([0.01, 0.02, 0.03, 0.05])
+    assert made["front-to-back"].layers == made["back-to-front"].layers[::-1] == [0, 1, 2, 3]
+    assert made == make_orders(RankSettings(num_random=3), SINGLES, lis)
+    assert len({tuple(made[f"random-{seed}"].layers) for seed in range(3)}) > 1
 
 
-def test_fixed_orders_hold_every_layer_once() -> None:
-    orders = fixed_orders(9, seed=1)
-    assert orders["front-to-back"] == orders["back-to-front"][::-1] == list(range(9))
-    assert sorted(orders["random-1"]) == list(range(9))
-    assert (
-        orders["random-1"] == fixed_orders(9, seed=1)["random-1"] != fixed_orders(9, 2)["random-2"]
-    )
+def test_only_what_is_asked_for_is_made() -> None:
+    assert list(make_orders(RankSettings(orders=["back-to-front"]), SINGLES, None)) == [
+        "back-to-front"
+    ]
 
 
-def test_the_order_closest_to_full_precision_is_chosen(
-    tiny_model: Callable[[str], Path], tiny_bundle: Callable[[str], Path], tmp_path: Path
-) -> None:
-    checkpoint = open_checkpoint(str(tiny_model("llama")))
-    bundle = open_bundle(str(tiny_bundle("llama")), checkpoint)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(map(chr, range(32, 127))) * 40)
-    calibration = draw_windows(checkpoint, str(text), Part.CALIBRATION, 2, 64)
-    selection = draw_windows(checkpoint, str(text), Part.SELECTION, 2, 64)
-    seen: list[tuple[str, int, int]] = []
-    ranking = rank(checkpoint, bundle, calibration, selection, 0, lambda *step: seen.append(step))
-    means = {order.name: mean_divergence(order) for order in ranking.orders}
-    assert set(means) == {"lis", "front-to-back", "back-to-front", "random-0"}
-    assert means[ranking.chosen] == min(means.values())
-    for order in ranking.orders:
-        assert sorted(order.layers) == [0, 1, 2]
-        assert len(order.perplexity) == len(order.divergence) == len(ranking.replaced)
-        assert order.divergence[0] == 0
-        assert order.divergence[-1] == pytest.approx(ranking.orders[0].divergence[-1])
-    assert len(ranking.orders[0].scores) == 3
-    assert (ranking.calibration, ranking.selection) == (calibration.sample, selection.sample)
-    phases = ("ranking layers", "comparing orders")
-    last = {phase: [step for step in seen if step[0] == phase][-1] for phase in phases}
-    assert all(done == total for _, done, total in last.values())
+def test_unknown_orders_are_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="no order 'alphabetical': choose from lis, kl-per-byte"):
+        RankSettings(orders=["lis", "alphabetical"])
+    with pytest.raises(ConfigError, match="leave `random` out"):
+        RankSettings(num_random=0)

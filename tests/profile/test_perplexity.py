@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from morphserve.configs.errors import ConfigError
-from morphserve.profile.mixes import Model, Run
+from morphserve.profile.mixes import Mix, Model, Run, mix_of
 from morphserve.profile.perplexity import measure, perplexity
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
+from morphserve.quantize.manifest import Variant
 
 
 @pytest.fixture
@@ -27,6 +28,10 @@ def model(checkpoint: Checkpoint, tiny_bundle: Callable[[str], Path]) -> Model:
 
 def tokens(n: int, length: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, length), generator=torch.Generator().manual_seed(3))
+
+
+def int4(*layers: int) -> Mix:
+    return mix_of(layers, 3)
 
 
 @torch.inference_mode()
@@ -50,7 +55,7 @@ def test_the_demo_models_perplexity_is_that_of_transformers_and_int4_costs_littl
 
 def test_quality_of_mixes_does_not_depend_on_their_company_or_on_batches(model: Model) -> None:
     windows = tokens(24, 100)  # two batches
-    mixes = [frozenset[int](), frozenset({2}), frozenset({0, 2}), frozenset({1}), frozenset({0})]
+    mixes = [int4(), int4(2), int4(0, 2), int4(1), int4(0)]
     together = measure(model, windows, mixes)
     for mix in mixes:
         alone = measure(model, windows, [mix])[mix]
@@ -64,7 +69,7 @@ def test_quality_of_mixes_does_not_depend_on_their_company_or_on_batches(model: 
 
 
 def test_full_precision_diverges_from_itself_by_nothing(model: Model) -> None:
-    full, some = frozenset[int](), frozenset({1})
+    full, some = int4(), int4(1)
     quality = measure(model, tokens(2, 64), [full, some])
     assert quality[full].divergence == 0
     assert quality[some].divergence > 1e-4
@@ -74,17 +79,33 @@ def test_full_precision_diverges_from_itself_by_nothing(model: Model) -> None:
 def test_a_run_that_changes_equals_one_that_starts_so(model: Model) -> None:
     windows = tokens(2, 48)
     run = Run(model, windows)
-    for mix in ({1}, {0, 1}, {0, 1, 2}, {2}, set[int]()):
+    for mix in (int4(1), int4(0, 1), int4(0, 1, 2), int4(2), int4()):
         run.change(mix)
         fresh = Run(model, windows)
         fresh.change(mix)
         torch.testing.assert_close(run.logits(), fresh.logits())
-    trial = run.logits_with(1)
+    trial = run.logits_with(1, Variant.INT4)
     torch.testing.assert_close(run.entering(3), Run(model, windows).entering(3))
-    run.change({1})
+    run.change(int4(1))
     torch.testing.assert_close(run.logits(), trial)
 
 
 def test_int4_layers_need_a_bundle(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="need a bundle"):
         perplexity(checkpoint, None, [0], tokens(1, 16))
+
+
+def test_layers_that_do_not_fit_in_float32_are_converted_at_each_use(
+    checkpoint: Checkpoint, tiny_bundle: Callable[[str], Path]
+) -> None:
+    bundle = open_bundle(str(tiny_bundle("llama")), checkpoint)
+    windows, mixes = tokens(2, 32), [int4(), int4(0), int4(1, 2)]
+    layer = Model(checkpoint, bundle).weights(0, Variant.FULL)
+    size = 4 * sum(w.numel() for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    kept = []
+    for bound in (0, 3 * size, 6 * size):
+        model = Model(checkpoint, bundle, float32_bytes=bound)
+        assert measure(model, windows, mixes) == measure(Model(checkpoint, bundle), windows, mixes)
+        pairs = [(i, variant) for i in range(3) for variant in (Variant.FULL, Variant.INT4)]
+        kept.append(sum(model.weights(*pair) is model.weights(*pair) for pair in pairs))
+    assert kept == [0, 3, 6]

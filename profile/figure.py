@@ -1,0 +1,179 @@
+"""Drawings of a profile, by matplotlib: SVG for pages, SVG and PNG files of their own."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from morphserve.profile.orders import BACK_TO_FRONT, FRONT_TO_BACK, KL_PER_BYTE, LIS, RANDOM
+from morphserve.profile.verdict import chosen_order
+from morphserve.quantize.manifest import Ladder, RankedOrder, Ranking, Variant
+
+# After Okabe and Ito: told apart by colour-blind readers too. In a page each colour becomes the
+# custom property of its name, so that the page's scheme, light or dark, decides.
+COLOURS = {
+    "ink": "#1b1b19",
+    "muted": "#6d6c66",
+    "grid": "#e6e5df",
+    "card": "#fdfdfb",
+    "blue": "#0072b2",
+    "orange": "#d55e00",
+    "green": "#009e73",
+    "pink": "#b3628f",
+    "grey": "#a9a8a1",
+}
+_LOOKS = {  # of each order: colour and marker
+    LIS: ("blue", "o"),
+    KL_PER_BYTE: ("orange", "s"),
+    FRONT_TO_BACK: ("green", "^"),
+    BACK_TO_FRONT: ("pink", "v"),
+}
+_KL = "KL, 10⁻³ nats per token"
+_STYLE: Any = {  # matplotlib types its keys one by one
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.facecolor": COLOURS["card"],
+    "axes.grid": True,
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.axisbelow": True,
+    "figure.facecolor": COLOURS["card"],
+    "font.size": 9.5,
+    "grid.color": COLOURS["grid"],
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+}
+
+
+def orders_figure(ranking: Ranking) -> Figure:
+    """KL after each number of INT4 layers, by order."""
+    return _figure((7.2, 4.0), lambda axes: _draw_orders(axes, ranking))
+
+
+def layers_figure(ranking: Ranking) -> Figure:
+    """KL of each layer alone at INT4."""
+    return _figure((7.2, 3.0), lambda axes: _draw_layers(axes, ranking))
+
+
+def ladder_figure(ranking: Ranking, ladder: Ladder) -> Figure:
+    """KL against bytes freed: through INT8, and by INT4 alone."""
+    return _figure((7.2, 3.4), lambda axes: _draw_ladder(axes, ranking, ladder))
+
+
+def both_figure(ranking: Ranking) -> Figure:
+    """Orders and layers side by side, for a file of its own."""
+    return _figure(
+        (12.5, 4.6),
+        lambda axes: _draw_orders(axes, ranking),
+        lambda axes: _draw_layers(axes, ranking),
+    )
+
+
+def as_file(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
+    """The drawing in light colours; the same bytes for the same figures."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": "morphserve"}):
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+    return buffer.getvalue()
+
+
+def as_inline_svg(figure: Figure) -> str:
+    """An <svg> element whose colours are the page's custom properties (`--ink`, ...)."""
+    svg = as_file(figure, "svg").decode()
+    svg = svg[svg.index("<svg") :].replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    for name, value in COLOURS.items():
+        svg = re.sub(value, f"var(--{name})", svg, flags=re.IGNORECASE)
+    return svg
+
+
+def _figure(inches: tuple[float, float], *drawings: Callable[[Axes], None]) -> Figure:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=inches, layout="constrained")
+        for i, draw in enumerate(drawings):
+            draw(figure.add_subplot(1, len(drawings), i + 1))
+        return figure
+
+
+def _draw_orders(axes: Axes, ranking: Ranking) -> None:
+    numbers = ranking.replaced[1:]
+    named = [order for order in ranking.orders if _is_drawn_by_name(order, ranking)]
+    others = [order for order in ranking.orders if order not in named]
+    for i, order in enumerate(others):
+        label = f"{len(others)} random orders" if i == 0 else None
+        costs = _thousandths(order.divergence[1:])
+        axes.plot(numbers, costs, color=COLOURS["grey"], linewidth=1, label=label)
+    for order in named:
+        colour, marker = _LOOKS.get(order.name, ("ink", "D"))
+        is_chosen = order.name == ranking.chosen
+        axes.plot(
+            numbers,
+            _thousandths(order.divergence[1:]),
+            color=COLOURS[colour],
+            marker=marker,
+            markersize=8 if is_chosen else 4,
+            linewidth=3 if is_chosen else 1.3,
+            zorder=4 if is_chosen else 3,
+            label=f"{order.name} (chosen)" if is_chosen else order.name,
+        )
+    axes.set(title="What each order costs", xlabel="INT4 layers", ylabel=_KL)
+    axes.set_xscale("log", base=2)
+    _log_ticks(axes)
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.set_xticks([], minor=True)
+    axes.legend(loc="lower right")
+
+
+def _is_drawn_by_name(order: RankedOrder, ranking: Ranking) -> bool:
+    return order.name == ranking.chosen or not order.name.startswith(RANDOM)
+
+
+def _draw_layers(axes: Axes, ranking: Ranking) -> None:
+    costs = _thousandths([layer.divergence[Variant.INT4] for layer in ranking.layers])
+    places = {layer: place for place, layer in enumerate(chosen_order(ranking).layers, 1)}
+    bars = axes.bar(range(len(costs)), costs, color=COLOURS["blue"], width=0.72)
+    axes.bar_label(bars, [str(places[i]) for i in range(len(costs))], padding=2, fontsize=8.5)
+    axes.set(
+        title=f"One layer alone at INT4 (above: its place in {ranking.chosen})",
+        xlabel="layer",
+        ylabel=_KL,
+    )
+    axes.margins(x=0.02, y=0.12)
+    axes.grid(visible=False, axis="x")
+    if len(costs) <= 16:
+        axes.set_xticks(range(len(costs)))
+
+
+def _draw_ladder(axes: Axes, ranking: Ranking, ladder: Ladder) -> None:
+    order = chosen_order(ranking)
+    freed = [ranking.layers[i].freed_bytes[Variant.INT4] for i in order.layers]
+    totals = [sum(freed[:number]) / 1e6 for number in ranking.replaced[1:]]
+    costs = _thousandths(order.divergence[1:])
+    axes.plot(totals, costs, "o-", color=COLOURS["blue"], label=f"INT4 only, {order.name}")
+    totals, costs = [value / 1e6 for value in ladder.freed_bytes], _thousandths(ladder.divergence)
+    axes.plot(totals, costs, ".-", color=COLOURS["orange"], label="through INT8")
+    axes.set(title="Through INT8 to INT4", xlabel="MB freed", ylabel=_KL)
+    _log_ticks(axes)
+    axes.legend(loc="lower right")
+
+
+def _thousandths(values: Sequence[float]) -> list[float]:
+    return [1e3 * value for value in values]
+
+
+def _log_ticks(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,83 @@
+"""A profile as JSON, drawings and a page that needs nothing but itself."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from jinja2 import Environment, StrictUndefined
+
+from morphserve.configs.errors import ConfigError
+from morphserve.profile.figure import (
+    COLOURS,
+    as_file,
+    as_inline_svg,
+    both_figure,
+    ladder_figure,
+    layers_figure,
+    orders_figure,
+)
+from morphserve.profile.result import Profile
+from morphserve.profile.verdict import chosen_order, headline, verdict
+from morphserve.quantize.files import write_atomically
+from morphserve.quantize.manifest import Quantization, Ranking, TextSample, Variant
+
+_PAGE = Path(__file__).with_name("report.html")
+
+
+def write_report(profile: Profile, folder: Path) -> Path:
+    """Writes profile.json, .svg, .png and .html; returns the page."""
+    figure = both_figure(profile.ranking)
+    page = folder / "profile.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+    data = msgspec.json.format(msgspec.json.encode(profile), indent=2)
+    write_atomically(folder / "profile.json", data + b"\n")
+    write_atomically(folder / "profile.svg", as_file(figure, "svg"))
+    write_atomically(folder / "profile.png", as_file(figure, "png"))
+    write_atomically(page, render_page(profile).encode())
+    return page
+
+
+def render_page(profile: Profile) -> str:
+    """The page; it needs no other file, and follows the reader's light or dark scheme."""
+    ranking = profile.ranking
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"thousandths": lambda value: f"{1e3 * value:.3f}"}
+    return environment.from_string(_PAGE.read_text("utf-8")).render(
+        profile=profile,
+        ranking=ranking,
+        colours=COLOURS,
+        chosen=chosen_order(ranking),
+        headline=headline(ranking),
+        sentences=verdict(ranking),
+        orders_svg=as_inline_svg(orders_figure(ranking)),
+        layers_svg=as_inline_svg(layers_figure(ranking)),
+        ladder_svg=as_inline_svg(ladder_figure(ranking, ranking.ladder)) if ranking.ladder else "",
+        variants=sorted(profile.quantization),
+        methods=[_method(variant, how) for variant, how in sorted(profile.quantization.items())],
+        texts=list(_texts(ranking)),
+    )
+
+
+def _method(variant: Variant, how: Quantization) -> str:
+    groups = f"groups of {how.group_size}" if how.group_size else "one scale per row"
+    sides = "symmetric" if how.symmetric else "asymmetric"
+    text = f"; calibrated on {_show(how.calibration)}" if how.calibration else ""
+    return f"{variant}: {how.method}, {how.bits} bits, {groups}, {sides}{text}"
+
+
+def _texts(ranking: Ranking) -> Iterator[tuple[str, str]]:
+    yield "layers scored on", _show(ranking.calibration)
+    yield "order chosen on", _show(ranking.selection)
+    yield "figures reported of", _show(ranking.evaluation)
+
+
+def _show(sample: TextSample) -> str:
+    return (
+        f"{sample.num_windows} windows of {sample.window_tokens} tokens, {sample.source}, seed "
+        f"{sample.seed} (sha256 {sample.sha256[:12]}…)"
+    )

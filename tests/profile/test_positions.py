@@ -1,0 +1,98 @@
+"""Positions of different precision share one cache, as in a server that swaps between tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from morphserve.configs.errors import ConfigError
+from morphserve.profile.mixes import Model
+from morphserve.profile.positions import SCHEDULES, study_positions
+from morphserve.quantize.bundle import open_bundle
+from morphserve.quantize.calibration import Windows
+from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
+from morphserve.quantize.manifest import TextSample, Variant
+
+LENGTH = 40
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Callable[[str], Path]) -> Checkpoint:
+    return open_checkpoint(str(tiny_model("llama")))
+
+
+@pytest.fixture
+def model(checkpoint: Checkpoint, tiny_bundle: Callable[[str], Path]) -> Model:
+    return Model(checkpoint, open_bundle(str(tiny_bundle("llama")), checkpoint))
+
+
+def windows(n: int, length: int) -> Windows:
+    tokens = torch.randint(0, 256, (n, length), generator=torch.Generator().manual_seed(2))
+    return Windows(TextSample("random", "", n, length, 2), tokens)
+
+
+def transformers_model(checkpoint: Checkpoint, model: Model, variant: Variant) -> torch.nn.Module:
+    """transformers' model with the weights that a variant stands for."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    for i, layer in enumerate(theirs.model.layers):
+        ours = model.weights(i, variant)
+        attention, mlp = layer.self_attn, layer.mlp
+        q, k, v = ours.qkv.split(
+            [p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        )
+        gate, up = ours.gate_up.chunk(2)
+        for linear, weight in (
+            *((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)),
+            *((attention.o_proj, ours.o), (mlp.down_proj, ours.down)),
+            *((mlp.gate_proj, gate), (mlp.up_proj, up)),
+        ):  # fmt: skip
+            linear.weight.data = weight
+    return theirs
+
+
+@torch.no_grad()
+def test_every_schedule_is_that_of_two_models_that_hand_one_cache_over(
+    checkpoint: Checkpoint, model: Model
+) -> None:
+    full = transformers_model(checkpoint, model, Variant.FULL)
+    int4 = transformers_model(checkpoint, model, Variant.INT4)
+    text = windows(2, LENGTH)
+    part = LENGTH // 8
+
+    def log_probabilities(parts: str) -> Tensor:
+        cache, pieces = None, []
+        for i, precision in enumerate(parts):
+            tokens = text.tokens[:, i * part : (i + 1) * part]
+            output = (int4 if precision == "q" else full)(tokens, past_key_values=cache)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+        return torch.cat(pieces, dim=1).log_softmax(dim=-1)[:, :-1]
+
+    reference = log_probabilities("ffffffff")
+    study = study_positions(model, text)
+    assert [schedule.name for schedule in study.schedules] == list(SCHEDULES)
+    for schedule in study.schedules:
+        theirs = log_probabilities(SCHEDULES[schedule.name])
+        divergence = (reference.exp() * (reference - theirs)).sum(dim=-1).mean(dim=0)
+        expected = [float(piece.mean()) for piece in divergence.split(part)]
+        assert schedule.divergence == pytest.approx(expected, rel=2e-3, abs=1e-6)
+        surprise = -theirs.gather(-1, text.tokens[:, 1:, None])
+        assert schedule.perplexity == pytest.approx(float(surprise.mean().exp()), rel=1e-4)
+
+
+def test_int4_costs_nothing_before_it_begins_and_lingers_after_it_ends(model: Model) -> None:
+    found = {s.name: s.divergence for s in study_positions(model, windows(2, LENGTH)).schedules}
+    assert all(cost == pytest.approx(0, abs=1e-6) for cost in found["nowhere"])
+    late, early = found["second half"], found["first half"]
+    assert late[:4] == pytest.approx([0] * 4, abs=1e-6)
+    assert all(cost > 1e-4 for cost in late[4:])
+    assert all(cost > 1e-4 for cost in early)
+
+
+def test_windows_too_short_for_parts_are_refused(model: Model) -> None:
+    with pytest.raises(ConfigError, match="raise --length to at least 9"):
+        study_positions(model, windows(1, 8))
