@@ -217,6 +217,8 @@ def _prepare(folder: Path, manifest: Manifest) -> None:
             path.unlink()
     free = shutil.disk_usage(folder).free
     if free < (needed := _missing_bytes(manifest)):
+        if not kept:
+            folder.rmdir()
         raise DiskFull(
             f"{folder.parent} has {_megabytes(free)} free and the bundle needs "
             f"{_megabytes(needed)} more: make room or choose another --output"
