@@ -6,7 +6,6 @@ from pathlib import Path
 import msgspec
 from jinja2 import Environment, StrictUndefined
 
-from morphserve.configs.errors import ConfigError
 from morphserve.profile.figure import (
     COLOURS,
     as_file,
@@ -18,7 +17,7 @@ from morphserve.profile.figure import (
 )
 from morphserve.profile.result import Profile
 from morphserve.profile.verdict import chosen_order, headline, verdict
-from morphserve.quantize.files import write_atomically
+from morphserve.quantize.files import BadFile, write_atomically
 from morphserve.quantize.manifest import Quantization, Ranking, TextSample, Variant
 
 _PAGE = Path(__file__).with_name("report.html")
@@ -31,7 +30,7 @@ def write_report(profile: Profile, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+        raise BadFile(f"cannot write to {folder}: {error.strerror}") from error
     data = msgspec.json.format(msgspec.json.encode(profile), indent=2)
     write_atomically(folder / "profile.json", data + b"\n")
     write_atomically(folder / "profile.svg", as_file(figure, "svg"))
