@@ -26,7 +26,10 @@ def export(
     format: Annotated[Format, typer.Option(help="Of the checkpoint.")] = Format.GPTQ,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write the INT4 layers as a checkpoint that GPTQModel and vLLM load."""
+    """Write the INT4 layers as a checkpoint for other programs.
+
+    GPTQModel and vLLM load it.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
