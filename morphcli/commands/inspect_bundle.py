@@ -151,10 +151,10 @@ def _costs(costs: "DeviceCosts") -> "Table":
         title=f"ms per layer on {costs.device} ({costs.kernels}, {costs.threads} threads, "
         f"{costs.dtype})"
     )
-    table.add_column("tokens")
-    for number in costs.tokens:
-        table.add_column(str(number), justify="right")
-    for layer in costs.layers:
-        table.add_row(layer.variant, *(f"{1e3 * seconds:.3f}" for seconds in layer.seconds))
-    table.add_row("head", *(f"{1e3 * seconds:.3f}" for seconds in costs.head_seconds))
+    for heading in ("variant", "tokens", "ms"):
+        table.add_column(heading)
+    curves = [(layer.variant, layer.curve) for layer in costs.layers]
+    for name, curve in [*curves, ("all but layers", costs.rest)]:
+        times = " ".join(f"{1e3 * seconds:.3f}" for seconds in curve.seconds)
+        table.add_row(name, " ".join(map(str, curve.tokens)), times)
     return table

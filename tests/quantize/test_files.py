@@ -9,7 +9,9 @@ import torch
 
 from morphserve.quantize.files import (
     BadFile,
+    Lock,
     encode_tensors,
+    file_bytes,
     parse_tensors,
     read_entries,
     read_tensor,
@@ -41,6 +43,25 @@ def test_parsing_a_files_content_equals_reading_it(tmp_path: Path) -> None:
     parsed = parse_tensors(tmp_path / "x", encode_tensors(tensors))
     assert parsed.keys() == tensors.keys()
     assert all(torch.equal(parsed[name], tensors[name]) for name in tensors)
+
+
+def test_a_files_size_is_known_before_it_is_made() -> None:
+    dtypes = (torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.half, torch.uint8)
+    tensors = {
+        f"{'x' * i}{dtype}": torch.zeros(i + 1, 37).to(dtype) for i in range(3) for dtype in dtypes
+    }
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert file_bytes(layout) == len(encode_tensors(tensors))
+
+
+def test_a_lock_is_held_once_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    for _ in range(2):
+        lock = Lock.take(path)
+        assert lock is not None and Lock.take(path) is None
+        lock.release()
+        lock.release()
+        assert not path.exists()
 
 
 @pytest.mark.parametrize(
