@@ -1,6 +1,21 @@
-"""What a layer costs in time on one device, as `morph profile` measured it there."""
+"""What a step costs in time on one device, as `morph profile` measured it there."""
 
 import msgspec
+
+
+class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Median seconds at each number of tokens, which rise."""
+
+    tokens: list[int]
+    seconds: list[float]
+
+
+class LayerTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One layer without its attention, over the tokens in the batch."""
+
+    variant: str  # full, int8 or int4
+    num_bytes: int  # of its image in memory
+    curve: Curve
 
 
 class AttentionTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -12,13 +27,6 @@ class AttentionTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: float
 
 
-class LayerTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One layer without its attention, at each number of tokens in `DeviceCosts.tokens`."""
-
-    variant: str  # full, int8 or int4
-    seconds: list[float]
-
-
 class DeviceCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Measured on one device; what another device would take has to be measured there."""
 
@@ -26,7 +34,9 @@ class DeviceCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kernels: str
     threads: int
     dtype: str  # of full-precision weights
-    tokens: list[int]  # in the batch
+    layer_weights: int  # in one layer's linears; each is multiplied once per token
     layers: list[LayerTimes]
-    head_seconds: list[float]  # final norm and logits of each number of rows in `tokens`
     attention: list[AttentionTime]
+    # A step of so many decoding requests, all but its layers: scheduling, packing, embedding,
+    # final norm, logits and greedy choice.
+    rest: Curve

@@ -40,6 +40,7 @@ class Parts:
     scheduler: Scheduler
     layers: Layers
     swapper: Swapper
+    model: Model
     runner: Runner
     startup_s: dict[str, float]  # seconds per phase
 
@@ -100,6 +101,7 @@ def assemble(
         scheduler=scheduler,
         layers=layers,
         swapper=Swapper(arena, plan, layers, pool, scheduler.move_blocks),
+        model=forward,
         runner=Runner(forward, architecture.eos_token_ids),
         startup_s={},
     )

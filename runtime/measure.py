@@ -1,0 +1,227 @@
+"""Times of a model's layers, attention and everything else on this device, for the cost model.
+
+What is timed are the parts that serve: images in an arena, a scheduler, a runner. Layers follow
+each other as in a step, so that weights come from where they come from there, cache or memory.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from morphserve.configs.schema import SchedulerConfig
+from morphserve.quantize.bundle import Bundle
+from morphserve.quantize.checkpoint import Checkpoint
+from morphserve.quantize.costs import AttentionTime, Curve, DeviceCosts, LayerTimes
+from morphserve.quantize.manifest import Variant
+from morphserve.quantize.modules import linear_shapes
+from morphserve.runtime.build import Parts
+from morphserve.runtime.kernels import BatchMeta, load_kernels
+from morphserve.runtime.loader import choose_dtype
+from morphserve.runtime.model import Model
+from morphserve.runtime.request import Request, SamplingParams
+from morphserve.runtime.rigs import build_rigs
+from morphserve.runtime.runner import Runner, pack
+from morphserve.runtime.scheduler import Slice
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # requests that decode at once
+# (sequences, query tokens, context tokens); what goes beyond the model's context is left out
+ATTENTION = (
+    *((1, 1, 64), (1, 1, 1024), (8, 1, 256), (32, 1, 64), (8, 1, 512), (32, 1, 128)),
+    *((8, 1, 1024), (32, 1, 256), (16, 1, 1024), (32, 1, 512)),
+    *((1, 32, 64), (1, 64, 256), (1, 64, 1024), (4, 64, 256), (1, 256, 1024), (1, 512, 512)),
+)
+LONGEST_S = 0.5  # a pass over the layers that takes longer is the last one: the rest extrapolates
+# Every point has its turn in each round, so that other work on the machine does not meet all the
+# runs of one point. Such work only ever adds time: of a point's runs, the lower quartile counts.
+ROUNDS = 5
+TURN_S = 0.03
+MAX_RUNS = 20  # in one turn
+
+Run = Callable[[], list[float]]  # returns seconds, of each layer where it runs layers
+
+
+def measure_costs(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    kernels_name: str,
+    threads: int,
+    show: Callable[[str], None] = lambda _: None,
+) -> DeviceCosts:
+    """What the cost model needs, in about ten seconds. `show` is told what goes on."""
+    arch = checkpoint.architecture
+    kernels = load_kernels(kernels_name)
+    dtype = choose_dtype("auto", arch.dtype, kernels)
+    with _threads(threads), torch.inference_mode():
+        show("loading layers of every variant")
+        most = max(num_seqs * context for num_seqs, _, context in ATTENTION)
+        longest = max(context for *_, context in ATTENTION)
+        limits = SchedulerConfig(max(ROWS), max(TOKENS), min(longest, arch.max_position))
+        rigs = build_rigs(checkpoint, bundle, kernels, dtype, limits, most)
+        full = rigs[Variant.FULL].parts
+        counts = _affordable(full)
+        points = [
+            point
+            for point in ATTENTION
+            if point[2] <= arch.max_position and point[0] * point[1] <= counts[-1]
+        ]
+        times = _Times()
+        for i in range(ROUNDS):
+            show(f"timing layers, attention and the rest of a step, {i + 1} of {ROUNDS}")
+            for tokens in counts:
+                for variant, rig in rigs.items():
+                    times.measure((variant, tokens), _layers(rig.parts, tokens))
+            for point in points:
+                times.measure(point, _attention(full, *point))
+            for rows in ROWS:
+                times.measure(rows, _rest(full, rows))
+    return DeviceCosts(
+        device=device_name(),
+        kernels=kernels.name,
+        threads=threads,
+        dtype=str(dtype).removeprefix("torch."),
+        layer_weights=sum(n * k for n, k in linear_shapes(arch).values()),
+        layers=[
+            LayerTimes(
+                variant,
+                rig.image_bytes,
+                Curve(counts, [times.seconds((variant, tokens)) for tokens in counts]),
+            )
+            for variant, rig in rigs.items()
+        ],
+        attention=[AttentionTime(*point, times.seconds(point)) for point in points],
+        rest=Curve(list(ROWS), [times.seconds(rows) for rows in ROWS]),
+    )
+
+
+def device_name() -> str:
+    """The CPU's model as the system knows it, with what tells generations of one name apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in lines)
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
+    name = facts.get("model name") or platform.machine()
+    generation = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return f"{name} ({', '.join(generation)})" if generation else name
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _affordable(parts: Parts) -> list[int]:
+    """Token counts up to the first, but the second, whose pass takes longer than LONGEST_S."""
+    for i, tokens in enumerate(TOKENS):
+        with _layers(parts, tokens) as run:
+            if sum(run()) > LONGEST_S and i:
+                return list(TOKENS[: i + 1])
+    return list(TOKENS)
+
+
+@contextmanager
+def _layers(parts: Parts, tokens: int) -> Iterator[Run]:
+    """Layers without their attention."""
+    with _batch(parts, 1, tokens, tokens) as meta:
+        yield lambda: _pass(parts.model, meta, lambda q, _: q.flatten(1))
+
+
+@contextmanager
+def _attention(parts: Parts, num_seqs: int, query_tokens: int, context: int) -> Iterator[Run]:
+    """Layers' attention, between other work whose weights take their share of the caches."""
+    model = parts.model
+    with _batch(parts, num_seqs, query_tokens, context) as meta:
+
+        def run() -> list[float]:
+            spent = []
+
+            def attend(q: Tensor, cache: Tensor) -> Tensor:
+                started = time.perf_counter()
+                mixed = model.kernels.attention(q, cache, meta, model.shape)
+                spent.append(time.perf_counter() - started)
+                return mixed
+
+            _pass(model, meta, attend)
+            return spent
+
+        yield run
+
+
+@contextmanager
+def _rest(parts: Parts, rows: int) -> Iterator[Run]:
+    """A step of so many decoding requests without layers, from the scheduler back to it."""
+    runner = Runner(replace(parts.model, layers=(), caches=()), ())
+    params = SamplingParams(max_tokens=MAX_RUNS + 2, temperature=0.0, ignore_eos=True)
+    for i in range(rows):
+        parts.scheduler.add(Request(str(i), [0], params, 0.0))
+
+    def run() -> list[float]:
+        started = time.perf_counter()
+        batch = parts.scheduler.schedule()
+        parts.scheduler.update(batch, runner.run(batch))
+        return [time.perf_counter() - started]
+
+    run()  # the prompts
+    yield run
+    for i in range(rows):
+        parts.scheduler.abort(str(i))
+
+
+def _pass(model: Model, meta: BatchMeta, attend: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+    """Seconds of each layer, with `attend` (of queries and cache) in attention's place."""
+    dtype = model.kernels.activation_dtype(model.static.embedding.dtype)
+    x = torch.ones(len(meta.positions), model.static.norm.numel(), dtype=dtype)
+    residual, spent = x.clone(), []
+    for layer, cache in zip(model.layers, model.caches, strict=True):
+        started = time.perf_counter()
+        mixed = attend(model.before_attention(x, layer, cache, meta), cache)
+        x = model.after_attention(mixed, residual, layer, layer.input_norm)
+        spent.append(time.perf_counter() - started)
+    return spent
+
+
+@contextmanager
+def _batch(parts: Parts, num_seqs: int, query_tokens: int, context: int) -> Iterator[BatchMeta]:
+    """Where the last `query_tokens` of equal sequences lie."""
+    block_tokens, params = parts.model.shape.block_tokens, SamplingParams(max_tokens=1)
+    requests = [Request(str(i), [0] * context, params, 0.0) for i in range(num_seqs)]
+    for request in requests:
+        request.blocks = parts.pool.allocate(-(-context // block_tokens))
+    batch = [Slice(request, context - query_tokens, context) for request in requests]
+    yield pack(batch, block_tokens)[1]
+    for request in requests:
+        parts.pool.free(request.blocks)
+
+
+class _Times:
+    """Seconds of the runs of each point."""
+
+    def __init__(self) -> None:
+        self._runs: dict[Hashable, list[float]] = {}
+
+    def measure(self, point: Hashable, prepared: AbstractContextManager[Run]) -> None:
+        """Runs for one turn."""
+        runs = self._runs.setdefault(point, [])
+        with prepared as run:
+            end = time.perf_counter() + TURN_S
+            for _ in range(MAX_RUNS):
+                runs += run()
+                if time.perf_counter() > end:
+                    return
+
+    def seconds(self, point: Hashable) -> float:
+        runs = sorted(self._runs[point])
+        return runs[len(runs) // 4]

@@ -1,0 +1,73 @@
+"""Engines to be timed, one per variant: every layer of it at once, in memory of its own."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from morphserve.configs.load import load_policy
+from morphserve.configs.schema import EngineConfig, SchedulerConfig
+from morphserve.quantize.bundle import Bundle
+from morphserve.quantize.checkpoint import Checkpoint
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.build import Parts, assemble
+from morphserve.runtime.kernels import Kernels
+from morphserve.runtime.layers import full_image, quantized_image
+from morphserve.runtime.loader import LoadedModel
+from morphserve.runtime.memory import budget_for, plan_memory
+from morphserve.runtime.model import pack_statics
+
+LAYER_BYTES = 512 * 2**20  # of full images that are loaded: more than caches hold
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """An engine's parts with all layers of one variant; a large model's first layers only."""
+
+    parts: Parts
+    image_bytes: int  # of its first layer
+
+
+def build_rigs(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    limits: SchedulerConfig,
+    num_tokens: int,
+) -> dict[Variant, Rig]:
+    """Full precision and each variant of the bundle, with a KV cache of at least `num_tokens`."""
+    arch = checkpoint.architecture
+    full = [full_image(checkpoint.layer(0), kernels, dtype)]
+    count = min(arch.num_layers, max(2, LAYER_BYTES // full[0].num_bytes))
+    full += [full_image(checkpoint.layer(i), kernels, dtype) for i in range(1, count)]
+    model = LoadedModel(
+        architecture=replace(arch, num_layers=count),
+        kernels=kernels,
+        dtype=dtype,
+        statics=pack_statics(checkpoint.static(), kernels, dtype),
+        full=full,
+        int4=[],
+        order=list(range(count)),
+    )
+    rigs = {Variant.FULL: Rig(_assemble(model, "off", limits, num_tokens), full[0].num_bytes)}
+    for variant in bundle.manifest.variants:
+        layers = (bundle.layer(i, variant) for i in range(count))
+        images = [quantized_image(layer, kernels, dtype) for layer in layers]
+        parts = _assemble(replace(model, int4=images), "static:all", limits, num_tokens)
+        rigs[variant] = Rig(parts, images[0].num_bytes)
+    return rigs
+
+
+def _assemble(model: LoadedModel, policy: str, limits: SchedulerConfig, num_tokens: int) -> Parts:
+    config = EngineConfig("", load_policy(policy), scheduler=limits)
+    cache, sizes = config.cache, model.sizes(config.cache.block_tokens)
+    budget = budget_for(sizes, 0, cache.min_run_bytes, num_tokens)
+    plan = plan_memory(sizes, budget, 0, cache.min_run_bytes)
+    max_model_len = limits.max_model_len or model.architecture.max_position
+    parts = assemble(config, model, plan, max_model_len)
+    # Pages that nobody wrote would all be read from one page of zeros.
+    blocks = parts.pool.allocate(parts.pool.num_free)
+    for layer in parts.model.caches:
+        layer[blocks] = torch.randn(layer.shape[1]).to(layer.dtype)
+    parts.pool.free(blocks)
+    return parts
