@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from morphserve.quantize.bundle import Bundle
 from morphserve.quantize.checkpoint import Checkpoint
 from morphserve.quantize.machine import free_memory
 from morphserve.quantize.manifest import Variant
-from morphserve.quantize.weights import LayerTensors
+from morphserve.quantize.weights import LayerTensors, StaticTensors
 
 Mix = tuple[Variant, ...]  # the variant of each layer
 
@@ -84,6 +85,18 @@ class Model:
         """[n, length, hidden] behind the last layer to [n, length, vocab]."""
         return dense.logits(x, self._static, self.architecture)
 
+    def compact_logits(self, x: Tensor) -> Tensor:
+        """[n, length, at most hidden], of the same lengths and angles as the logits.
+
+        With the head's weights W = Q R and Q's columns orthonormal, W a · W b = R a · R b.
+        """
+        return dense.logits(x, self._compact_static, self.architecture)
+
+    @cached_property
+    def _compact_static(self) -> StaticTensors:
+        r = torch.linalg.qr(self._static.head.float(), mode="r").R
+        return replace(self._static, head=r)
+
     def _read(self, i: int, variant: Variant) -> Callable[[], LayerTensors[Tensor]]:
         if variant is Variant.FULL:
             return partial(dense.to_float32, self._checkpoint.layer(i))
@@ -120,12 +133,12 @@ class Run:
         if first is not None:
             self._extend(first)
 
-    def logits_with(self, layer: int, variant: Variant) -> Tensor:
-        """Logits with one layer replaced; the current mix stays."""
+    def behind_with(self, layer: int, variant: Variant) -> Tensor:
+        """[n, length, hidden] behind the last layer with one replaced; the current mix stays."""
         x = self._model.layer(self._states[layer], layer, variant)
         for i in range(layer + 1, self._model.num_layers):
             x = self._model.layer(x, i, self._mix[i])
-        return self._model.logits(x)
+        return x
 
     def _extend(self, first: int) -> None:
         """Computes the states behind layer `first` and all later ones."""

@@ -90,9 +90,10 @@ def _model_scores(
     """MDS of each layer that is not taken yet."""
     sums = {p: 0.0 for p in range(model.num_layers) if p not in taken}
     for run in runs:
-        current = run.logits()
+        current = model.compact_logits(run.entering(model.num_layers))
         for p in sums:
-            sums[p] += _sum(current, run.logits_with(p, Variant.INT4), distance)
+            replaced = model.compact_logits(run.behind_with(p, Variant.INT4))
+            sums[p] += _sum(current, replaced, distance)
             on_step()
     count = sum(run.tokens.numel() for run in runs)
     return {p: total / count for p, total in sums.items()}

@@ -84,10 +84,10 @@ def test_a_run_that_changes_equals_one_that_starts_so(model: Model) -> None:
         fresh = Run(model, windows)
         fresh.change(mix)
         torch.testing.assert_close(run.logits(), fresh.logits())
-    trial = run.logits_with(1, Variant.INT4)
+    trial = run.behind_with(1, Variant.INT4)
     torch.testing.assert_close(run.entering(3), Run(model, windows).entering(3))
     run.change(int4(1))
-    torch.testing.assert_close(run.logits(), trial)
+    torch.testing.assert_close(run.entering(3), trial)
 
 
 def test_int4_layers_need_a_bundle(checkpoint: Checkpoint) -> None:
@@ -109,3 +109,17 @@ def test_layers_that_do_not_fit_in_float32_are_converted_at_each_use(
         pairs = [(i, variant) for i in range(3) for variant in (Variant.FULL, Variant.INT4)]
         kept.append(sum(model.weights(*pair) is model.weights(*pair) for pair in pairs))
     assert kept == [0, 3, 6]
+
+
+@torch.inference_mode()
+def test_compact_logits_have_the_lengths_and_angles_of_the_logits(model: Model) -> None:
+    x = torch.randn((2, 5, 64), generator=torch.Generator().manual_seed(4))
+    compact, logits = model.compact_logits(x).double(), model.logits(x).double()
+    assert compact.shape[-1] < logits.shape[-1]
+    for a, b in ((0, 0), (0, 1)):
+        torch.testing.assert_close(
+            torch.linalg.vecdot(compact[a], compact[b]),
+            torch.linalg.vecdot(logits[a], logits[b]),
+            rtol=1e-5,
+            atol=1e-3,
+        )

@@ -125,7 +125,7 @@ class Turning:
         cos, sin = angle.cos(), angle.sin()
         return x @ torch.stack((torch.stack((cos, sin)), torch.stack((-sin, cos))))
 
-    def logits(self, x: Tensor) -> Tensor:
+    def compact_logits(self, x: Tensor) -> Tensor:
         return x
 
 
