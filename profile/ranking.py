@@ -50,12 +50,7 @@ def rank(
     settings: RankSettings,
     on_progress: OnProgress = lambda phase, done, total: None,
 ) -> Ranking:
-    """Scores layers on one text, chooses between orders on another, reports of a third.
-
-    The order with the lowest mean KL divergence from full precision, between no and all
-    replacements, is chosen. Perplexity is recorded but does not choose: on a text of practical
-    size one layer moves it by less than chance does, and rounding may even seem to improve it.
-    """
+    """Scores layers on one text, chooses between orders on another, reports of a third."""
     num_layers = model.num_layers
     singles = _score_singly(model, texts.calibration, on_progress)
     lis = None
@@ -83,7 +78,7 @@ def rank(
         replaced=counts,
         layers=[_layer_scores(i, singles, lis) for i in range(num_layers)],
         orders=described,
-        chosen=min(described, key=lambda order: mean_between(order.selection_divergence)).name,
+        chosen=choose(described).name,
         lis=settings.lis if lis else None,
         ladder=_ladder(model, rungs, steps, reported) if rungs else None,
     )
@@ -93,6 +88,15 @@ def replacement_counts(num_layers: int) -> list[int]:
     """0, 1, 2, 4, 8, ... and all layers: the numbers of replacements at which orders compare."""
     powers = takewhile(lambda power: power < num_layers, (2**i for i in count()))
     return [0, *powers, num_layers]
+
+
+def choose(orders: Sequence[RankedOrder]) -> RankedOrder:
+    """The order with the lowest mean KL from full precision, on the text that chooses.
+
+    Perplexity is recorded but does not choose: on a text of practical size one layer moves it by
+    less than chance does, and rounding may even seem to improve it.
+    """
+    return min(orders, key=lambda order: mean_between(order.selection_divergence))
 
 
 def mean_between(costs: Sequence[float]) -> float:
