@@ -69,10 +69,12 @@ def cost_model(costs: DeviceCosts) -> CostModel:
 
 
 def interpolate(curve: Curve, tokens: int) -> float:
-    """Seconds by straight lines between measured points, the outer ones going on."""
+    """Seconds by straight lines between measured points; the outer ones go on, none downwards."""
     xs, ys = curve.tokens, curve.seconds
     right = min(max(bisect_right(xs, tokens), 1), len(xs) - 1)
     slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
+    if tokens > xs[-1]:
+        slope = max(slope, 0.0)
     return ys[right] + slope * (tokens - xs[right])
 
 

@@ -69,7 +69,7 @@ def measure_costs(
         points = [
             point
             for point in ATTENTION
-            if point[2] <= arch.max_position and point[0] * point[1] <= counts[-1]
+            if point[2] <= arch.max_position and point[0] * point[1] <= max(64, counts[-1])
         ]
         times = _Times()
         for i in range(ROUNDS):
@@ -135,7 +135,7 @@ def _affordable(parts: Parts) -> list[int]:
 @contextmanager
 def _layers(parts: Parts, tokens: int) -> Iterator[Run]:
     """Layers without their attention."""
-    with _batch(parts, 1, tokens, tokens) as meta:
+    with _batch(parts, tokens, 1, 1) as meta:
         yield lambda: _pass(parts.model, meta, lambda q, _: q.flatten(1))
 
 
