@@ -24,8 +24,8 @@ SCHEDULES = {  # where a request is computed by INT4 layers: q
     "nowhere": "ffffffff",
     "first half": "qqqqffff",
     "second half": "ffffqqqq",
-    "every other eighth, from the first": "qfqfqfqf",
-    "every other eighth, from the second": "fqfqfqfq",
+    "odd eighths": "qfqfqfqf",
+    "even eighths": "fqfqfqfq",
     "everywhere": "qqqqqqqq",
 }
 

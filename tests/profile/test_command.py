@@ -41,7 +41,7 @@ def test_from_checkpoint_to_ranked_bundle(model: Path, text: Path, tmp_path: Pat
     assert ranked.exit_code == 0, ranked.output
     for name in ("lis", "kl-per-byte", "front-to-back", "back-to-front", "random-0", "random-4"):
         assert name in ranked.output
-    for study in ("layers together and alone", "every other eighth"):
+    for study in ("layers together and alone", "odd eighths"):
         assert study in ranked.output
     assert f"wrote {folder}/profile.html" in ranked.output
     assert f"try: morph serve {model} --bundle '{folder}'" in ranked.output
