@@ -110,10 +110,16 @@ def _draw_orders(axes: Axes, ranking: Ranking) -> None:
     numbers = ranking.replaced[1:]
     named = [order for order in ranking.orders if _is_drawn_by_name(order, ranking)]
     others = [order for order in ranking.orders if order not in named]
-    for i, order in enumerate(others):
-        label = f"{len(others)} random orders" if i == 0 else None
+    for order in others:
+        label = others[0].name if len(others) == 1 else f"{len(others)} random orders"
         costs = _thousandths(order.divergence[1:])
-        axes.plot(numbers, costs, color=COLOURS["grey"], linewidth=1, label=label)
+        axes.plot(
+            numbers,
+            costs,
+            color=COLOURS["grey"],
+            linewidth=1,
+            label=label if order is others[0] else None,
+        )
     for order in named:
         colour, marker = _LOOKS.get(order.name, ("ink", "D"))
         is_chosen = order.name == ranking.chosen
