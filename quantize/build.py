@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
+import msgspec
 import torch
-from torch import Tensor
 
 from morphserve.configs.errors import ConfigError
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.calibration import Windows
-from morphserve.quantize.checkpoint import BadCheckpoint, Checkpoint
-from morphserve.quantize.layer_file import encode_layer
+from morphserve.quantize.checkpoint import Checkpoint
 from morphserve.quantize.manifest import (
     FORMAT,
     SCHEMA,
@@ -22,7 +22,8 @@ from morphserve.quantize.manifest import (
     Variant,
     VariantFiles,
 )
-from morphserve.quantize.rounding import Grid, dequantize, quantize_rtn
+from morphserve.quantize.moments import Calibration
+from morphserve.quantize.variants import GPTQ, METHODS, RTN, FullLayer
 from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 from morphserve.quantize.workspace import open_workspace
 
@@ -39,18 +40,14 @@ class QuantizeSettings:
     device: str = "cpu"
 
 
-@dataclass(slots=True)
-class _Error:
-    """Sums over the linears of one layer."""
-
-    squared_error: float = 0.0
-    squared_weight: float = 0.0
+class Source(Protocol):
+    """Layers that were quantised elsewhere."""
 
     @property
-    def relative(self) -> float:
-        if self.squared_weight == 0:
-            return 0.0
-        return float((self.squared_error / self.squared_weight) ** 0.5)
+    def quantization(self) -> Quantization: ...
+
+    def layer(self, i: int) -> LayerTensors[QuantizedWeight]:
+        """Fused, with norms and biases of its own. Raises MorphError where it cannot serve."""
 
 
 def default_group_size(arch: Architecture) -> int:
@@ -78,30 +75,71 @@ def build_bundle(
     force: bool = False,
     resume: bool = False,
     on_layer: Callable[[int], None] = lambda _: None,
+    imported: Source | None = None,
 ) -> Manifest:
-    """Writes a bundle; `on_layer` is called after each layer.
+    """Writes a bundle, one layer in memory at a time; `on_layer` is called after each.
 
-    `windows` is the calibration text, which every method but rtn needs. What is at `folder` stays
-    until the new bundle is whole: see `open_workspace` for `force` and `resume`.
+    `windows` is the calibration text: gptq and awq need it, and output errors are measured on it.
+    INT4 layers of `imported` are written as they are. What is at `folder` stays until the new
+    bundle is whole: see `open_workspace` for `force` and `resume`. A build that is resumed runs
+    the text through its finished layers again, and ends with the same bytes.
     """
     arch = checkpoint.architecture
-    _check_group_size(arch, settings.group_size)
-    plan = _plan(checkpoint, settings, windows)
-    with open_workspace(folder, plan, force, resume) as workspace:
-        for i in range(workspace.num_finished, arch.num_layers):
-            full = checkpoint.layer(i)
-            written = {}
-            for variant, files in plan.variants.items():
-                how = files.quantization
-                grid = Grid(how.bits, how.group_size, how.symmetric)
-                layer, error = _quantize_rtn(checkpoint, i, full, grid)
-                written[variant] = (encode_layer(layer, arch), error.relative, None)
-            workspace.write(written)
-            on_layer(i)
+    _check(arch, settings, windows, imported)
+    plan = _plan(checkpoint, _quantizations(settings, windows, imported))
+    with torch.inference_mode(), open_workspace(folder, plan, force, resume) as workspace:
+        first = workspace.num_finished
+        calibration = None
+        if windows and first < arch.num_layers:
+            calibration = Calibration(checkpoint.static(), arch, windows.tokens, settings.device)
+        for i in range(0 if calibration else first, arch.num_layers):
+            layer = FullLayer(checkpoint, i, settings.device, calibration)
+            if i >= first:
+                workspace.write(_variants(layer, i, plan, imported))
+                on_layer(i)
+            layer.leave()
         return workspace.finish()
 
 
-def _plan(checkpoint: Checkpoint, settings: QuantizeSettings, windows: Windows | None) -> Manifest:
+def _variants(
+    layer: FullLayer, i: int, plan: Manifest, imported: Source | None
+) -> dict[Variant, tuple[bytes, float, float | None]]:
+    """What the workspace wants of each variant of layer `i`."""
+    written = {}
+    for variant, files in plan.variants.items():
+        how = files.quantization
+        made = imported.layer(i) if imported and how.source else layer.quantize(how)
+        written[variant] = layer.measured(made, how)
+    return written
+
+
+def _check(
+    arch: Architecture, settings: QuantizeSettings, windows: Windows | None, imported: Source | None
+) -> None:
+    """Raises ConfigError for what cannot be built."""
+    if imported is None:
+        if settings.method not in METHODS:
+            raise ConfigError(
+                f"there is no method {settings.method!r}: choose one of {', '.join(METHODS)}"
+            )
+        if settings.method != RTN and windows is None:
+            raise ConfigError(
+                f"{settings.method} needs calibration text: give it some, or choose {RTN}"
+            )
+        _check_group_size(arch, settings.group_size)
+    elif imported.quantization.bits != 4:
+        raise ConfigError(
+            f"{imported.quantization.source} has {imported.quantization.bits}-bit weights, and a "
+            "bundle needs INT4 layers: give one of 4 bits"
+        )
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {settings.device!r} cannot be used: {reason}") from error
+
+
+def _plan(checkpoint: Checkpoint, quantizations: Mapping[Variant, Quantization]) -> Manifest:
     """The manifest of the bundle to be, without layers."""
     return Manifest(
         format=FORMAT,
@@ -109,50 +147,29 @@ def _plan(checkpoint: Checkpoint, settings: QuantizeSettings, windows: Windows |
         tool=f"morphserve {version('morphserve')}",
         base=Base(checkpoint.path.name, checkpoint.fingerprint()),
         architecture=checkpoint.architecture,
-        variants={
-            variant: VariantFiles(quantization, [])
-            for variant, quantization in _quantizations(settings, windows).items()
-        },
+        variants={variant: VariantFiles(how, []) for variant, how in quantizations.items()},
     )
 
 
 def _quantizations(
-    settings: QuantizeSettings, windows: Windows | None
+    settings: QuantizeSettings, windows: Windows | None, imported: Source | None
 ) -> Mapping[Variant, Quantization]:
-    int4 = Quantization(
-        method=settings.method,
-        bits=4,
-        group_size=settings.group_size,
-        symmetric=settings.symmetric,
-        act_order=settings.method == "gptq" and settings.act_order,
-        calibration=windows.sample if windows else None,
-    )
-    variants = {Variant.INT4: int4}
+    sample = windows.sample if windows else None
+    if imported is not None:
+        variants = {
+            Variant.INT4: msgspec.structs.replace(imported.quantization, calibration=sample)
+        }
+    else:
+        variants = {
+            Variant.INT4: Quantization(
+                method=settings.method,
+                bits=4,
+                group_size=settings.group_size,
+                symmetric=settings.symmetric,
+                act_order=settings.method == GPTQ and settings.act_order,
+                calibration=sample,
+            )
+        }
     if settings.int8:
-        variants[Variant.INT8] = Quantization("rtn", 8, 0, symmetric=True)
+        variants[Variant.INT8] = Quantization(RTN, 8, 0, symmetric=True, calibration=sample)
     return variants
-
-
-def _quantize_rtn(
-    checkpoint: Checkpoint, i: int, full: LayerTensors[Tensor], grid: Grid
-) -> tuple[LayerTensors[QuantizedWeight], _Error]:
-    error = _Error()
-
-    def quantize(weight: Tensor) -> QuantizedWeight:
-        if not weight.isfinite().all():
-            raise BadCheckpoint(f"layer {i} of {checkpoint.path} has weights that are not finite")
-        rounded = quantize_rtn(weight, grid)
-        exact = weight.float()
-        error.squared_error += float((dequantize(rounded) - exact).square().sum(dtype=torch.double))
-        error.squared_weight += float(exact.square().sum(dtype=torch.double))
-        return rounded
-
-    layer = LayerTensors(
-        norms=full.norms,
-        biases=full.biases,
-        qkv=quantize(full.qkv),
-        o=quantize(full.o),
-        gate_up=quantize(full.gate_up),
-        down=quantize(full.down),
-    )
-    return layer, error

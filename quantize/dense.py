@@ -22,6 +22,7 @@ from morphserve.quantize.weights import (
 )
 
 Linear = Literal["qkv", "o", "gate_up", "down"]  # fields of LayerTensors
+LINEARS: tuple[Linear, ...] = ("qkv", "o", "gate_up", "down")  # as the forward pass meets them
 OnInput = Callable[[Linear, Tensor], None]  # told each linear's input, [n, length, inputs]
 
 
@@ -107,7 +108,7 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of [n, length, hidden], each [n, its heads, length, head_dim]."""
     n, length, _ = x.shape
-    x = _rms_norm(x, layer.norms.input, arch.norm_eps)
+    x = qkv_input(x, layer, arch)
     on_input("qkv", x)
     qkv = F.linear(x, layer.qkv, layer.biases.qkv)
     q, k, v = (
@@ -138,8 +139,33 @@ def finish(
 ) -> Tensor:
     """The layer's output from its input and what `attend` returns."""
     on_input("o", attended)
-    x = x + F.linear(attended, layer.o, layer.biases.o)
-    return x + _mlp(_rms_norm(x, layer.norms.post_attention, arch.norm_eps), layer, on_input)
+    x = behind_attention(x, attended, layer)
+    entering = gate_up_input(x, layer, arch)
+    on_input("gate_up", entering)
+    gated = down_input(entering, layer)
+    on_input("down", gated)
+    return x + F.linear(gated, layer.down, layer.biases.down)
+
+
+def qkv_input(x: Tensor, layer: LayerTensors[Tensor], arch: Architecture) -> Tensor:
+    """What enters qkv, from the layer's input."""
+    return _rms_norm(x, layer.norms.input, arch.norm_eps)
+
+
+def behind_attention(x: Tensor, attended: Tensor, layer: LayerTensors[Tensor]) -> Tensor:
+    """The hidden states between attention and MLP, from the layer's input and what enters o."""
+    return x + F.linear(attended, layer.o, layer.biases.o)
+
+
+def gate_up_input(x: Tensor, layer: LayerTensors[Tensor], arch: Architecture) -> Tensor:
+    """What enters gate and up, from the hidden states behind attention."""
+    return _rms_norm(x, layer.norms.post_attention, arch.norm_eps)
+
+
+def down_input(x: Tensor, layer: LayerTensors[Tensor]) -> Tensor:
+    """What enters down, from what enters gate and up."""
+    gate, up = F.linear(x, layer.gate_up, layer.biases.gate_up).chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -151,11 +177,3 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     cos, sin = cos_sin
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def _mlp(x: Tensor, layer: LayerTensors[Tensor], on_input: OnInput) -> Tensor:
-    on_input("gate_up", x)
-    gate, up = F.linear(x, layer.gate_up, layer.biases.gate_up).chunk(2, dim=-1)
-    gated = F.silu(gate) * up
-    on_input("down", gated)
-    return F.linear(gated, layer.down, layer.biases.down)

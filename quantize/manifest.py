@@ -51,7 +51,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group_size: int  # inputs that share a scale; 0: all inputs of a row
     symmetric: bool
     act_order: bool = False  # columns were rounded in order of their inputs' size (GPTQ)
-    calibration: TextSample | None = None  # text whose activations weighed the errors
+    calibration: TextSample | None = None  # text that errors were weighed and measured on
     source: str | None = None  # imported: the checkpoint's folder name and format
 
 
@@ -62,7 +62,8 @@ class LayerFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_bytes: int
     sha256: str
     weight_error: float  # norm of the rounding error over norm of the weights, all linears
-    output_error: float | None = None  # the same of the linears' outputs on calibration text
+    # Norm of the change of the layer's output over norm of what the layer adds, calibration text:
+    output_error: float | None = None
 
 
 class VariantFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,5 +1,6 @@
 """Grids of few values per group of inputs, and rounding weights to the nearest of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from morphserve.configs.errors import ConfigError
 from morphserve.quantize.weights import QuantizedWeight
 
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the largest weight in a group
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)  # of the range of a group
+_CHUNK = 1 << 22  # weights in work at a time: bounds the memory of float32 copies
 _FP16_MAX = 65504.0
 
 
@@ -33,7 +35,7 @@ class Grid:
 class Scales:
     """Of each row and group of a weight."""
 
-    scale: Tensor  # float16 [N, groups]
+    scale: Tensor  # float16 [N, groups]; may be negative, which turns the grid over
     zero: Tensor  # uint8 [N, groups]
 
 
@@ -43,16 +45,28 @@ def quantize_rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -
     `importance` [K] weighs the squared errors that choose the scales (see `find_scales`).
     Weights are rounded with the very scales that are stored.
     """
-    groups = grouped(weight.float(), grid)
-    scales = find_scales(groups, grid, importance)
-    codes = round_codes(groups, scales, grid)
-    return quantized(codes.flatten(1), scales, grid)
+    parts = []
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    num_rows = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, len(weight), num_rows):
+        groups = grouped(weight[start : start + num_rows].float(), grid)
+        scales = find_scales(groups, grid, importance)
+        codes[start : start + num_rows] = round_codes(groups, scales, grid).flatten(1)
+        parts.append(scales)
+    return quantized(codes, join(parts), grid)
+
+
+def join(parts: Sequence[Scales]) -> Scales:
+    """Scales of rows that follow each other."""
+    return Scales(
+        torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts])
+    )
 
 
 def quantized(codes: Tensor, scales: Scales, grid: Grid) -> QuantizedWeight:
-    """Codes [N, K] (any dtype, whole numbers) and their scales as a weight."""
+    """uint8 codes [N, K] and their scales as a weight."""
     return QuantizedWeight(
-        codes=codes.to(torch.uint8),
+        codes=codes,
         scales=scales.scale,
         group_size=codes.shape[1] // scales.scale.shape[1],
         bits=grid.bits,
@@ -75,7 +89,7 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
 def find_scales(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> Scales:
     """For [N, groups, group] weights, the clip of each group's range with the least squared error.
 
-    Clips go from 1.0 (the range itself) down to 0.75. `importance` [K], the mean square of each
+    Clips go from 1.0 (the range itself) down to 0.65. `importance` [K], the mean square of each
     input over calibration tokens, weighs the errors of a group's inputs.
     """
     weights = None if importance is None else importance.view(groups.shape[1:])
@@ -95,24 +109,26 @@ def find_scales(groups: Tensor, grid: Grid, importance: Tensor | None = None) ->
 
 def _scales(groups: Tensor, grid: Grid, clip: float) -> Scales:
     if grid.symmetric:
-        peak = groups.abs().amax(dim=-1) * clip
-        scale = (peak / (grid.middle - 1)).clamp(max=_FP16_MAX).half()
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        # There is one code more below the middle than above: the larger end of the range takes it.
+        end = torch.where(high > -low, -high, -low) * clip
+        scale = (end / (grid.middle - 1)).clamp(-_FP16_MAX, _FP16_MAX).half()
         return Scales(scale, torch.full_like(scale, grid.middle, dtype=torch.uint8))
     low = groups.amin(dim=-1).clamp(max=0) * clip
     high = groups.amax(dim=-1).clamp(min=0) * clip
     scale = ((high - low) / grid.max_code).clamp(max=_FP16_MAX).half()
-    zero = (-low / _divisors(scale)).round().clamp(0, grid.max_code)
+    zero = (-low / divisors(scale)).round().clamp(0, grid.max_code)
     return Scales(scale, zero.to(torch.uint8))
 
 
-def _divisors(scale: Tensor) -> Tensor:
+def divisors(scale: Tensor) -> Tensor:
     """float32 scales to divide by: a group whose scale rounds to 0 becomes 0."""
     return torch.where(scale == 0, torch.inf, scale.float())
 
 
 def round_codes(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
     """Codes of [N, groups, group] weights, as floats."""
-    steps = (groups / _divisors(scales.scale).unsqueeze(-1)).round()
+    steps = (groups / divisors(scales.scale).unsqueeze(-1)).round()
     return (steps + scales.zero.unsqueeze(-1)).clamp(0, grid.max_code)
 
 

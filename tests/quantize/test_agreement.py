@@ -51,7 +51,7 @@ def test_rounded_layers_agree_and_folds_of_v_into_o_do_not(
         full = checkpoint.layer(i)
         assert probe.layer == i
         assert probe.compare(rounded(full, Grid(4, 32))).fault(floor=0.9) is None
-        assert probe.compare(rounded(full, Grid(4, 0))).kv_shift < MAX_KV_SHIFT / 2
+        assert probe.compare(rounded(full, Grid(4, 0))).kv_shift < MAX_KV_SHIFT / 1.5
         agreement = probe.compare(rounded(folded(full, checkpoint), Grid(4, 32)))
         assert agreement.cosine > 0.9  # the layer alone computes the same
         assert "scales keys or values" in str(agreement.fault(floor=0.9))
