@@ -162,20 +162,29 @@ def _attention(parts: Parts, num_seqs: int, query_tokens: int, context: int) -> 
 
 @contextmanager
 def _rest(parts: Parts, rows: int) -> Iterator[Run]:
-    """A step of so many decoding requests without layers, from the scheduler back to it."""
+    """A step of so many decoding requests without layers, from the scheduler back to it.
+
+    Layers run before each, uncounted: what they leave in the caches is what a step finds there.
+    """
     runner = Runner(replace(parts.model, layers=(), caches=()), ())
     params = SamplingParams(max_tokens=MAX_RUNS + 2, temperature=0.0, ignore_eos=True)
     for i in range(rows):
         parts.scheduler.add(Request(str(i), [0], params, 0.0))
 
-    def run() -> list[float]:
-        started = time.perf_counter()
+    def step() -> None:
         batch = parts.scheduler.schedule()
         parts.scheduler.update(batch, runner.run(batch))
-        return [time.perf_counter() - started]
 
-    run()  # the prompts
-    yield run
+    with _layers(parts, rows) as run_layers:
+
+        def run() -> list[float]:
+            run_layers()
+            started = time.perf_counter()
+            step()
+            return [time.perf_counter() - started]
+
+        step()  # the prompts
+        yield run
     for i in range(rows):
         parts.scheduler.abort(str(i))
 
