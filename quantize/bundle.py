@@ -176,7 +176,10 @@ def _no_bundle(folder: Path) -> str:
         )
     if not folder.is_dir():
         return f"there is no bundle {folder}: make it with `morph quantize`"
-    return f"{folder} is not a finished bundle (no {MANIFEST}): {_rebuild(folder)}"
+    return (
+        f"{folder} is not a finished bundle (no {MANIFEST}): "
+        "give the folder that `morph quantize` wrote, or make one with it"
+    )
 
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
