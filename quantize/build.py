@@ -86,7 +86,7 @@ def build_bundle(
     """
     arch = checkpoint.architecture
     _check(arch, settings, windows, imported)
-    plan = _plan(checkpoint, _quantizations(settings, windows, imported))
+    plan = _plan(checkpoint, plan_variants(settings, windows, imported))
     with torch.inference_mode(), open_workspace(folder, plan, force, resume) as workspace:
         first = workspace.num_finished
         calibration = None
@@ -151,9 +151,10 @@ def _plan(checkpoint: Checkpoint, quantizations: Mapping[Variant, Quantization])
     )
 
 
-def _quantizations(
+def plan_variants(
     settings: QuantizeSettings, windows: Windows | None, imported: Source | None
 ) -> Mapping[Variant, Quantization]:
+    """How each variant of the bundle will be made."""
     sample = windows.sample if windows else None
     if imported is not None:
         variants = {
