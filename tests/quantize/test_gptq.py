@@ -1,15 +1,21 @@
 """GPTQ against brute force and against rounding to nearest."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from morphserve.quantize.gptq import aim, quantize_gptq
-from morphserve.quantize.moments import Seen
+from morphserve.quantize import dense
+from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.dense import LINEARS
+from morphserve.quantize.gptq import aim, quantize_gptq, quantize_layer_gptq
+from morphserve.quantize.moments import Calibration, Seen
 from morphserve.quantize.rounding import Grid, dequantize, quantize_rtn
-from morphserve.quantize.weights import QuantizedWeight
+from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 
 GRIDS = [Grid(4, 16), Grid(4, 32, symmetric=False), Grid(8, 0)]
 
@@ -128,3 +134,23 @@ def test_a_target_is_the_damped_least_squares_fit() -> None:
     torch.testing.assert_close(aim(weight, seen).double(), fitted, atol=1e-3, rtol=1e-3)
     assert float((fitted - weight).abs().max()) > 0.05
     assert aim(weight, Seen(seen.moments, None)) is weight
+
+
+@torch.inference_mode()
+def test_linears_make_up_for_the_ones_before_them(tiny_model: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(str(tiny_model("llama")))
+    tokens = torch.randint(0, 256, (40, 100), generator=torch.Generator().manual_seed(1))
+    calibration = Calibration(checkpoint.static(), checkpoint.architecture, tokens)
+    full = dense.to_float32(checkpoint.layer(0))
+    calibration.enter(full)
+    grid, moments = Grid(4, 32), calibration.moments()
+    alone = {
+        linear: quantize_gptq(getattr(full, linear), moments[linear], grid) for linear in LINEARS
+    }
+    apart = LayerTensors(norms=full.norms, biases=full.biases, **alone)
+    together = quantize_layer_gptq(full, calibration.inputs(), grid)
+    assert torch.equal(together.qkv.codes, apart.qkv.codes)
+    error, error_apart = (
+        calibration.output_error(dense.quantized_to_float32(layer)) for layer in (together, apart)
+    )
+    assert error < 0.95 * error_apart
