@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from morphserve.profile.result import Profile, Study
     from morphserve.quantize.bundle import Bundle
     from morphserve.quantize.checkpoint import Checkpoint
+    from morphserve.quantize.costs import DeviceCosts
     from morphserve.quantize.manifest import LisSettings, RankedOrder, Ranking
 
 
@@ -45,13 +46,17 @@ def profile(
     report: Annotated[
         Path | None, typer.Option(help="Folder of the report; the bundle's own if not given.")
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that serving will have. [default: one per core]"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Find the order in which INT4 layers change the model least, and keep it in the bundle.
+    """Order the layers by how little INT4 changes the model.
 
     Layers are scored on the first half of the text; the third quarter chooses the order that
-    stays closest to full precision; the last quarter is what the report tells of. Writes
-    profile.html, .svg, .png and .json.
+    stays closest to full precision, which the bundle keeps; the last quarter is what the report
+    tells of. Times layers on this machine too. Writes profile.html, .svg, .png and .json.
     """
     import msgspec
 
@@ -70,10 +75,12 @@ def profile(
     studies = [study for study in Study if wanted[study]]
     found = _measure(checkpoint, opened, texts, settings, studies, quiet=json)
     page = _keep(found, opened, report)
+    costs = _time(checkpoint, opened, threads, quiet=json)
+    opened.with_costs(costs)
     if json:
         typer.echo(msgspec.json.encode(found).decode())
     else:
-        _print(model, bundle, found, page)
+        _print(model, bundle, found, costs, page)
 
 
 def _measure(
@@ -108,6 +115,20 @@ def _keep(found: "Profile", bundle: "Bundle", report: Path | None) -> Path:
     return write_report(found, report or bundle.path)
 
 
+def _time(
+    checkpoint: "Checkpoint", bundle: "Bundle", threads: int | None, quiet: bool
+) -> "DeviceCosts":
+    import torch
+    from rich.console import Console
+
+    from morphserve.runtime.measure import measure_costs
+
+    with Console(stderr=True, quiet=quiet).status("timing layers") as status:
+        return measure_costs(
+            checkpoint, bundle, "cpu", threads or torch.get_num_threads(), status.update
+        )
+
+
 def _lis_settings(weights: str, distance: str) -> "LisSettings":
     from morphserve.configs.errors import ConfigError
     from morphserve.quantize.manifest import Distance, LisSettings
@@ -123,7 +144,7 @@ def _lis_settings(weights: str, distance: str) -> "LisSettings":
     return LisSettings((lts, lrs, mds), Distance(distance))
 
 
-def _print(model: str, bundle: Path, found: "Profile", page: Path) -> None:
+def _print(model: str, bundle: Path, found: "Profile", costs: "DeviceCosts", page: Path) -> None:
     from rich.console import Console
 
     from morphserve.profile.verdict import chosen_order, headline, verdict
@@ -134,6 +155,7 @@ def _print(model: str, bundle: Path, found: "Profile", page: Path) -> None:
     console.print(_orders_table("perplexity", ranking, _perplexities))
     for table in _study_tables(found):
         console.print(table)
+    console.print(_costs_table(costs))
     for sentence in (f"{headline(ranking)}.", *verdict(ranking)):
         console.print(sentence, markup=False)
     order = " ".join(map(str, chosen_order(ranking).layers))
@@ -174,6 +196,15 @@ def _study_tables(found: "Profile") -> "Iterator[Table]":
             means = [sum(part) / len(part) for part in (costs[:middle], costs[middle:], costs)]
             table.add_row(schedule.name, *_thousandths(means), f"{schedule.perplexity:.3f}")
         yield table
+
+
+def _costs_table(costs: "DeviceCosts") -> "Table":
+    threads = f"{costs.threads} thread{'s' if costs.threads > 1 else ''}"
+    title = f"one layer without attention, ms, on {costs.device}, {threads}"
+    table = _table(title, "tokens", costs.layers[0].curve.tokens)
+    for layer in costs.layers:
+        table.add_row(layer.variant, *(f"{1e3 * seconds:.3g}" for seconds in layer.curve.seconds))
+    return table
 
 
 def _table(title: str, first: str, numbers: "Iterable[int]") -> "Table":

@@ -31,7 +31,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_from_checkpoint_to_ranked_bundle(model: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a bundle"
-    made = morph("quantize", model, "--output", folder, "--group-size", "32")
+    made = morph("quantize", model, "--output", folder, "--group-size", "32", "--method", "rtn")
     assert made.exit_code == 0, made.output
     assert f"try: morph profile {model} --bundle '{folder}'" in made.output
     ranked = morph(
@@ -47,14 +47,16 @@ def test_from_checkpoint_to_ranked_bundle(model: Path, text: Path, tmp_path: Pat
     assert f"try: morph serve {model} --bundle '{folder}'" in ranked.output
     bundle = open_bundle(str(folder), open_checkpoint(str(model)))
     assert bundle.manifest.ranking is not None
+    (costs,) = bundle.manifest.costs
+    assert f"ms, on {costs.device}" in ranked.output.replace("\n", " ")
     assert f"order is now: {' '.join(map(str, bundle.order))}" in ranked.output
-    again = morph("quantize", model, "-o", folder, "--force")
+    again = morph("quantize", model, "-o", folder, "--force", "--method", "rtn")
     assert again.exit_code == 0, again.output  # a report is no foreign file
 
 
 def test_quantize_tells_scripts_the_same_as_people(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    made = json.loads(morph("quantize", model, "-o", folder, "--json").stdout)
+    made = json.loads(morph("quantize", model, "-o", folder, "--method", "rtn", "--json").stdout)
     assert made["bundle"] == str(folder)
     assert made["group_size"] == 64
     assert [layer["layer"] for layer in made["layers"]] == [0, 1, 2]
