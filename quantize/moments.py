@@ -19,7 +19,7 @@ from morphserve.quantize.dense import LINEARS, Linear
 from morphserve.quantize.weights import LayerTensors, StaticTensors
 
 _BATCH_TOKENS = 2048  # windows that run together: bounds the memory of activations
-_BLOCK = 1024  # inputs whose moments are computed at once
+_BLOCK = 512  # inputs whose moments are computed at once
 
 
 @dataclass(frozen=True, slots=True)

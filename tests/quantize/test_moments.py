@@ -37,6 +37,17 @@ def inputs_in_transformers(folder: Path, layer: int) -> dict[Linear, Tensor]:
     return inputs
 
 
+def inputs_of(layer: LayerTensors[Tensor], x: Tensor, checkpoint: str) -> dict[Linear, Tensor]:
+    arch = open_checkpoint(checkpoint).architecture
+    inputs: dict[Linear, Tensor] = {}
+
+    def keep(linear: Linear, entering: Tensor) -> None:
+        inputs[linear] = entering.flatten(0, 1)
+
+    dense.decoder_layer(x, layer, arch, dense.rotation(arch, x.shape[1]), keep)
+    return inputs
+
+
 @torch.inference_mode()
 def test_moments_are_those_of_the_inputs_in_transformers(
     family: str, tiny_model: Callable[[str], Path]
@@ -50,17 +61,6 @@ def test_moments_are_those_of_the_inputs_in_transformers(
     for linear, x in expected.items():
         exact = x.t() @ x / len(x)
         torch.testing.assert_close(moments[linear], exact, atol=1e-3, rtol=1e-3)
-
-
-def inputs_of(layer: LayerTensors[Tensor], x: Tensor, checkpoint: str) -> dict[Linear, Tensor]:
-    arch = open_checkpoint(checkpoint).architecture
-    inputs: dict[Linear, Tensor] = {}
-
-    def keep(linear: Linear, entering: Tensor) -> None:
-        inputs[linear] = entering.flatten(0, 1)
-
-    dense.decoder_layer(x, layer, arch, dense.rotation(arch, x.shape[1]), keep)
-    return inputs
 
 
 @torch.inference_mode()
@@ -90,6 +90,17 @@ def test_replaced_linears_change_what_later_ones_meet(
         if seen.cross is not None:
             torch.testing.assert_close(seen.cross, a.t() @ b / len(b), atol=1e-3, rtol=1e-3)
             assert float((a - b).norm() / a.norm()) > 0.01
+
+
+@torch.inference_mode()
+def test_moments_of_wide_linears_are_whole() -> None:
+    checkpoint = open_checkpoint("demo")  # 768 inputs of down: more than are computed at once
+    calibration = Calibration(checkpoint.static(), checkpoint.architecture, TOKENS[:2])
+    full = dense.to_float32(checkpoint.layer(0))
+    calibration.enter(full)
+    x = inputs_of(full, dense.embed(checkpoint.static(), TOKENS[:2]), "demo")["down"]
+    exact = x.t() @ x / len(x)
+    torch.testing.assert_close(calibration.moments()["down"], exact, atol=1e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
