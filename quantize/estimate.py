@@ -27,7 +27,7 @@ _AWQ_TRIALS, _AWQ_ROWS = (
 _BATCH_TOKENS = 2048  # that run through a layer together
 _CHUNK = 1 << 22  # weights that are rounded together, in about a dozen float32 copies
 _MATRICES = {GPTQ: 8, AWQ: 2}  # as large as the widest linear's moments, at one time
-_LOADED_BYTES = 20_000_000  # of code that is loaded when it is first used
+_LOADED_BYTES = 60_000_000  # of code that is loaded when it is first used
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def _working_bytes(arch: Architecture, variants: Mapping[Variant, Quantization])
     widest = max(k for _, k in _fused_shapes(arch))
     tokens = max(_tokens(how) for how in variants.values())
     methods = {how.method for how in variants.values()}
-    states = 3 * tokens * arch.hidden_size * 4
+    states = 5 * tokens * arch.hidden_size * 4
     activations = min(tokens, _BATCH_TOKENS) * 5 * arch.intermediate_size * 4
     scratch = 48 * min(_CHUNK, largest)
     # In float32 twice, of full precision and of the variant; AWQ's also without its folds.
