@@ -16,6 +16,7 @@ from morphserve.profile.orders import RankSettings
 from morphserve.profile.ranking import draw_texts, rank
 from morphserve.quantize.build import QuantizeSettings, build_bundle, default_group_size
 from morphserve.quantize.bundle import Bundle, open_bundle
+from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.runtime.build import budget_for_tokens
 
@@ -42,8 +43,9 @@ class DemoSettings:
     max_model_len: int = 640
     slo: Slo = field(default_factory=lambda: Slo(ttft_s=1.0, tpot_s=0.1))
     timeout_s: float = 30.0
+    quantize_windows: int = 16
     profile_windows: int = 2
-    profile_tokens: int = 256  # per window
+    window_tokens: int = 256
 
 
 def demo_budget(settings: DemoSettings, bundle: Path) -> str:
@@ -81,16 +83,18 @@ def prepare_bundle(
     if bundle is None:
         total = checkpoint.architecture.num_layers
         size = default_group_size(checkpoint.architecture)
+        shape = settings.quantize_windows, settings.window_tokens
         build_bundle(
             checkpoint,
             folder,
-            QuantizeSettings("rtn", size),
+            QuantizeSettings("gptq", size),
+            draw_windows(checkpoint, None, Part.CALIBRATION, *shape),
             force=True,
-            on_layer=lambda i: on_step("rounding layers to INT4", i + 1, total),
+            on_layer=lambda i: on_step("quantising layers", i + 1, total),
         )
         bundle = open_bundle(str(folder), checkpoint)
     if bundle.manifest.ranking is None:
-        shape = settings.profile_windows, settings.profile_tokens
+        shape = settings.profile_windows, settings.window_tokens
         texts = draw_texts(checkpoint, None, *shape)
         model = Model(checkpoint, bundle)
         bundle.with_ranking(rank(model, texts, RankSettings(num_random=1), on_step))
