@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from morphserve.quantize.dense import LINEARS
-from morphserve.quantize.moments import LayerInputs, Seen
+from morphserve.quantize.dense import LINEARS, Linear
+from morphserve.quantize.moments import LayerInputs
 from morphserve.quantize.rounding import (
     Grid,
     Scales,
@@ -38,25 +38,31 @@ def quantize_layer_gptq(
     """A float32 layer with its linears rounded in the order in which data meets them."""
     done = {}
     for linear in LINEARS:
-        seen = inputs.of(linear)
-        target = aim(getattr(full, linear), seen)
-        done[linear] = quantize_gptq(target, seen.moments, grid, act_order)
+        done[linear] = _round_next(linear, getattr(full, linear), inputs, grid, act_order)
         inputs.replace(linear, dequantize(done[linear]))
     return LayerTensors(norms=full.norms, biases=full.biases, **done)
 
 
-def aim(weight: Tensor, seen: Seen) -> Tensor:
+def _round_next(
+    linear: Linear, weight: Tensor, inputs: LayerInputs, grid: Grid, act_order: bool
+) -> QuantizedWeight:
+    seen = inputs.of(linear)
+    moments = seen.moments
+    lack = None if seen.drift is None else weight @ seen.drift
+    del seen  # the drift is as large as the moments
+    target = weight if lack is None else aim(weight, lack, moments)
+    return quantize_gptq(target, moments, grid, act_order)
+
+
+def aim(weight: Tensor, lack: Tensor, moments: Tensor) -> Tensor:
     """The [N, K] weight that on inputs y comes closest to `weight` on inputs x, in float32.
 
-    Least squares, drawn towards `weight` by the damping d: W + W (E[x y^T] - E[y y^T]) M^-1
-    with M = E[y y^T] + d I. But for what does not depend on Q, |W x - Q y|^2 is |W' y - Q y|^2, so
-    rounding W' is rounding W for what y is.
+    Least squares, drawn towards `weight` W by the damping d: W + E[W (x - y) y^T] M^-1 with
+    M = E[y y^T] + d I; `lack` is that mean. But for what does not depend on Q, |W x - Q y|^2 is
+    |W' y - Q y|^2, so rounding the result W' is rounding W for what y is.
     """
-    if seen.cross is None:
-        return weight
-    difference = seen.cross - seen.moments
-    shift = torch.cholesky_solve(difference.t(), _factor(seen.moments, _AIM_DAMPING)).t()
-    return torch.addmm(weight, weight, shift)
+    factor = _factor(moments, _AIM_DAMPING)
+    return weight + torch.cholesky_solve(lack.t(), factor).t()
 
 
 def quantize_gptq(
@@ -71,14 +77,14 @@ def quantize_gptq(
     order = torch.arange(len(moments), device=moments.device)
     if act_order:
         order = torch.argsort(importance, descending=True, stable=True)
-    updates = _updates(moments, order)
+    shares = _shares(moments, order)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     parts = []
     for start in range(0, len(weight), _ROWS):
         rows = weight[start : start + _ROWS].float()
         scales = find_scales(grouped(rows, grid), grid, importance)
         columns = rows[:, order].t().contiguous()
-        rounded = _round_columns(columns, updates, order, scales, grid)
+        rounded = _round_columns(columns, shares, order, scales, grid)
         codes[start : start + _ROWS, order] = rounded.t()
         parts.append(scales)
     return quantized(codes, join(parts), grid)
@@ -89,53 +95,51 @@ def _factor(moments: Tensor, damping: Sequence[float]) -> Tensor:
 
     Damping also makes inputs harmless that are always 0: their errors go nowhere.
     """
-    size = float(moments.diagonal().mean()) or 1.0
+    exact = moments.diagonal().clone()
+    size = float(exact.mean()) or 1.0
     for share in damping:
-        damped = moments.clone()
-        damped.diagonal().add_(share * size)
+        moments.diagonal().copy_(exact + share * size)  # in place: a copy would be large
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        moments.diagonal().copy_(exact)
         if not failed:
             return factor
     raise AssertionError("moments of finite inputs are positive semidefinite")
 
 
-def _updates(moments: Tensor, order: Tensor) -> Tensor:
-    """Unit upper triangular [K, K]: row i is what column i's error takes from later columns.
+def _shares(moments: Tensor, order: Tensor) -> Tensor:
+    """Unit upper triangular [K, K]: row i says how columns after i, in this order, take up that i
+    is off its weight.
 
-    It is U, where moments^-1 = U^T U, each row over its diagonal. With moments = R R^T and R upper
-    triangular, U = R^-1; and R is the Cholesky factor of the moments in reverse order, reversed.
+    If R R^T = moments with R upper triangular, it is R, each column over its diagonal: the paper
+    has its inverse, to be applied to the errors against weights already changed. And R is the
+    Cholesky factor of the moments in reverse order, reversed.
     """
     backwards = order.flip(0)
-    factor = _factor(moments[backwards][:, backwards], _DAMPING).flip(0, 1)
-    factor.div_(factor.diagonal().clone())  # of R^-1, each row is over its diagonal then
-    identity = torch.eye(len(factor), device=factor.device)
-    updates: Tensor = torch.linalg.solve_triangular(
-        factor, identity, upper=True, unitriangular=True
-    )
-    return updates
+    factor = _factor(moments[backwards.unsqueeze(1), backwards], _DAMPING).flip(0, 1)
+    return factor.div_(factor.diagonal().clone())
 
 
 def _round_columns(
-    weight: Tensor, updates: Tensor, order: Tensor, scales: Scales, grid: Grid
+    weight: Tensor, shares: Tensor, order: Tensor, scales: Scales, grid: Grid
 ) -> Tensor:
-    """Codes of a float32 [K, N] weight, its columns as rows in this order; it is used up."""
+    """Codes of a float32 [K, N] weight, its columns as rows in this order."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scale, zero = scales.scale.float().t().contiguous(), scales.zero.float().t().contiguous()
     divisor = divisors(scale)
     group = (order // (len(order) // len(scale))).tolist()
-    with _one_thread():
-        for start in range(0, len(weight), _BLOCK):
-            end = min(start + _BLOCK, len(weight))
-            errors = torch.empty_like(weight[start:end])
+    wanted = weight.clone()  # to be rounded: the weight, and what it takes up of earlier columns
+    for start in range(0, len(weight), _BLOCK):
+        end = min(start + _BLOCK, len(weight))
+        off = torch.empty_like(weight[start:end])
+        with _one_thread():
             for i in range(start, end):
-                column, g = weight[i], group[i]
-                code = ((column / divisor[g]).round_() + zero[g]).clamp_(0, grid.max_code)
+                g = group[i]
+                code = ((wanted[i] / divisor[g]).round_() + zero[g]).clamp_(0, grid.max_code)
                 codes[i] = code
-                error = torch.addcmul(column, code - zero[g], scale[g], value=-1)
-                weight[i + 1 : end].addr_(updates[i, i + 1 : end], error, alpha=-1)
-                errors[i - start] = error
-            weight[end:].addmm_(updates[start:end, end:].t(), errors, alpha=-1)
+                off[i - start] = torch.addcmul(weight[i], code - zero[g], scale[g], value=-1)
+                wanted[i + 1 : end].addr_(shares[i, i + 1 : end], off[i - start])
+        wanted[end:].addmm_(shares[start:end, end:].t(), off)
     return codes
 
 

@@ -18,7 +18,7 @@ from morphserve.quantize.checkpoint import BadCheckpoint
 from morphserve.quantize.dense import LINEARS, Linear
 from morphserve.quantize.weights import LayerTensors, StaticTensors
 
-_BATCH_TOKENS = 2048  # windows that run together: bounds the memory of activations
+_BATCH_TOKENS = 1024  # windows that run together: bounds the memory of activations
 _BLOCK = 512  # inputs whose moments are computed at once
 
 
@@ -27,7 +27,7 @@ class Seen:
     """Means over tokens of a linear's inputs: x at full precision, y behind replaced linears."""
 
     moments: Tensor  # y y^T, float32 [K, K]
-    cross: Tensor | None  # x y^T, [K, K]; None where y is x
+    drift: Tensor | None  # (x - y) y^T, [K, K]; None where y is x
 
 
 class LayerInputs:
@@ -51,25 +51,29 @@ class LayerInputs:
         self._own = list(states)
 
     def of(self, linear: Linear) -> Seen:
-        moments = cross = None
+        moments = drift = None
         num_tokens = 0
         for batch in range(len(self._states)):
             x, y = self._inputs(linear, batch)
             if moments is None:
                 moments = y.new_zeros(y.shape[1], y.shape[1])
-                cross = None if y is x else torch.zeros_like(moments)
+                drift = None if y is x else torch.zeros_like(moments)
             _add_lower(moments, y)
-            if cross is not None:
-                cross.addmm_(x.t(), y)
+            if drift is not None:
+                drift.addmm_((x - y).t(), y)
             num_tokens += len(y)
+        if linear == LINEARS[-1]:
+            self._exact, self._own, self._ours = [], [], self._full  # no longer needed
         assert moments is not None
         return Seen(
             _mirror(moments).div_(num_tokens),
-            None if cross is None else cross.div_(num_tokens),
+            None if drift is None else drift.div_(num_tokens),
         )
 
     def replace(self, linear: Linear, weight: Tensor) -> None:
-        """From now on `linear`, which was asked for last, has this float32 weight [N, K]."""
+        """From now on `linear`, which was asked for last, has this float32 weight, [N, K]."""
+        if linear == LINEARS[-1]:
+            return
         changed: dict[str, Any] = {linear: weight}
         self._ours = replace(self._ours, **changed)
 

@@ -19,7 +19,7 @@ PLACES: dict[Linear, str] = {
     "gate_up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-# 25 windows run in two batches
+# 25 windows run in three batches
 TOKENS = torch.randint(0, 256, (25, 100), generator=torch.Generator().manual_seed(1))
 
 
@@ -86,9 +86,9 @@ def test_replaced_linears_change_what_later_ones_meet(
         inputs.replace(linear, noisy[linear])
         a, b = before[linear], after[linear]
         torch.testing.assert_close(seen.moments, b.t() @ b / len(b), atol=1e-3, rtol=1e-3)
-        assert (seen.cross is None) == (linear == "qkv")
-        if seen.cross is not None:
-            torch.testing.assert_close(seen.cross, a.t() @ b / len(b), atol=1e-3, rtol=1e-3)
+        assert (seen.drift is None) == (linear == "qkv")
+        if seen.drift is not None:
+            torch.testing.assert_close(seen.drift, (a - b).t() @ b / len(b), atol=1e-3, rtol=1e-3)
             assert float((a - b).norm() / a.norm()) > 0.01
 
 
