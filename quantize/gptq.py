@@ -16,10 +16,9 @@ from morphserve.quantize.moments import LayerInputs
 from morphserve.quantize.rounding import (
     Grid,
     Scales,
+    choose_scales,
     dequantize,
     divisors,
-    find_scales,
-    grouped,
     join,
     quantized,
 )
@@ -82,7 +81,7 @@ def quantize_gptq(
     parts = []
     for start in range(0, len(weight), _ROWS):
         rows = weight[start : start + _ROWS].float()
-        scales = find_scales(grouped(rows, grid), grid, importance)
+        scales = choose_scales(rows, grid, importance)
         columns = rows[:, order].t().contiguous()
         rounded = _round_columns(columns, shares, order, scales, grid)
         codes[start : start + _ROWS, order] = rounded.t()

@@ -1,6 +1,6 @@
 """Grids of few values per group of inputs, and rounding weights to the nearest of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from morphserve.configs.errors import ConfigError
 from morphserve.quantize.weights import QuantizedWeight
 
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)  # of the range of a group
-_CHUNK = 1 << 22  # weights in work at a time: bounds the memory of float32 copies
+_CHUNK = 1 << 20  # weights in work at a time: float32 copies of them stay in the cache
 _FP16_MAX = 65504.0
 
 
@@ -47,13 +47,22 @@ def quantize_rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -
     """
     parts = []
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    num_rows = max(1, _CHUNK // weight.shape[1])
-    for start in range(0, len(weight), num_rows):
-        groups = grouped(weight[start : start + num_rows].float(), grid)
+    for rows in _chunks(weight):
+        groups = grouped(weight[rows].float(), grid)
         scales = find_scales(groups, grid, importance)
-        codes[start : start + num_rows] = round_codes(groups, scales, grid).flatten(1)
+        codes[rows] = round_codes(groups, scales, grid).flatten(1)
         parts.append(scales)
     return quantized(codes, join(parts), grid)
+
+
+def choose_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Scales:
+    """The scales that `quantize_rtn` chooses for a [N, K] weight."""
+    return join(
+        [
+            find_scales(grouped(weight[rows].float(), grid), grid, importance)
+            for rows in _chunks(weight)
+        ]
+    )
 
 
 def join(parts: Sequence[Scales]) -> Scales:
@@ -61,6 +70,13 @@ def join(parts: Sequence[Scales]) -> Scales:
     return Scales(
         torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts])
     )
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    """Rows to be worked on together."""
+    num_rows = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, len(weight), num_rows):
+        yield slice(start, start + num_rows)
 
 
 def quantized(codes: Tensor, scales: Scales, grid: Grid) -> QuantizedWeight:
