@@ -1,4 +1,4 @@
-"""Quality of every way to quantise the demo model's layers, and how much calibration text they want.
+"""Quality of every way to quantise the demo model, and how much calibration text it wants.
 
     python tests/benchmarks/quantization.py [--json FILE] [--threads N]
 
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from morphserve.profile.mixes import Model, mix_of
@@ -33,7 +34,7 @@ from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
 
 CHECKPOINT = open_checkpoint("demo")
-EVALUATION = draw_windows(CHECKPOINT, None, Part.EVALUATION, samples=96, length=256).tokens
+EVALUATION = draw_windows(CHECKPOINT, None, Part.EVALUATION, samples=64, length=256).tokens
 DEFAULT_TEXT = (64, 256)  # windows, tokens in each
 TEXTS = (
     (8, 256),
@@ -146,7 +147,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     full = mix_of((), CHECKPOINT.architecture.num_layers)
     perplexity = measure(Model(CHECKPOINT, None), EVALUATION, [full])[full].perplexity
-    methods, texts = list(every_method()), list(every_text())
+    with Progress(console=Console(stderr=True)) as progress:
+        methods = list(progress.track(every_method(), description="methods"))
+        texts = list(progress.track(every_text(), description="calibration text"))
     console = Console(width=120)
     console.print(f"{args.threads} threads; full precision: perplexity {perplexity:.3f}")
     console.print(table("every method, all layers replaced", methods))
