@@ -28,7 +28,10 @@ _BLOCK = 128  # columns between two updates of all later ones
 _ROWS = 2048  # rows in work at a time: bounds memory, and a block of them stays in the cache
 # Shares of the mean diagonal that are added to it; the first that makes moments invertible.
 _DAMPING = (0.01, 0.1, 1.0)
-_AIM_DAMPING = (0.03, 0.3)  # more, so that targets don't follow the noise of few tokens
+# Times inputs over tokens, the damping of targets: the fewer tokens, the less they are followed.
+# On the demo model, with 4,096 tokens as with 16,384, 1 to 4 are alike (KL within 2 %) and 13 to 16 %
+# below targets that follow nothing.
+_AIM_DAMPING = 2.0
 
 
 def quantize_layer_gptq(
@@ -47,20 +50,21 @@ def _round_next(
 ) -> QuantizedWeight:
     seen = inputs.of(linear)
     moments = seen.moments
+    damping = _AIM_DAMPING * len(moments) / seen.num_tokens
     lack = None if seen.drift is None else weight @ seen.drift
     del seen  # the drift is as large as the moments
-    target = weight if lack is None else aim(weight, lack, moments)
+    target = weight if lack is None else aim(weight, lack, moments, damping)
     return quantize_gptq(target, moments, grid, act_order)
 
 
-def aim(weight: Tensor, lack: Tensor, moments: Tensor) -> Tensor:
+def aim(weight: Tensor, lack: Tensor, moments: Tensor, damping: float) -> Tensor:
     """The [N, K] weight that on inputs y comes closest to `weight` on inputs x, in float32.
 
-    Least squares, drawn towards `weight` W by the damping d: W + E[W (x - y) y^T] M^-1 with
-    M = E[y y^T] + d I; `lack` is that mean. But for what does not depend on Q, |W x - Q y|^2 is
-    |W' y - Q y|^2, so rounding the result W' is rounding W for what y is.
+    Least squares, drawn towards `weight` W: W + E[W (x - y) y^T] M^-1, where `lack` is that mean
+    and M = E[y y^T] + d I, d the share `damping` of the mean diagonal. But for what does not depend
+    on Q, |W x - Q y|^2 is |W' y - Q y|^2: rounding the result W' is rounding W for what y is.
     """
-    factor = _factor(moments, _AIM_DAMPING)
+    factor = _factor(moments, (damping, *_DAMPING[1:]))
     return weight + torch.cholesky_solve(lack.t(), factor).t()
 
 

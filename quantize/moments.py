@@ -28,6 +28,7 @@ class Seen:
 
     moments: Tensor  # y y^T, float32 [K, K]
     drift: Tensor | None  # (x - y) y^T, [K, K]; None where y is x
+    num_tokens: int
 
 
 class LayerInputs:
@@ -68,6 +69,7 @@ class LayerInputs:
         return Seen(
             _mirror(moments).div_(num_tokens),
             None if drift is None else drift.div_(num_tokens),
+            num_tokens,
         )
 
     def replace(self, linear: Linear, weight: Tensor) -> None:

@@ -131,7 +131,7 @@ def test_a_target_is_the_damped_least_squares_fit() -> None:
     rows = torch.cat((y / 200**0.5, damping * torch.eye(48))).double()
     wanted = torch.cat((x @ weight.t() / 200**0.5, damping * weight.t())).double()
     fitted = torch.linalg.lstsq(rows, wanted).solution.t()
-    aimed = aim(weight, weight @ drift, moments)
+    aimed = aim(weight, weight @ drift, moments, 0.03)
     torch.testing.assert_close(aimed.double(), fitted, atol=1e-3, rtol=1e-3)
     assert float((fitted - weight).abs().max()) > 0.05
 
