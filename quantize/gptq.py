@@ -29,7 +29,7 @@ _ROWS = 2048  # rows in work at a time: bounds memory, and a block of them stays
 # Shares of the mean diagonal that are added to it; the first that makes moments invertible.
 _DAMPING = (0.01, 0.1, 1.0)
 # Times inputs over tokens, the damping of targets: the fewer tokens, the less they are followed.
-# On the demo model, with 4,096 tokens as with 16,384, 1 to 4 are alike (KL within 2 %) and 13 to 16 %
+# On the demo model, with 4,096 tokens as with 16,384, 1 to 4 are alike (KL within 2 %), 13 to 16 %
 # below targets that follow nothing.
 _AIM_DAMPING = 2.0
 
