@@ -16,6 +16,7 @@ from morphserve.profile.ranking import (
     rank,
     replacement_counts,
 )
+from morphserve.profile.sensitivity import rank_layers
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
@@ -78,6 +79,20 @@ def test_the_order_closest_to_full_precision_is_chosen_and_reported_on_other_tex
     last = {phase: (done, total) for phase, done, total in seen}
     assert len(last) == 4
     assert all(done == total for done, total in last.values())
+
+
+def test_layers_are_scored_on_the_text_of_calibration(model: Model, texts: Texts) -> None:
+    ranking = rank(model, texts, RankSettings(orders=["lis"]))
+    lis = rank_layers(model, texts.calibration.tokens)
+    assert ranking.orders[0].layers == [entry.layer for entry in lis.order]
+    for i, layer in enumerate(ranking.layers):
+        assert (layer.lts, layer.lrs, layer.mds) == pytest.approx(
+            (lis.lts[i], lis.lrs[i], lis.mds[i]), abs=1e-7
+        )
+        for variant in model.variants:
+            mix = mix_of([i], 3, variant)
+            cost = measure(model, texts.calibration.tokens, [mix])[mix].divergence
+            assert layer.divergence[variant] == pytest.approx(cost, rel=1e-4)
 
 
 def test_a_bundle_with_int8_gets_a_ladder(model: Model, texts: Texts) -> None:

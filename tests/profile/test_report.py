@@ -27,6 +27,8 @@ from morphserve.quantize.manifest import (
 )
 
 TEXT = TextSample("some <text>.txt, last quarter", "ab" * 32, 4, 256, 0)
+SCORING = TextSample("some <text>.txt, first half", "cd" * 32, 4, 256, 0)
+CHOOSING = TextSample("some <text>.txt, third quarter", "ef" * 32, 4, 256, 0)
 INT8, INT4 = Variant.INT8, Variant.INT4
 
 
@@ -38,8 +40,8 @@ def order(name: str, layers: list[int], divergence: list[float]) -> RankedOrder:
 def ranking(*orders: RankedOrder) -> Ranking:
     rungs = [Rung(i, to) for to in (INT8, INT4) for i in range(3)]
     return Ranking(
-        calibration=TEXT,
-        selection=TEXT,
+        calibration=SCORING,
+        selection=CHOOSING,
         evaluation=TEXT,
         replaced=[0, 1, 2, 3],
         layers=[LayerScores({INT4: 300, INT8: 200}, {INT4: 0.1, INT8: 0.01}, 0.9, 0.99, 0.999)] * 3,
@@ -121,6 +123,18 @@ def test_the_page_needs_nothing_else_and_escapes_names(profile: Profile) -> None
     assert "some &lt;text&gt;.txt" in page
     for study in ("Through INT8", "whatever else is INT4", "early or late"):
         assert study in page
+
+
+def test_each_text_is_told_with_what_it_was_used_for(profile: Profile) -> None:
+    page = render_page(profile)
+    for use, part, sha256 in (
+        ("layers scored on", "first half", "cdcdcd"),
+        ("order chosen on", "third quarter", "efefef"),
+        ("figures reported of", "last quarter", "ababab"),
+    ):
+        told = re.search(rf"<dt>{use}</dt><dd>(.*?)</dd>", page)
+        assert told is not None
+        assert f", {part}, seed" in told[1] and f"sha256 {sha256}" in told[1]
 
 
 def test_colours_of_inline_drawings_are_the_pages(profile: Profile) -> None:
