@@ -5,6 +5,7 @@ Of a target NAME, `.NAME.partial` is the build, `.NAME.replaced` the bundle that
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,11 @@ from morphserve.quantize.layer_file import layer_file_bytes, layer_file_name
 from morphserve.quantize.manifest import LayerFile, Manifest, Variant, VariantFiles, encode
 from morphserve.quantize.progress import PROGRESS, continued, finished_as, read_progress
 
+_OURS = re.compile(
+    r"layer-\d{5}\.(int4|int8)\.safetensors|bundle\.json|progress\.json"
+    r"|profile\.(json|svg|png|html)"
+)
+_UNFINISHED = re.compile(r"\.(.+)\.\d+\.tmp")  # as `write_atomically` names files
 _SPARE_BYTES = 1_000_000  # for the manifest and what the file system takes for itself
 
 
@@ -59,10 +65,7 @@ class Workspace:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.release()
         if kind is KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped; {self._finished_layers()} are kept: "
-                "run the same command with --resume to go on"
-            ) from None
+            raise Interrupted(f"stopped; {self._way_on()}") from None
 
     @property
     def num_finished(self) -> int:
@@ -122,6 +125,11 @@ class Workspace:
                 "by hand, it is a whole bundle"
             ) from error
 
+    def _way_on(self) -> str:
+        if not self.num_finished:
+            return "no layer was finished and nothing is kept: run the same command to begin anew"
+        return f"{self._finished_layers()} are kept: run the same command with --resume to go on"
+
     def _finished_layers(self) -> str:
         return f"{self.num_finished} of {self._manifest.architecture.num_layers} layers"
 
@@ -139,8 +147,6 @@ def open_workspace(target: Path, plan: Manifest, force: bool, resume: bool) -> W
     lock = _lock(target)
     try:
         _recover(target)
-        _refuse_foreign(target)
-        _refuse_foreign(unfinished(target))
         return _open(target, plan, force, resume, lock)
     except OSError as error:
         lock.release()
@@ -169,6 +175,7 @@ def _recover(target: Path) -> None:
     old = replaced(target)
     if not old.exists():
         return
+    _refuse_foreign(old)
     if (target / MANIFEST).exists():
         shutil.rmtree(old)
     else:
@@ -178,21 +185,37 @@ def _recover(target: Path) -> None:
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: choose another --output")
-    if folder.is_dir() and any(not _is_ours(path.name) for path in folder.iterdir()):
+    if folder.is_dir() and not all(map(_is_ours, folder.iterdir())):
         raise ConfigError(f"{folder} holds other files than a bundle's: choose another --output")
 
 
-def _is_ours(name: str) -> bool:
+def _is_ours(path: Path) -> bool:
     """Whether `quantize` or `profile` may have written this file, finished or not."""
-    return name.lstrip(".").startswith(("layer-", MANIFEST, PROGRESS, "profile."))
+    temporary = _UNFINISHED.fullmatch(path.name)
+    name = temporary[1] if temporary else path.name
+    return bool(_OURS.fullmatch(name)) and path.is_file() and not path.is_symlink()
 
 
 def _open(target: Path, plan: Manifest, force: bool, resume: bool, lock: Lock) -> Workspace:
     folder = unfinished(target)
     begun = read_progress(folder)
-    if (target / MANIFEST).exists() and not force:
-        if resume and begun is None and (manifest := finished_as(plan, target)):
+    if resume and begun is None and not force and (target / MANIFEST).exists():
+        if manifest := finished_as(plan, target):
             return Workspace(target, manifest, force, lock, done=True)
+    check_target(target, force, resume)
+    manifest = continued(folder, begun, plan) if begun is not None and resume else plan
+    _prepare(folder, manifest)
+    return Workspace(target, manifest, force, lock)
+
+
+def check_target(target: Path, force: bool, resume: bool) -> None:
+    """Raises ConfigError if there is something at or beside `target` that must be kept."""
+    target = target.expanduser().resolve()
+    folder = unfinished(target)
+    _refuse_foreign(target)
+    _refuse_foreign(folder)
+    begun = read_progress(folder)
+    if (target / MANIFEST).exists() and not force:
         aside = "; to go on with the unfinished build beside it, --force --resume" if begun else ""
         raise ConfigError(f"{target} holds a bundle already: pass --force to replace it{aside}")
     if begun is not None and not resume and not force:
@@ -200,9 +223,6 @@ def _open(target: Path, plan: Manifest, force: bool, resume: bool, lock: Lock) -
             f"{folder} is an unfinished build of {target}: pass --resume to go on with it, or "
             "--force to begin anew"
         )
-    manifest = continued(folder, begun, plan) if begun is not None and resume else plan
-    _prepare(folder, manifest)
-    return Workspace(target, manifest, force, lock)
 
 
 def _prepare(folder: Path, manifest: Manifest) -> None:

@@ -259,3 +259,54 @@ def test_places_that_cannot_be_written_are_errors_of_the_user(
         with pytest.raises(MorphError):
             build_bundle(checkpoint, target, RTN, force=True)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer-notes.txt",
+        "layer-00000.int4.safetensors.orig",
+        "layer-7.int4.safetensors",
+        "profile.docx",
+        "bundle.json.bak",
+        "progress.json.d/thesis.txt",
+        "profile.json/thesis.txt",
+        ".bundle.json.d/thesis.txt",
+    ],
+)
+def test_folders_of_the_user_are_never_replaced(
+    checkpoint: Checkpoint, target: Path, name: str
+) -> None:
+    places = (
+        target,
+        target.with_name(".model.morph.partial"),
+        target.with_name(".model.morph.replaced"),
+    )
+    for place in places:
+        (place / name).parent.mkdir(parents=True)
+        (place / name).write_text("mine")
+        message = refusal(checkpoint, target, RTN, force=True)
+        assert f"{place} holds other files than a bundle's" in message
+        assert (place / name).read_text() == "mine"
+        shutil.rmtree(place)
+
+
+def test_what_a_bundle_leaves_may_be_replaced(checkpoint: Checkpoint, target: Path) -> None:
+    build_bundle(checkpoint, target, RTN)
+    for name in ("profile.json", "profile.svg", "profile.png", "profile.html"):
+        (target / name).write_text("a report")
+        (target / f".{name}.4711.tmp").write_text("half a report")
+    build_bundle(checkpoint, target, RTN, force=True)
+    assert not list(target.glob("*profile*"))
+
+
+def test_a_build_that_is_stopped_before_its_first_layer_says_that_nothing_is_kept(
+    checkpoint: Checkpoint, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "FullLayer", stop)
+    with pytest.raises(Interrupted, match="nothing is kept: run the same command to begin anew"):
+        build_bundle(checkpoint, target, RTN)
+    assert list(tmp_path.iterdir()) == []
