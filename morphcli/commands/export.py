@@ -28,7 +28,7 @@ def export(
 ) -> None:
     """Write the INT4 layers as a checkpoint for other programs.
 
-    GPTQModel and vLLM load it.
+    In GPTQ's format, which vLLM reads; that GPTQModel loads it was checked.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -50,5 +50,5 @@ def export(
     else:
         typer.echo(
             f"wrote {output}: {report.num_layers} INT4 layers as {format}, "
-            f"{num_bytes / 1e6:.1f} MB, try: vllm serve {output}"
+            f"{num_bytes / 1e6:.1f} MB, for programs that read GPTQ checkpoints"
         )

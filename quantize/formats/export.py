@@ -1,7 +1,8 @@
-"""A bundle's INT4 layers as a GPTQ checkpoint for other programs (GPTQModel, vLLM)."""
+"""A bundle's INT4 layers as a GPTQ checkpoint in the format that GPTQModel and vLLM read."""
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -48,18 +49,18 @@ def export_gptq(
     Symmetric layers are written as GPTQ version 1, others as version 2 (`gptq_v2`), since readers
     of version 1 disagree about zeros of 0.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty: choose another --output")
-    folder = target.with_name(f".{target.name}.partial")
+    target = target.expanduser().resolve()
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        num_bytes = _write(folder, bundle, checkpoint, on_layer)
-        folder.rename(target)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{target} exists and is not empty: choose another --output")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
+            folder = Path(place) / "export"  # with the rights of any new folder
+            folder.mkdir()
+            num_bytes = _write(folder, bundle, checkpoint, on_layer)
+            folder.rename(target)
     except OSError as error:
         raise BadFile(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return num_bytes
 
 

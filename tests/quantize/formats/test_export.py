@@ -183,6 +183,43 @@ def test_an_export_that_fails_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_an_unfinished_build_beside_the_target_is_left_alone(
+    tiny_model: Callable[[str], Path], tiny_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_model("llama")))
+    begun = tmp_path / ".out.partial" / "layer-00000.int4.safetensors"
+    begun.parent.mkdir()
+    begun.write_text("hours of work")
+    export_gptq(open_bundle(str(tiny_bundle("llama")), checkpoint), checkpoint, tmp_path / "out")
+    assert begun.read_text() == "hours of work"
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial", "out"}
+
+
+def test_the_target_may_be_the_empty_folder_one_is_in(
+    tiny_model: Callable[[str], Path],
+    tiny_bundle: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_model("llama")))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_gptq(open_bundle(str(tiny_bundle("llama")), checkpoint), checkpoint, Path("."))
+    assert load_export(tmp_path / "here")
+
+
+def test_places_that_cannot_be_looked_at_are_errors_of_the_user(
+    tiny_model: Callable[[str], Path],
+    tiny_bundle: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_model("llama")))
+    bundle = open_bundle(str(tiny_bundle("llama")), checkpoint)
+    for target in (tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "out", Path("/")):
+        with pytest.raises(MorphError):
+            export_gptq(bundle, checkpoint, target)
+
+
 def test_the_command_says_what_it_wrote(
     tiny_model: Callable[[str], Path], tiny_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -193,3 +230,4 @@ def test_the_command_says_what_it_wrote(
     assert report["num_bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
     told = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "b")])
     assert f"wrote {tmp_path / 'b'}: 3 INT4 layers as gptq" in told.stdout
+    assert "vllm" not in told.stdout
