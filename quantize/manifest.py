@@ -51,7 +51,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group_size: int  # inputs that share a scale; 0: all inputs of a row
     symmetric: bool
     act_order: bool = False  # columns were rounded in order of their inputs' size (GPTQ)
-    calibration: TextSample | None = None  # text that errors were weighed and measured on
+    calibration: TextSample | None = None  # that output errors were measured on
     source: str | None = None  # imported: the checkpoint's folder name and format
 
 
