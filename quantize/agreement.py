@@ -11,7 +11,8 @@ from morphserve.quantize.checkpoint import Checkpoint
 from morphserve.quantize.dense import Linear
 from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 
-FLOOR = 0.95  # cosine; INT4 rounded to nearest stays above it, a wrong layer falls far below
+# Cosine under which a layer is not this model's: another model's is near 0, INT4 of 0.9 to 0.99.
+FLOOR = 0.8
 MAX_KV_SHIFT = 0.1  # rounding to INT4 moves channels by about 0.03, folds by 0.3 and more
 _NUM_STATES = 512  # random hidden states that K and V are compared on
 _DEAD = 1e-6  # share of the mean energy; channels under it mean nothing to attention
@@ -36,12 +37,17 @@ class Agreement:
             return (
                 f"its output has a cosine of {self.cosine:.3f} with full precision, under {floor:g}"
             )
-        if not self.kv_shift <= MAX_KV_SHIFT:
+        if not self.shares_cache:
             return (
                 f"it scales keys or values by {self.kv_shift:.0%} against full precision (scales "
                 "folded into them?), so it cannot share a KV cache with full-precision layers"
             )
         return None
+
+    @property
+    def shares_cache(self) -> bool:
+        """Whether it writes keys and values as full precision does, up to rounding."""
+        return self.kv_shift <= MAX_KV_SHIFT
 
 
 @dataclass(frozen=True, slots=True)

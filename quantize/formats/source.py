@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from morphserve.quantize import modules
-from morphserve.quantize.agreement import MAX_KV_SHIFT, Probe
+from morphserve.quantize.agreement import Probe
 from morphserve.quantize.checkpoint import Checkpoint, read_biases, read_norms
 from morphserve.quantize.files import TensorEntry, read_tensor
 from morphserve.quantize.formats.folder import open_folder
@@ -15,10 +15,6 @@ from morphserve.quantize.formats.stored import BadSource, Format, to_weight
 from morphserve.quantize.manifest import Quantization
 from morphserve.quantize.packing import fuse
 from morphserve.quantize.weights import LayerTensors, QuantizedWeight
-
-# Cosine under which a layer is not this model's: another model's is near 0, INT4 of 0.93 to 0.99.
-# How well a tool rounded is its user's choice.
-_SAME_LAYER = 0.8
 
 
 class QuantizedSource:
@@ -57,11 +53,11 @@ class QuantizedSource:
         """
         layer = self._read(i)
         agreement = self._probe_at(i).compare(layer)
-        if fault := agreement.fault(_SAME_LAYER):
+        if fault := agreement.fault():
             way_out = (
                 "quantise again without folding scales into keys or values (AWQ folds them where "
                 "each query head has its own value head; GPTQ folds none)"
-                if agreement.kv_shift > MAX_KV_SHIFT
+                if not agreement.shares_cache
                 else f"give a folder that was quantised from {self._checkpoint.path}"
             )
             raise BadSource(
