@@ -30,7 +30,7 @@ class RankSettings:
         if unknown or not self.orders:
             what = f"no order {unknown[0]!r}" if unknown else "no order to compare"
             raise ConfigError(f"there is {what}: choose from {', '.join(ORDERS)}")
-        if self.num_random < 1:
+        if RANDOM in self.orders and self.num_random < 1:
             raise ConfigError("0 random orders cannot be compared: leave `random` out instead")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import msgspec
 from jinja2 import Environment, StrictUndefined
@@ -23,14 +24,23 @@ from morphserve.quantize.manifest import Quantization, Ranking, TextSample, Vari
 _PAGE = Path(__file__).with_name("report.html")
 
 
+def make_folder(folder: Path) -> None:
+    """Raises BadFile unless files can be written to the folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadFile(
+            f"cannot write to {folder} ({error.strerror}): choose another folder for the report"
+        ) from error
+
+
 def write_report(profile: Profile, folder: Path) -> Path:
     """Writes profile.json, .svg, .png and .html; returns the page."""
     figure = both_figure(profile.ranking)
     page = folder / "profile.html"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"cannot write to {folder}: {error.strerror}") from error
+    make_folder(folder)
     data = msgspec.json.format(msgspec.json.encode(profile), indent=2)
     write_atomically(folder / "profile.json", data + b"\n")
     write_atomically(folder / "profile.svg", as_file(figure, "svg"))

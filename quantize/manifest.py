@@ -4,6 +4,7 @@ Unknown fields and wrong types are errors.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
@@ -90,6 +91,10 @@ class LisSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     weights: tuple[float, float, float] = (0.25, 0.25, 0.5)  # of LTS, LRS and MDS
     distance: Distance = Distance.COSINE
+
+    def __post_init__(self) -> None:
+        if not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):
+            raise ValueError(f"weights {self.weights} of LIS must be at least 0 and not all 0")
 
 
 class LayerScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -62,17 +62,19 @@ def profile(
 
     from morphserve.profile.orders import RankSettings
     from morphserve.profile.ranking import draw_texts
+    from morphserve.profile.report import make_folder
     from morphserve.profile.result import Study
     from morphserve.quantize.bundle import open_bundle
     from morphserve.quantize.checkpoint import open_checkpoint
 
-    names = [name.strip() for name in orders.split(",")]
+    names = [name for entry in orders.split(",") if (name := entry.strip())]
     settings = RankSettings(names, seeds, _lis_settings(lis_weights, distance))
     wanted = {Study.INDEPENDENCE: independence, Study.POSITIONS: positions}
     checkpoint = open_checkpoint(model)
     opened = open_bundle(str(bundle), checkpoint)
     texts = draw_texts(checkpoint, calibration, samples, length, seed)
     studies = [study for study in Study if wanted[study]]
+    make_folder(report or opened.path)  # before all the measuring
     found = _measure(checkpoint, opened, texts, settings, studies, quiet=json)
     page = _keep(found, opened, report)
     costs = _time(checkpoint, opened, threads, quiet=json)
@@ -108,11 +110,12 @@ def _measure(
 
 
 def _keep(found: "Profile", bundle: "Bundle", report: Path | None) -> Path:
-    """Stores the ranking in the bundle and writes the report; returns its page."""
+    """Writes the report, then stores the ranking in the bundle; returns the report's page."""
     from morphserve.profile.report import write_report
 
+    page = write_report(found, report or bundle.path)
     bundle.with_ranking(found.ranking)
-    return write_report(found, report or bundle.path)
+    return page
 
 
 def _time(
@@ -133,15 +136,16 @@ def _lis_settings(weights: str, distance: str) -> "LisSettings":
     from morphserve.configs.errors import ConfigError
     from morphserve.quantize.manifest import Distance, LisSettings
 
-    try:
-        lts, lrs, mds = (float(weight) for weight in weights.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--lis-weights {weights!r} must be three numbers, as 0.25,0.25,0.5"
-        ) from None
     if distance not in list(Distance):
         raise ConfigError(f"--distance {distance!r} must be one of {', '.join(Distance)}")
-    return LisSettings((lts, lrs, mds), Distance(distance))
+    try:
+        lts, lrs, mds = (float(weight) for weight in weights.split(","))
+        return LisSettings((lts, lrs, mds), Distance(distance))
+    except ValueError:
+        raise ConfigError(
+            f"--lis-weights {weights!r} must be three numbers of at least 0, not all 0, as "
+            "0.25,0.25,0.5"
+        ) from None
 
 
 def _print(model: str, bundle: Path, found: "Profile", costs: "DeviceCosts", page: Path) -> None:

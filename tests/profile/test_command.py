@@ -64,12 +64,9 @@ def test_quantize_tells_scripts_the_same_as_people(model: Path, tmp_path: Path) 
 
 
 def test_json_is_what_the_bundle_and_the_report_hold(
-    model: Path, text: Path, tiny_bundle: Callable[[str], Path], tmp_path: Path
+    model: Path, text: Path, own_bundle: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    for file in tiny_bundle("qwen2").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = own_bundle
     printed = morph(
         *("profile", model, "-b", folder, "--calibration", text, "--json"),
         *("--samples", "1", "--length", "32", "--orders", "lis, random", "--seeds", "2"),
@@ -90,10 +87,51 @@ def test_json_is_what_the_bundle_and_the_report_hold(
     }
 
 
+@pytest.fixture
+def own_bundle(tiny_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for file in tiny_bundle("qwen2").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_report_without_a_place_is_refused_before_measuring(
+    model: Path, text: Path, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("morphserve.profile.result.make_profile")
+    failed = morph(
+        *("profile", model, "-b", own_bundle, "--calibration", text, "--samples", "1"),
+        *("--length", "32", "--report", text),
+    )
+    assert isinstance(failed.exception, MorphError)
+    assert f"cannot write to {text}" in str(failed.exception)
+
+
+def test_a_bundle_keeps_its_order_if_the_report_cannot_be_written(
+    model: Path, text: Path, own_bundle: Path, tmp_path: Path
+) -> None:
+    before = (own_bundle / "bundle.json").read_bytes()
+    (tmp_path / "report" / "profile.html" / "x").mkdir(parents=True)
+    failed = morph(
+        *("profile", model, "-b", own_bundle, "--calibration", text, "--orders", "kl-per-byte,"),
+        *("--samples", "1", "--length", "32", "--seeds", "0", "--report", tmp_path / "report"),
+    )
+    assert isinstance(failed.exception, MorphError)
+    assert "profile.html" in str(failed.exception)
+    assert (own_bundle / "bundle.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
         (["--lis-weights", "1,2"], "must be three numbers"),
+        (["--lis-weights", "1,nan,1"], "of at least 0, not all 0"),
+        (["--lis-weights", "nan,1,1"], "of at least 0, not all 0"),
+        (["--lis-weights", "1,inf,1"], "of at least 0, not all 0"),
+        (["--lis-weights", "1,1,-1"], "of at least 0, not all 0"),
+        (["--lis-weights", "0,0,0"], "of at least 0, not all 0"),
+        (["--orders", ","], "no order to compare"),
         (["--distance", "l3"], "one of cosine, l2"),
         (["--orders", "best"], "choose from lis"),
         (["--seeds", "0"], "leave `random` out"),

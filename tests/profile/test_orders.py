@@ -37,3 +37,5 @@ def test_unknown_orders_are_refused_with_those_there_are() -> None:
         RankSettings(orders=["lis", "alphabetical"])
     with pytest.raises(ConfigError, match="leave `random` out"):
         RankSettings(num_random=0)
+    settings = RankSettings(["front-to-back"], num_random=0)
+    assert list(make_orders(settings, SINGLES, None)) == ["front-to-back"]
