@@ -54,6 +54,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     act_order: bool = False  # columns were rounded in order of their inputs' size (GPTQ)
     calibration: TextSample | None = None  # that output errors were measured on
     source: str | None = None  # imported: the checkpoint's folder name and format
+    source_sha256: str | None = None  # imported: of its settings and layers, to tell it again
 
 
 class LayerFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -230,6 +231,8 @@ def _check_costs(costs: DeviceCosts) -> None:
     curves = [costs.rest, *(layer.curve for layer in costs.layers)]
     if any(len(curve.tokens) != len(curve.seconds) for curve in curves):
         raise ValueError(f"its costs on {costs.device} lack times of some numbers of tokens")
+    if any(sorted(set(curve.tokens)) != curve.tokens for curve in curves):
+        raise ValueError(f"its costs on {costs.device} are of numbers of tokens that do not rise")
     measured = [number for curve in curves for number in (*curve.tokens, *curve.seconds)]
     measured += [entry.seconds for entry in costs.attention]
     if min(measured, default=1) <= 0:

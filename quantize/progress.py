@@ -7,7 +7,7 @@ import msgspec
 from morphserve.configs.errors import ConfigError
 from morphserve.quantize.bundle import MANIFEST
 from morphserve.quantize.files import digest_file
-from morphserve.quantize.manifest import Manifest, VariantFiles, decode
+from morphserve.quantize.manifest import Manifest, Quantization, TextSample, VariantFiles, decode
 
 PROGRESS = "progress.json"  # the manifest of the layers that are written so far
 
@@ -40,12 +40,14 @@ def continued(folder: Path, begun: bytes, plan: Manifest) -> Manifest:
 
 
 def finished_as(plan: Manifest, target: Path) -> Manifest | None:
-    """The manifest of the bundle at `target` if it is the one that the plan describes."""
+    """The manifest of the bundle at `target` if it is whole and the one the plan describes."""
     try:
         manifest = decode((target / MANIFEST).read_bytes())
     except ValueError:
         return None
-    return None if _difference(manifest, plan) else manifest
+    if _difference(manifest, plan):
+        return None
+    return manifest if _num_whole(target, manifest) == plan.architecture.num_layers else None
 
 
 def _no_resume(folder: Path, reason: str) -> ConfigError:
@@ -63,11 +65,26 @@ def _difference(begun: Manifest, plan: Manifest) -> str | None:
     if begun.variants.keys() != plan.variants.keys():
         return f"it was begun for {' and '.join(begun.variants)}"
     for variant, files in plan.variants.items():
-        before = msgspec.structs.asdict(begun.variants[variant].quantization)
-        for name, now in msgspec.structs.asdict(files.quantization).items():
-            if before[name] != now:
-                return f"its {variant} layers have {name} {before[name]} instead of {now}"
+        before, now = begun.variants[variant].quantization, files.quantization
+        if before != now:
+            return f"its {variant} layers have {_first_difference(before, now)}"
     return None
+
+
+def _first_difference(before: Quantization | TextSample, now: Quantization | TextSample) -> str:
+    """The first field that differs, with both values, of two that are not equal."""
+    fields = now.__struct_fields__
+    name = next(name for name in fields if getattr(before, name) != getattr(now, name))
+    old, new = getattr(before, name), getattr(now, name)
+    if isinstance(old, TextSample) and isinstance(new, TextSample):
+        return f"{name} text with {_first_difference(old, new)}"
+    return f"{name} {_shown(old)} instead of {_shown(new)}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    return value.source if isinstance(value, TextSample) else str(value)
 
 
 def _num_whole(folder: Path, begun: Manifest) -> int:

@@ -1,6 +1,8 @@
 """Decoder layers of a checkpoint that another tool quantised, held against full precision."""
 
+import hashlib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from morphserve.quantize import modules
 from morphserve.quantize.agreement import Probe
 from morphserve.quantize.checkpoint import Checkpoint, read_biases, read_norms
-from morphserve.quantize.files import TensorEntry, read_tensor
+from morphserve.quantize.files import TensorEntry, digest_file, read_tensor
 from morphserve.quantize.formats.folder import open_folder
 from morphserve.quantize.formats.stored import BadSource, Format, to_weight
 from morphserve.quantize.manifest import Quantization
@@ -33,8 +35,9 @@ class QuantizedSource:
         self._entries = entries
         self._probe: Probe | None = None
 
-    @property
+    @cached_property
     def quantization(self) -> Quantization:
+        """Reads every layer's bytes once, for their digest."""
         grid = self._format.grid
         return Quantization(
             method="imported",
@@ -43,7 +46,19 @@ class QuantizedSource:
             symmetric=grid.symmetric,
             act_order=self._format.act_order,
             source=f"{self.path.name} ({self._format.name})",
+            source_sha256=self._digest(),
         )
+
+    def _digest(self) -> str:
+        """sha256 of what decides on the layers: the settings and the layers' tensors."""
+        digest = hashlib.sha256()
+        for path in (self.path / "config.json", *sorted(self.path.glob("quant*_config.json"))):
+            digest.update(f"{path.name} {digest_file(path)}\n".encode())
+        for name, entry in sorted(self._entries.items()):
+            if ".layers." in name:
+                digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+                digest.update(read_tensor(entry).view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def layer(self, i: int) -> LayerTensors[QuantizedWeight]:
         """Layer `i`, q, k, v and gate, up fused; cheapest when asked for front to back.

@@ -18,6 +18,7 @@ from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.quantize import build
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import BadBundle, open_bundle
+from morphserve.quantize.calibration import Part, Windows, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.files import DiskFull
 from morphserve.quantize.workspace import Interrupted
@@ -310,3 +311,34 @@ def test_a_build_that_is_stopped_before_its_first_layer_says_that_nothing_is_kep
     with pytest.raises(Interrupted, match="nothing is kept: run the same command to begin anew"):
         build_bundle(checkpoint, target, RTN)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("harm", ["change", "remove"])
+def test_a_damaged_bundle_is_not_taken_for_the_end_of_a_build(
+    checkpoint: Checkpoint, target: Path, harm: str
+) -> None:
+    build_bundle(checkpoint, target, RTN)
+    path = target / "layer-00001.int4.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if harm == "change":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    message = refusal(checkpoint, target, RTN, resume=True)
+    assert "holds a bundle already: pass --force to replace it" in message
+
+
+def test_another_calibration_text_is_named_by_what_differs(
+    checkpoint: Checkpoint, target: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "novel.txt").write_text("It was a dark and stormy night; rain fell. " * 200)
+
+    def windows(count: int) -> Windows:
+        text = str(tmp_path / "novel.txt")
+        return draw_windows(checkpoint, text, Part.CALIBRATION, count, 16, 0)
+
+    interrupt(checkpoint, target, windows=windows(4))
+    fewer = refusal(checkpoint, target, RTN, windows=windows(3), resume=True)
+    assert "int4 layers have calibration text with sha256 " in fewer
+    assert "TextSample" not in fewer
+    without = refusal(checkpoint, target, RTN, resume=True)
+    assert "have calibration novel.txt" in without and "instead of none" in without

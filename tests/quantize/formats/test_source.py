@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from morphserve.configs.errors import MorphError
+from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.formats.source import QuantizedSource, open_quantized
+from morphserve.quantize.workspace import Interrupted
 
 DATA = Path(__file__).parent / "data"
 LAYER = "model.layers.0."
@@ -294,3 +296,36 @@ def test_full_precision_and_missing_folders_are_told_apart(
         open_quantized(str(checkpoint.path), checkpoint)
     with pytest.raises(MorphError, match="there is no folder"):
         open_quantized(str(tmp_path / "nowhere"), checkpoint)
+
+
+def test_an_import_is_not_resumed_from_other_layers_of_the_same_name(
+    checkpoint: Checkpoint, copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def build(on_layer: Callable[[int], None] = lambda _: None) -> None:
+        source = open_quantized(str(folder), checkpoint)
+        target = tmp_path / "bundle"
+        options: Any = {"resume": True, "on_layer": on_layer, "imported": source}
+        build_bundle(checkpoint, target, QuantizeSettings(), **options)
+
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    folder = copied("gptq-v1")
+    scales = load_file(folder / "model.safetensors")[f"{LAYER}mlp.up_proj.scales"]
+    with pytest.raises(Interrupted):
+        build(stop)
+    change_tensors(folder, lambda t: t[f"{LAYER}mlp.up_proj.scales"].mul_(1.01))
+    with pytest.raises(MorphError, match="int4 layers have source_sha256 .* instead of .*--force"):
+        build()
+    change_tensors(folder, lambda t: t[f"{LAYER}mlp.up_proj.scales"].copy_(scales))
+    build()
+
+
+def test_settings_are_part_of_what_tells_a_source(
+    checkpoint: Checkpoint, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("gptq-v1")
+    before = open_quantized(str(folder), checkpoint).quantization.source_sha256
+    assert open_quantized(str(folder), checkpoint).quantization.source_sha256 == before
+    change_config(folder, checkpoint_format="gptq_v2")
+    assert open_quantized(str(folder), checkpoint).quantization.source_sha256 != before
