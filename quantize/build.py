@@ -1,5 +1,6 @@
 """Making a bundle: every layer of a checkpoint quantised and written."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -57,7 +58,7 @@ def default_group_size(arch: Architecture) -> int:
 
 def _check_group_size(arch: Architecture, group_size: int) -> None:
     """Raises ConfigError unless groups fill every linear's inputs and kernels can read them."""
-    if group_size < 32 or group_size & (group_size - 1):
+    if not _can_serve(group_size):
         raise ConfigError(f"group size {group_size} must be a power of two of at least 32")
     for inputs in {arch.hidden_size, arch.q_size, arch.intermediate_size}:
         if inputs % group_size:
@@ -65,6 +66,11 @@ def _check_group_size(arch: Architecture, group_size: int) -> None:
                 f"group size {group_size} does not divide the {inputs} inputs of a linear: "
                 "choose a smaller one, at least 32"
             )
+
+
+def _can_serve(group_size: int) -> bool:
+    """Whether kernels find an input's group by a shift, and groups fill their steps."""
+    return group_size >= 32 and not group_size & (group_size - 1)
 
 
 def build_bundle(
@@ -77,7 +83,7 @@ def build_bundle(
     on_layer: Callable[[int], None] = lambda _: None,
     imported: Source | None = None,
 ) -> Manifest:
-    """Writes a bundle, one layer in memory at a time; `on_layer` is called after each.
+    """Writes a bundle, one layer in memory at a time; `on_layer` is told the last one finished.
 
     `windows` is the calibration text: gptq and awq need it, and output errors are measured on it.
     INT4 layers of `imported` are written as they are. What is at `folder` stays until the new
@@ -85,10 +91,12 @@ def build_bundle(
     the text through its finished layers again, and ends with the same bytes.
     """
     arch = checkpoint.architecture
-    _check(arch, settings, windows, imported)
+    check(arch, settings, windows, imported)
     plan = _plan(checkpoint, plan_variants(settings, windows, imported))
     with torch.inference_mode(), open_workspace(folder, plan, force, resume) as workspace:
         first = workspace.num_finished
+        if first:
+            on_layer(first - 1)
         calibration = None
         if windows and first < arch.num_layers:
             calibration = Calibration(checkpoint.static(), arch, windows.tokens, settings.device)
@@ -113,7 +121,7 @@ def _variants(
     return written
 
 
-def _check(
+def check(
     arch: Architecture, settings: QuantizeSettings, windows: Windows | None, imported: Source | None
 ) -> None:
     """Raises ConfigError for what cannot be built."""
@@ -127,16 +135,32 @@ def _check(
                 f"{settings.method} needs calibration text: give it some, or choose {RTN}"
             )
         _check_group_size(arch, settings.group_size)
-    elif imported.quantization.bits != 4:
+    else:
+        _check_imported(imported.quantization)
+    _check_device(settings.device)
+
+
+def _check_imported(how: Quantization) -> None:
+    if how.bits != 4:
         raise ConfigError(
-            f"{imported.quantization.source} has {imported.quantization.bits}-bit weights, and a "
-            "bundle needs INT4 layers: give one of 4 bits"
+            f"{how.source} has {how.bits}-bit weights, and a bundle needs INT4 layers: "
+            "give one of 4 bits"
         )
+    if how.group_size and not _can_serve(how.group_size):
+        raise ConfigError(
+            f"{how.source} has groups of {how.group_size} inputs, which cannot be served: give one "
+            "with groups of a power of two of at least 32, or with one group per row"
+        )
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"device {device!r} cannot be used: choose cpu, cuda or cuda:N")
     try:
-        torch.empty(0, device=settings.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {settings.device!r} cannot be used: {reason}") from error
+        raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
 
 
 def _plan(checkpoint: Checkpoint, quantizations: Mapping[Variant, Quantization]) -> Manifest:

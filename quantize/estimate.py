@@ -15,25 +15,22 @@ from morphserve.quantize.files import encode_tensors
 from morphserve.quantize.gptq import quantize_gptq
 from morphserve.quantize.layer_file import layer_file_bytes
 from morphserve.quantize.manifest import Quantization, Variant
+from morphserve.quantize.moments import BATCH_TOKENS
 from morphserve.quantize.packing import pack
-from morphserve.quantize.rounding import Grid, dequantize, quantize_rtn
+from morphserve.quantize.rounding import CHUNK, Grid, dequantize, quantize_rtn
 from morphserve.quantize.variants import AWQ, GPTQ
 
 _SIZE = 1024  # of the matrices that are timed
-_AWQ_TRIALS, _AWQ_ROWS = (
-    20,
-    512,
-)  # scales that AWQ tries of three linears, and rows it tries them on
-_BATCH_TOKENS = 2048  # that run through a layer together
-_CHUNK = 1 << 22  # weights that are rounded together, in about a dozen float32 copies
+_AWQ_TRIALS = 20  # scales that AWQ tries of three linears
+_AWQ_ROWS = 512  # that it tries them on
 _MATRICES = {GPTQ: 8, AWQ: 2}  # as large as the widest linear's moments, at one time
 _LOADED_BYTES = 60_000_000  # of code that is loaded when it is first used
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    file_bytes: dict[Variant, int]  # of all layer files; exact unless inputs are reordered
-    memory_bytes: int  # the most at one time, this program as it is now included
+    file_bytes: dict[Variant, int]  # of all layer files; exact unless layers are imported
+    memory_bytes: int  # at one time, this program as it is now included
     seconds: float  # on this machine, as busy as it is now
 
 
@@ -102,6 +99,10 @@ def _tokens(how: Quantization) -> int:
     return 0 if sample is None else sample.num_windows * sample.window_tokens
 
 
+def _window_tokens(how: Quantization) -> int:
+    return 0 if how.calibration is None else how.calibration.window_tokens
+
+
 def _round_s() -> float:
     """Per weight, with all that is done to a rounded weight up to its file."""
     weight = torch.randn(_SIZE, _SIZE)
@@ -146,8 +147,9 @@ def _working_bytes(arch: Architecture, variants: Mapping[Variant, Quantization])
     tokens = max(_tokens(how) for how in variants.values())
     methods = {how.method for how in variants.values()}
     states = 5 * tokens * arch.hidden_size * 4
-    activations = min(tokens, _BATCH_TOKENS) * 5 * arch.intermediate_size * 4
-    scratch = 48 * min(_CHUNK, largest)
+    batch = max(BATCH_TOKENS, *(_window_tokens(how) for how in variants.values()))
+    activations = min(tokens, batch) * 5 * arch.intermediate_size * 4
+    scratch = 48 * min(CHUNK, largest)  # about a dozen float32 copies
     # In float32 twice, of full precision and of the variant; AWQ's also without its folds.
     layer = (12 if AWQ in methods else 8) * weights + weights
     files = 2 * sum(layer_file_bytes(arch, how, torch.float32) for how in variants.values())

@@ -18,7 +18,7 @@ from morphserve.quantize.checkpoint import BadCheckpoint
 from morphserve.quantize.dense import LINEARS, Linear
 from morphserve.quantize.weights import LayerTensors, StaticTensors
 
-_BATCH_TOKENS = 1024  # windows that run together: bounds the memory of activations
+BATCH_TOKENS = 1024  # windows that run together: bounds the memory of activations
 _BLOCK = 512  # inputs whose moments are computed at once
 
 
@@ -113,7 +113,7 @@ class Calibration:
         """`tokens`: windows, [n, length]"""
         self._arch = arch
         self._cos_sin = dense.rotation(arch, tokens.shape[1]).to(device)
-        windows = torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1]))
+        windows = torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
         self._states = [dense.embed(static, batch).to(device) for batch in windows]
         self._layer: LayerTensors[Tensor] | None = None
         self._after: list[Tensor] | None = None  # behind the layer

@@ -10,7 +10,7 @@ from morphserve.configs.errors import ConfigError
 from morphserve.quantize.weights import QuantizedWeight
 
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)  # of the range of a group
-_CHUNK = 1 << 20  # weights in work at a time: float32 copies of them stay in the cache
+CHUNK = 1 << 20  # weights in work at a time: float32 copies of them stay in the cache
 _FP16_MAX = 65504.0
 
 
@@ -74,7 +74,7 @@ def join(parts: Sequence[Scales]) -> Scales:
 
 def _chunks(weight: Tensor) -> Iterator[slice]:
     """Rows to be worked on together."""
-    num_rows = max(1, _CHUNK // weight.shape[1])
+    num_rows = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), num_rows):
         yield slice(start, start + num_rows)
 
