@@ -186,15 +186,15 @@ def read_facts(
         raise BadCheckpoint(f"{folder}/config.json has a wrong value: {error}") from error
 
 
-def collect_entries(folder: Path) -> dict[str, TensorEntry]:
+def collect_entries(folder: Path, index: str = _INDEX) -> dict[str, TensorEntry]:
     """Every tensor of the folder's safetensors, one file or sharded."""
     if (folder / _WEIGHTS).exists():
         return read_entries(folder / _WEIGHTS)
-    if not (folder / _INDEX).exists():
+    if not (folder / index).exists():
         raise BadCheckpoint(_no_weights(folder))
-    weight_map = read_json(folder / _INDEX).get("weight_map")
+    weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-        raise BadCheckpoint(f"{folder / _INDEX} lacks a weight_map of tensor and file names")
+        raise BadCheckpoint(f"{folder / index} lacks a weight_map of tensor and file names")
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         for name, entry in read_entries(folder / shard).items():

@@ -74,11 +74,14 @@ def _check_same_model(folder: Path, found: Architecture, checkpoint: Checkpoint)
 
 
 def _collect(folder: Path) -> Mapping[str, TensorEntry]:
-    """auto-gptq names its only file after its settings: gptq_model-4bit-128g.safetensors."""
+    """auto-gptq names them after its settings: gptq_model-4bit-128g.safetensors, or its index."""
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1 and not (folder / "model.safetensors.index.json").exists():
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(files) == 1 and not indices:
         return read_entries(files[0])
-    return collect_entries(folder)
+    return (
+        collect_entries(folder, indices[0].name) if len(indices) == 1 else collect_entries(folder)
+    )
 
 
 def _check_layer(
