@@ -72,6 +72,8 @@ def encode(checkpoint: Checkpoint, text: str) -> list[int]:
 
 
 def _find_text(checkpoint: Checkpoint, source: str | None) -> Path:
+    if source == "":
+        raise ConfigError("--calibration is empty: give a text file or a folder of them")
     if source is not None:
         return Path(source).expanduser()
     shipped = checkpoint.path / _SHIPPED_TEXT
@@ -84,15 +86,21 @@ def _find_text(checkpoint: Checkpoint, source: str | None) -> Path:
 
 
 def _read_text(path: Path) -> str:
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-    if not files:
-        raise ConfigError(f"{path} holds no text files ({', '.join(_SUFFIXES)})")
     try:
-        return "\n\n".join(file.read_text("utf-8") for file in files)
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        texts = [_read_file(file) for file in files]
     except OSError as error:
         raise BadFile(f"cannot read {error.filename}: {error.strerror}") from error
+    if not texts:
+        raise ConfigError(f"{path} holds no text files ({', '.join(_SUFFIXES)})")
+    return "\n\n".join(texts)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise BadFile(f"{path} is not UTF-8 text: {error}") from error
 
