@@ -81,9 +81,15 @@ class FullLayer:
         """The content of the file of a variant, its weight error and its output error."""
         ours = dense.quantized_to_float32(layer, self._device)
         output_error = self._calibration.output_error(ours) if self._calibration else None
-        if how.method not in (RTN, GPTQ):  # others may have folded scales into their weights
+        if how.method == AWQ or not _same_norms(ours.norms, self._full.norms):
             ours = unfold(ours, self._full)
         return encode_layer(layer, self._arch), _weight_error(ours, self._full), output_error
+
+
+def _same_norms(ours: Norms, full: Norms) -> bool:
+    """Whether no scales are folded out of norms; rounding to bfloat16 changes them too."""
+    pairs = (ours.input, full.input), (ours.post_attention, full.post_attention)
+    return all(torch.allclose(a, b, rtol=2**-7, atol=0) for a, b in pairs)
 
 
 def _weight_error(ours: LayerTensors[Tensor], full: LayerTensors[Tensor]) -> float:
