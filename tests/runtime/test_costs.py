@@ -1,5 +1,6 @@
 """Predicted step times against closed forms."""
 
+import math
 import subprocess
 import sys
 
@@ -106,6 +107,21 @@ def test_roofline_finds_the_constants_behind_a_curve() -> None:
     assert found.bytes_per_s == pytest.approx(3e9, rel=1e-3)
     assert found.flops == pytest.approx(5e10, rel=1e-3)
     assert found.error < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "flops", "weights"),
+    [(20e9, 400e9, 218_000_000), (20e9, 150e9, 50_000_000), (3.45e12, 780e12, 218_000_000)],
+)
+def test_roofline_finds_the_constants_of_large_layers(
+    bytes_per_s: float, flops: float, weights: int
+) -> None:
+    seconds = [math.hypot(2 * weights / bytes_per_s, 2 * weights * n / flops) for n in TOKENS]
+    times = LayerTimes("full", 2 * weights, Curve(TOKENS, seconds))
+    found = roofline(times, weights)
+    assert found.bytes_per_s == pytest.approx(bytes_per_s, rel=1e-6)
+    assert found.flops == pytest.approx(flops, rel=1e-6)
+    assert found.error < 1e-6
 
 
 def test_the_cost_model_imports_no_torch() -> None:
