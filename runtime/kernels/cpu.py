@@ -137,6 +137,7 @@ class CpuKernels:
             data, scales = weight.weight, None
             kind, features, groups = _KIND[data.dtype], data.shape[1], 0
         missing = features + -features % _STEP - x.shape[1]
+        assert 0 <= missing < _STEP
         if missing:
             x = F.pad(x, (0, missing))
         outputs = data.shape[0]
