@@ -24,6 +24,8 @@ SCHEDULES = {  # where a request is computed by INT4 layers: q
     "nowhere": "ffffffff",
     "first half": "qqqqffff",
     "second half": "ffffqqqq",
+    "middle": "ffqqqqff",
+    "both ends": "qqffffqq",
     "odd eighths": "qfqfqfqf",
     "even eighths": "fqfqfqfq",
     "everywhere": "qqqqqqqq",
@@ -36,7 +38,8 @@ class Schedule(msgspec.Struct, frozen=True):
     name: str
     int4: list[bool]  # of each part
     divergence: list[float]  # of each part: KL from full precision, nats per token
-    perplexity: float  # of all parts
+    mean_divergence: float  # over all tokens; parts may differ by one token
+    perplexity: float  # over all tokens
 
 
 class Positions(msgspec.Struct, frozen=True):
@@ -74,6 +77,7 @@ def study_positions(
                 name=name,
                 int4=[part == "q" for part in parts],
                 divergence=(sums[name][0] / counts).tolist(),
+                mean_divergence=float(sums[name][0].sum() / counts.sum()),
                 perplexity=math.exp(float(sums[name][1].sum() / counts.sum())),
             )
             for name, parts in SCHEDULES.items()

@@ -193,12 +193,13 @@ def _study_tables(found: "Profile") -> "Iterator[Table]":
         yield table
     if found.positions:
         table = _table("INT4 early or late in a request: KL in 1e-3 and perplexity", "INT4", ())
-        for heading in ("first half", "second half", "all", "perplexity"):
+        for heading in ("first half", "second half", "all tokens", "perplexity"):
             table.add_column(heading, justify="right")
         for schedule in found.positions.schedules:
             costs, middle = schedule.divergence, len(schedule.divergence) // 2
-            means = [sum(part) / len(part) for part in (costs[:middle], costs[middle:], costs)]
-            table.add_row(schedule.name, *_thousandths(means), f"{schedule.perplexity:.3f}")
+            halves = [sum(half) / len(half) for half in (costs[:middle], costs[middle:])]
+            means = _thousandths([*halves, schedule.mean_divergence])
+            table.add_row(schedule.name, *means, f"{schedule.perplexity:.3f}")
         yield table
 
 

@@ -1,6 +1,7 @@
 """Positions of different precision share one cache, as in a server that swaps between tokens."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from morphserve.configs.errors import ConfigError
-from morphserve.profile.mixes import Model
+from morphserve.profile.mixes import Model, mix_of
+from morphserve.profile.perplexity import measure
 from morphserve.profile.positions import SCHEDULES, study_positions
 from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.calibration import Windows
@@ -55,18 +57,24 @@ def transformers_model(checkpoint: Checkpoint, model: Model, variant: Variant) -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("number", "length", "starts"),
+    [
+        (2, 40, [0, 5, 10, 15, 20, 25, 30, 35]),
+        (60, 43, [0, 6, 11, 17, 22, 27, 33, 38]),  # two batches
+    ],
+)
 def test_every_schedule_is_that_of_two_models_that_hand_one_cache_over(
-    checkpoint: Checkpoint, model: Model
+    checkpoint: Checkpoint, model: Model, number: int, length: int, starts: list[int]
 ) -> None:
     full = transformers_model(checkpoint, model, Variant.FULL)
     int4 = transformers_model(checkpoint, model, Variant.INT4)
-    text = windows(2, LENGTH)
-    part = LENGTH // 8
+    text = windows(number, length)
+    sizes = [end - start for start, end in pairwise([*starts, length])]
 
     def log_probabilities(parts: str) -> Tensor:
         cache, pieces = None, []
-        for i, precision in enumerate(parts):
-            tokens = text.tokens[:, i * part : (i + 1) * part]
+        for precision, tokens in zip(parts, text.tokens.split(sizes, dim=1), strict=True):
             output = (int4 if precision == "q" else full)(tokens, past_key_values=cache)
             cache = output.past_key_values
             pieces.append(output.logits)
@@ -78,8 +86,11 @@ def test_every_schedule_is_that_of_two_models_that_hand_one_cache_over(
     for schedule in study.schedules:
         theirs = log_probabilities(SCHEDULES[schedule.name])
         divergence = (reference.exp() * (reference - theirs)).sum(dim=-1).mean(dim=0)
-        expected = [float(piece.mean()) for piece in divergence.split(part)]
+        pieces = divergence.split([*sizes[:-1], sizes[-1] - 1])
+        expected = [float(piece.mean()) for piece in pieces]
         assert schedule.divergence == pytest.approx(expected, rel=2e-3, abs=1e-6)
+        mean = float(divergence.mean())
+        assert schedule.mean_divergence == pytest.approx(mean, rel=2e-3, abs=1e-6)
         surprise = -theirs.gather(-1, text.tokens[:, 1:, None])
         assert schedule.perplexity == pytest.approx(float(surprise.mean().exp()), rel=1e-4)
 
@@ -91,6 +102,15 @@ def test_int4_costs_nothing_before_it_begins_and_lingers_after_it_ends(model: Mo
     assert late[:4] == pytest.approx([0] * 4, abs=1e-6)
     assert all(cost > 1e-4 for cost in late[4:])
     assert all(cost > 1e-4 for cost in early)
+
+
+def test_int4_everywhere_costs_what_all_layers_at_int4_do(model: Model) -> None:
+    text = windows(3, 43)
+    everywhere = study_positions(model, text).schedules[-1]
+    mix = mix_of(range(model.num_layers), model.num_layers)
+    quality = measure(model, text.tokens, [mix])[mix]
+    assert everywhere.mean_divergence == pytest.approx(quality.divergence, rel=1e-4)
+    assert everywhere.perplexity == pytest.approx(quality.perplexity, rel=1e-5)
 
 
 def test_windows_too_short_for_parts_are_refused(model: Model) -> None:

@@ -60,7 +60,7 @@ RANDOM = [order(f"random-{i}", [1, 2, 0], [0, 0.004, 0.004, 0.01]) for i in rang
 @pytest.fixture
 def profile() -> Profile:
     schedules = [
-        Schedule(name, [part == "q" for part in parts], [0.001] * 8, 10.0)
+        Schedule(name, [part == "q" for part in parts], [0.001] * 8, 0.00125, 10.0)
         for name, parts in SCHEDULES.items()
     ]
     study = Independence(
@@ -135,6 +135,11 @@ def test_each_text_is_told_with_what_it_was_used_for(profile: Profile) -> None:
         told = re.search(rf"<dt>{use}</dt><dd>(.*?)</dd>", page)
         assert told is not None
         assert f", {part}, seed" in told[1] and f"sha256 {sha256}" in told[1]
+
+
+def test_the_cost_of_a_schedule_over_all_tokens_is_no_mean_of_its_parts(profile: Profile) -> None:
+    page = render_page(profile)
+    assert page.count("<td>1.25</td>\n<td>10.000</td>") == len(SCHEDULES)
 
 
 def test_colours_of_inline_drawings_are_the_pages(profile: Profile) -> None:
