@@ -78,11 +78,20 @@ def test_windows_that_cannot_be_had_are_refused(
 def test_text_that_cannot_be_read_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\xfa")
+    mixed = tmp_path / "mixed"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    mixed.mkdir()
+    (mixed / "a.txt").write_text("text")
+    (mixed / "b.txt").write_bytes(b"\xff\xfe\xfa")
     for source, reason in (
         (None, "pass --calibration"),
         (str(tmp_path / "none.txt"), "cannot read"),
         (str(binary), "not UTF-8"),
-        (str(tmp_path), "holds no text files"),
+        (str(mixed), r"b\.txt is not UTF-8"),
+        (str(empty), "holds no text files"),
+        ("", "--calibration is empty"),
+        ("a" * 300, "cannot read"),
     ):
         with pytest.raises(MorphError, match=reason):
             draw_windows(checkpoint, source, Part.CALIBRATION, 1, 16)

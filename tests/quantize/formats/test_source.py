@@ -143,18 +143,21 @@ def test_old_folders_with_a_config_and_a_file_of_their_own_names(
     assert same_layer(open_quantized(str(folder), checkpoint), library)
 
 
-def test_sharded_folders_are_read(copied: Callable[[str], Path], checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("name", ["model", "gptq_model-4bit-32g"])
+def test_sharded_folders_are_read(
+    name: str, copied: Callable[[str], Path], checkpoint: Checkpoint
+) -> None:
     folder = copied("gptq-v1")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {}
-    for i, name in enumerate(tensors):
-        weight_map[name] = f"model-{i % 2}.safetensors"
+    for i, tensor in enumerate(tensors):
+        weight_map[tensor] = f"{name}-{i % 2}.safetensors"
     for shard in set(weight_map.values()):
-        own = {name: tensor for name, tensor in tensors.items() if weight_map[name] == shard}
+        own = {key: tensor for key, tensor in tensors.items() if weight_map[key] == shard}
         save_file(own, folder / shard)
     index = {"weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     library = open_quantized(str(DATA / "gptq-v1"), checkpoint)
     assert same_layer(open_quantized(str(folder), checkpoint), library)
 
