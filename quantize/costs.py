@@ -4,7 +4,7 @@ import msgspec
 
 
 class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Median seconds at each number of tokens, which rise."""
+    """Lower quartile of the measured seconds at each number of tokens; these rise strictly."""
 
     tokens: list[int]
     seconds: list[float]

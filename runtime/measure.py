@@ -31,7 +31,7 @@ from morphserve.runtime.scheduler import Slice
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # requests that decode at once
-# (sequences, query tokens, context tokens); what goes beyond the model's context is left out
+# (sequences, query tokens, context tokens); what goes beyond the model's context is cut to it
 ATTENTION = (
     *((1, 1, 64), (1, 1, 1024), (8, 1, 256), (32, 1, 64), (8, 1, 512), (32, 1, 128)),
     *((8, 1, 1024), (32, 1, 256), (16, 1, 1024), (32, 1, 512)),
@@ -54,7 +54,11 @@ def measure_costs(
     threads: int,
     show: Callable[[str], None] = lambda _: None,
 ) -> DeviceCosts:
-    """What the cost model needs, in about ten seconds. `show` is told what goes on."""
+    """What the cost model needs. `show` is told what goes on.
+
+    Takes about ten seconds for a small model; a large one is loaded in part, and a turn is then as
+    long as its run.
+    """
     arch = checkpoint.architecture
     kernels = load_kernels(kernels_name)
     dtype = choose_dtype("auto", arch.dtype, kernels)
@@ -66,11 +70,7 @@ def measure_costs(
         rigs = build_rigs(checkpoint, bundle, kernels, dtype, limits, most)
         full = rigs[Variant.FULL].parts
         counts = _affordable(full)
-        points = [
-            point
-            for point in ATTENTION
-            if point[2] <= arch.max_position and point[0] * point[1] <= max(64, counts[-1])
-        ]
+        points = _points(arch.max_position, max(64, counts[-1]))
         times = _Times()
         for i in range(ROUNDS):
             show(f"timing layers, attention and the rest of a step, {i + 1} of {ROUNDS}")
@@ -130,6 +130,12 @@ def _affordable(parts: Parts) -> list[int]:
             if sum(run()) > LONGEST_S and i:
                 return list(TOKENS[: i + 1])
     return list(TOKENS)
+
+
+def _points(max_position: int, max_queries: int) -> list[tuple[int, int, int]]:
+    """Those of ATTENTION, in the model's context, with at most so many queries in the batch."""
+    cut = [(n, min(q, max_position), min(c, max_position)) for n, q, c in ATTENTION]
+    return [(n, q, c) for n, q, c in dict.fromkeys(cut) if n * q <= max_queries]
 
 
 @contextmanager

@@ -136,6 +136,7 @@ def test_times_of_the_same_set_up_replace_each_other(folder: Path) -> None:
     [
         (DeviceCosts("x", "cpu", 1, "float32", 7, [], [], Curve([1, 2], [1.0])), "lack times"),
         (DeviceCosts("x", "cpu", 1, "float32", 7, [], [], Curve([1], [0.0])), "not positive"),
+        (DeviceCosts("x", "cpu", 1, "float32", 7, [], [], Curve([2, 2], [1.0, 1.0])), "not rise"),
         (
             DeviceCosts(
                 "x",
@@ -154,7 +155,7 @@ def test_times_of_the_same_set_up_replace_each_other(folder: Path) -> None:
             "Expected `float`, got `null`",
         ),
     ],
-    ids=["lengths", "zero", "variant", "nan"],
+    ids=["lengths", "zero", "equal tokens", "variant", "nan"],
 )
 def test_times_that_make_no_sense_are_not_stored(
     folder: Path, costs: DeviceCosts, reason: str

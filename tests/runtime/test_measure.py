@@ -1,12 +1,16 @@
 """What is measured, never how fast it was."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from torch import Tensor
 
+from morphserve.configs.schema import SchedulerConfig
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
@@ -14,7 +18,13 @@ from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime import measure
 from morphserve.runtime.costs import cost_model
+from morphserve.runtime.kernels import AttentionShape, BatchMeta, load_kernels
+from morphserve.runtime.kernels.reference import ReferenceKernels
 from morphserve.runtime.measure import device_name, measure_costs
+from morphserve.runtime.rigs import build_rigs
+
+LINEARS = ("qkv", "o", "gate_up", "down")
+LIMITS = SchedulerConfig(4, 64, 64)
 
 
 @pytest.fixture
@@ -59,6 +69,77 @@ def test_the_cost_model_is_made_of_what_was_measured(made: tuple[Checkpoint, Bun
     spans = [(9, 10), (0, 32)]
     for variant in Variant:
         assert model.step_seconds([variant] * 3, spans) > 0
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_each_timed_engine_runs_its_own_variant(made: tuple[Checkpoint, Bundle], name: str) -> None:
+    checkpoint, bundle = made
+    kernels = load_kernels(name)
+    rigs = build_rigs(checkpoint, bundle, kernels, torch.float32, LIMITS, 64)
+    assert list(rigs) == [Variant.FULL, Variant.INT4, Variant.INT8]
+    full = rigs.pop(Variant.FULL).parts.model.layers
+    assert len(full) == checkpoint.architecture.num_layers
+    for i, weights in enumerate(full):
+        for linear in LINEARS:
+            packed = kernels.pack_full(getattr(checkpoint.layer(i), linear))
+            assert torch.equal(getattr(weights, linear).weight, packed)
+    for variant, rig in rigs.items():
+        assert rig.parts.model.layers == rig.parts.layers.active
+        assert len(rig.parts.layers.active) == checkpoint.architecture.num_layers
+        for i, weights in enumerate(rig.parts.layers.active):
+            for linear in LINEARS:
+                found = getattr(weights, linear)
+                packed = kernels.pack_quantized(getattr(bundle.layer(i, variant), linear))
+                assert found.bits == packed.bits
+                assert torch.equal(found.codes, packed.codes)
+                assert torch.equal(found.scales, packed.scales)
+
+
+@pytest.mark.parametrize("point", [(1, 1, 16), (3, 1, 20), (2, 8, 24)])
+def test_attention_is_timed_at_its_points_sizes(
+    made: tuple[Checkpoint, Bundle], point: tuple[int, int, int]
+) -> None:
+    num_seqs, query_tokens, context = point
+    called = []
+
+    class Watched(ReferenceKernels):
+        def attention(
+            self, q: Tensor, cache: Tensor, meta: BatchMeta, shape: AttentionShape
+        ) -> Tensor:
+            called.append((len(q), meta.query_start.diff().tolist(), meta.context_len.tolist()))
+            return super().attention(q, cache, meta, shape)
+
+    rigs = build_rigs(*made, Watched(), torch.float32, LIMITS, 256)
+    with measure._attention(rigs[Variant.FULL].parts, *point) as run:
+        spent = run()
+    expected = (num_seqs * query_tokens, [query_tokens] * num_seqs, [context] * num_seqs)
+    assert called == [expected] * made[0].architecture.num_layers
+    assert len(spent) == len(called)
+
+
+def test_the_lower_quartile_of_all_turns_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MAX_RUNS", 1)
+    times = measure._Times()
+    for spent in ([9.0, 2.0, 7.0, 5.0], [8.0, 1.0, 3.0, 6.0, 4.0]):
+        times.measure("point", nullcontext(lambda spent=spent: list(spent)))
+        times.measure("other", nullcontext(lambda: [0.5]))
+    assert times.seconds("point") == 3.0  # 2 of 9 runs are shorter
+    assert times.seconds("other") == 0.5
+
+
+@pytest.mark.parametrize("max_position", [24, 40, 100])
+def test_a_short_context_is_measured_as_far_as_it_goes(
+    made: tuple[Checkpoint, Bundle], max_position: int
+) -> None:
+    checkpoint, _ = made
+    checkpoint.architecture = replace(checkpoint.architecture, max_position=max_position)
+    costs = measure_costs(*made, "cpu", threads=1)
+    points = [(t.num_seqs, t.query_tokens, t.context_tokens) for t in costs.attention]
+    assert len(set(points)) == len(points)
+    assert max(context for *_, context in points) == max_position
+    assert all(query <= context for _, query, context in points)
+    spans = [(max_position - 1, max_position), (0, max_position)]
+    assert cost_model(costs).step_seconds([Variant.INT4], spans) > 0
 
 
 def test_weights_of_a_layer_are_those_of_its_linears(made: tuple[Checkpoint, Bundle]) -> None:
