@@ -33,6 +33,7 @@ _LOOKS = {  # of each order: colour and marker
     FRONT_TO_BACK: ("green", "^"),
     BACK_TO_FRONT: ("pink", "v"),
 }
+_MAX_NUMBERED_BARS = 40  # numbers above more bars would overlap
 _KL = "KL, 10⁻³ nats per token"
 _STYLE: Any = {  # matplotlib types its keys one by one
     "axes.edgecolor": COLOURS["muted"],
@@ -149,12 +150,12 @@ def _draw_layers(axes: Axes, ranking: Ranking) -> None:
     costs = _thousandths([layer.divergence[Variant.INT4] for layer in ranking.layers])
     places = {layer: place for place, layer in enumerate(chosen_order(ranking).layers, 1)}
     bars = axes.bar(range(len(costs)), costs, color=COLOURS["blue"], width=0.72)
-    axes.bar_label(bars, [str(places[i]) for i in range(len(costs))], padding=2, fontsize=8.5)
-    axes.set(
-        title=f"One layer alone at INT4 (above: its place in {ranking.chosen})",
-        xlabel="layer",
-        ylabel=_KL,
-    )
+    title = "One layer alone at INT4"
+    if len(costs) <= _MAX_NUMBERED_BARS:
+        title += f" (number above a bar: its place in {ranking.chosen})"
+        size = 8.5 if len(costs) <= 24 else 6.5
+        axes.bar_label(bars, [str(places[i]) for i in range(len(costs))], padding=2, fontsize=size)
+    axes.set(title=title, xlabel="layer", ylabel=_KL)
     axes.margins(x=0.02, y=0.12)
     axes.grid(visible=False, axis="x")
     if len(costs) <= 16:

@@ -75,7 +75,8 @@ def render_page(profile: Profile) -> str:
 def _method(variant: Variant, how: Quantization) -> str:
     groups = f"groups of {how.group_size}" if how.group_size else "one scale per row"
     sides = "symmetric" if how.symmetric else "asymmetric"
-    text = f"; calibrated on {_show(how.calibration)}" if how.calibration else ""
+    use = "errors measured on" if how.method == "rtn" else "calibrated on"
+    text = f"; {use} {_show(how.calibration)}" if how.calibration else ""
     return f"{variant}: {how.method}, {how.bits} bits, {groups}, {sides}{text}"
 
 

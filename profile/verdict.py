@@ -16,6 +16,8 @@ def chosen_order(ranking: Ranking) -> RankedOrder:
 def headline(ranking: Ranking) -> str:
     """Which order was chosen, and what it costs at the most layers below all."""
     order, at = chosen_order(ranking), -2
+    if len(order.layers) == 1:
+        return f"the only layer costs {show_kl(order.divergence[-1])} nats of KL per token at INT4"
     return (
         f"{order.name} is the order to demote layers in: {ranking.replaced[at]} of "
         f"{len(order.layers)} layers at INT4 cost {show_kl(order.divergence[at])} nats of KL per "
@@ -38,8 +40,8 @@ def verdict(ranking: Ranking) -> list[str]:
 
 
 def show_kl(value: float) -> str:
-    """To two digits, as 0.0034."""
-    return f"{value:.2g}"
+    """In thousandths, as tables and drawings have it: 3.40e-3."""
+    return f"{1e3 * value:.2f}e-3"
 
 
 def _margins(order: RankedOrder, rivals: Sequence[RankedOrder], ranking: Ranking) -> str:
@@ -63,4 +65,5 @@ def _margins(order: RankedOrder, rivals: Sequence[RankedOrder], ranking: Ranking
 def _margin(own: float, other: float) -> str:
     if abs(own - other) <= _TIE * other:
         return "as much as"
-    return f"{abs(own / other - 1):.0%} {'below' if own < other else 'above'}"
+    share = f"{abs(own / other - 1):.0%} " if other else ""
+    return f"{share}{'below' if own < other else 'above'}"

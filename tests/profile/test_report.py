@@ -2,12 +2,14 @@
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import msgspec
 import pytest
 
+from morphserve.profile.figure import both_figure, layers_figure
 from morphserve.profile.independence import Independence, Probe
 from morphserve.profile.positions import SCHEDULES, Positions, Schedule
 from morphserve.profile.report import render_page, write_report
@@ -81,11 +83,11 @@ def profile() -> Profile:
 def test_words_follow_the_figures() -> None:
     found = ranking(LIS, FRONT, *RANDOM)
     assert headline(found) == (
-        "lis is the order to demote layers in: 2 of 3 layers at INT4 cost 0.003 nats of KL per "
-        "token, all of them 0.01"
+        "lis is the order to demote layers in: 2 of 3 layers at INT4 cost 3.00e-3 nats of KL "
+        "per token, all of them 10.00e-3"
     )
     margins, perplexity = verdict(found)
-    assert "its mean KL over 1, 2 INT4 layers is 0.002: 50% below front-to-back" in margins
+    assert "its mean KL over 1, 2 INT4 layers is 2.00e-3: 50% below front-to-back" in margins
     assert margins.count("front-to-back") == 1
     assert "50% below 2 random orders on average" in margins
     assert perplexity.startswith("Perplexity is 10.000 at full precision and 10.010 (+0.10%)")
@@ -95,6 +97,38 @@ def test_words_follow_the_figures() -> None:
         in verdict(ranking(order("lis", [2, 1, 0], FRONT.divergence), FRONT))[0]
     )
     assert len(verdict(ranking(FRONT))) == 1  # nothing to compare with
+    free = order("free", [1, 0, 2], [0, 0, 0, 0.01])
+    assert "is 2.00e-3: above free, the best of the others" in verdict(ranking(LIS, free))[0]
+    free_too = order("free, too", [2, 0, 1], [0, 0, 0, 0.01])
+    assert "as much as free, the best" in verdict(ranking(free_too, free))[0]
+
+
+def test_one_layer_has_a_headline_too() -> None:
+    one = msgspec.structs.replace(ranking(order("lis", [0], [0, 0.004])), replaced=[0, 1])
+    assert headline(one) == "the only layer costs 4.00e-3 nats of KL per token at INT4"
+
+
+@pytest.mark.parametrize(("num_layers", "numbered"), [(3, 3), (40, 40), (80, 0)])
+def test_bars_are_numbered_while_numbers_do_not_overlap(num_layers: int, numbered: int) -> None:
+    chosen = order("lis", list(range(num_layers))[::-1], LIS.divergence)
+    layers = ranking(LIS).layers[:1] * num_layers
+    found = msgspec.structs.replace(ranking(chosen), layers=layers)
+    for figure in (layers_figure(found), both_figure(found)):
+        figure.draw_without_rendering()
+        axes = figure.axes[-1]
+        assert ("its place" in axes.get_title(loc="left")) == bool(numbered)
+        assert len(axes.texts) == numbered
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_only_methods_that_use_text_are_called_calibrated(profile: Profile) -> None:
+    rounded = Quantization("rtn", 8, 0, symmetric=True, calibration=TEXT)
+    page = render_page(
+        msgspec.structs.replace(profile, quantization=profile.quantization | {INT8: rounded})
+    )
+    assert "int8: rtn, 8 bits, one scale per row, symmetric; errors measured on 4 windows" in page
+    assert "int4: gptq, 4 bits, groups of 128, symmetric; calibrated on 4 windows" in page
 
 
 class Links(HTMLParser):
