@@ -1,6 +1,7 @@
 """A bundle: the folder of quantised layer variants and their ranking, made for one checkpoint."""
 
 import hashlib
+import shlex
 from pathlib import Path
 
 import msgspec
@@ -50,19 +51,29 @@ class Bundle:
 
         Raises BadBundle if the file is not, byte for byte, the one that was written.
         """
+        try:
+            return self.checked_layer(i, variant)
+        except BadFile as error:
+            raise self._unusable(error) from error
+
+    def checked_layer(self, i: int, variant: Variant) -> LayerTensors[QuantizedWeight]:
+        """As `layer`, but the error is BadFile and says only what is wrong with the file."""
         files = self.manifest.variants[variant]
         data = self._read(files.layers[i])
         path = self.path / files.layers[i].name
-        try:
-            return decode_layer(path, data, self.architecture, files.quantization)
-        except BadFile as error:
-            raise BadBundle(f"{error}; {_rebuild(self.path)}") from error
+        return decode_layer(path, data, self.architecture, files.quantization)
 
     def check_files(self) -> None:
         """Raises BadBundle unless every file is there with its size."""
-        for files in self.manifest.variants.values():
-            for fact in files.layers:
-                _check_file(self.path, fact)
+        try:
+            for files in self.manifest.variants.values():
+                for fact in files.layers:
+                    _check_file(self.path, fact)
+        except BadFile as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: BadFile) -> BadBundle:
+        return BadBundle(f"{error}; {_rebuild(self.path)}")
 
     def with_ranking(self, ranking: Ranking) -> "Bundle":
         """This bundle with the ranking stored in its folder."""
@@ -98,11 +109,9 @@ class Bundle:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise BadBundle(
-                f"cannot read {path} ({error.strerror}): {_rebuild(self.path)}"
-            ) from error
+            raise BadFile(f"cannot read {path} ({error.strerror})") from error
         if (digest := hashlib.sha256(data).hexdigest()) != fact.sha256:
-            raise BadBundle(f"{path} {self._damage(digest)}: {_rebuild(self.path)}")
+            raise BadFile(f"{path} {self._damage(digest)}")
         return data
 
     def _damage(self, digest: str) -> str:
@@ -152,9 +161,9 @@ def replaced(folder: Path) -> Path:
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    if not path.is_file():
-        raise BadBundle(_no_bundle(folder.resolve()))
     try:
+        if not path.is_file():
+            raise BadBundle(_no_bundle(folder.resolve()))
         if path.is_symlink():
             raise BadBundle(f"{path} is a link: copy the bundle with its files")
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
@@ -197,15 +206,16 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
 
 def _check_file(folder: Path, fact: LayerFile) -> None:
     path = folder / fact.name
-    if path.is_symlink():
-        raise BadBundle(f"{path} is a link: copy the bundle with its files")
-    if not path.is_file():
-        raise BadBundle(f"{path} is missing: {_rebuild(folder)}")
-    num_bytes = path.stat().st_size
+    try:
+        if path.is_symlink():
+            raise BadFile(f"{path} is a link: copy the bundle with its files")
+        if not path.is_file():
+            raise BadFile(f"{path} is missing")
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise BadFile(f"cannot read {path} ({error.strerror})") from error
     if num_bytes != fact.num_bytes:
-        raise BadBundle(
-            f"{path} has {num_bytes} bytes instead of {fact.num_bytes}: {_rebuild(folder)}"
-        )
+        raise BadFile(f"{path} has {num_bytes} bytes instead of {fact.num_bytes}")
 
 
 def _set_up(costs: DeviceCosts) -> tuple[str, str, int, str]:
@@ -213,4 +223,5 @@ def _set_up(costs: DeviceCosts) -> tuple[str, str, int, str]:
 
 
 def _rebuild(folder: Path) -> str:
-    return f"run `morph quantize MODEL --output {folder} --force` to build it again"
+    command = f"morph quantize MODEL --output {shlex.quote(str(folder))} --force"
+    return f"run `{command}`, with the options it was made with, to build it again"

@@ -77,6 +77,8 @@ def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def _copy(entry: TensorEntry, data: bytes) -> Tensor:
+    if not entry.num_bytes:  # `frombuffer` takes no empty buffer
+        return torch.empty(entry.shape, dtype=entry.dtype)
     piece = bytearray(data[entry.start : entry.start + entry.num_bytes])
     return torch.frombuffer(piece, dtype=entry.dtype).view(entry.shape)
 

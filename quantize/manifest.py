@@ -5,7 +5,7 @@ Unknown fields and wrong types are errors.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -216,13 +216,28 @@ def _check_variants(variants: Mapping[Variant, VariantFiles]) -> None:
 
 
 def _check_ranking(manifest: Manifest) -> None:
-    if manifest.ranking is None:
+    ranking = manifest.ranking
+    if ranking is None:
         return
     layers = list(range(len(manifest.variants[Variant.INT4].layers)))
-    if any(sorted(order.layers) != layers for order in manifest.ranking.orders):
-        raise ValueError("an order in its ranking does not hold every layer once")
-    if manifest.ranking.chosen not in [order.name for order in manifest.ranking.orders]:
+    if len(ranking.layers) != len(layers):
+        raise ValueError("its ranking does not hold scores of every layer")
+    for order in ranking.orders:
+        if sorted(order.layers) != layers:
+            raise ValueError("an order in its ranking does not hold every layer once")
+        costs = order.selection_divergence, order.perplexity, order.divergence
+        if len(order.scores) not in (0, len(layers)) or not _all_of(costs, ranking.replaced):
+            raise ValueError("an order in its ranking lacks scores or costs, or has too many")
+    if ranking.chosen not in [order.name for order in ranking.orders]:
         raise ValueError("the order it chose is not in its ranking")
+    ladder = ranking.ladder
+    if ladder and not _all_of((ladder.freed_bytes, ladder.divergence), ladder.rungs):
+        raise ValueError("the ladder in its ranking lacks costs, or has too many")
+
+
+def _all_of(lists: Iterable[Sequence[float]], steps: Sequence[object]) -> bool:
+    """Whether each list has one entry per step."""
+    return all(len(entries) == len(steps) for entries in lists)
 
 
 def _check_costs(costs: DeviceCosts) -> None:

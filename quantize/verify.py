@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from morphserve.quantize.agreement import FLOOR, Agreement, Probe
-from morphserve.quantize.bundle import BadBundle, Bundle
+from morphserve.quantize.bundle import Bundle
 from morphserve.quantize.checkpoint import Checkpoint
+from morphserve.quantize.files import BadFile
 from morphserve.quantize.manifest import Variant
 
 
@@ -37,8 +38,8 @@ def _check(
     bundle: Bundle, i: int, variant: Variant, probe: Probe | None, floor: float
 ) -> LayerCheck:
     try:
-        layer = bundle.layer(i, variant)
-    except BadBundle as error:
+        layer = bundle.checked_layer(i, variant)
+    except BadFile as error:
         return LayerCheck(i, variant, None, str(error))
     if probe is None:
         return LayerCheck(i, variant, None, None)

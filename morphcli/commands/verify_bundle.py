@@ -16,8 +16,14 @@ def verify(
         str | None, typer.Argument(help="Its full-precision model, to compare every layer with.")
     ] = None,
     floor: Annotated[
-        float, typer.Option(min=-1, max=1, help="Least cosine with the full-precision layer.")
-    ] = 0.95,
+        float | None,
+        typer.Option(
+            min=-1,
+            max=1,
+            help="Least cosine with the full-precision layer; if not given, low enough for any "
+            "rounding to INT4.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check a bundle; with MODEL, compare every layer.
@@ -31,6 +37,7 @@ def verify(
     from rich.console import Console
     from rich.progress import track
 
+    from morphserve.quantize.agreement import FLOOR
     from morphserve.quantize.bundle import BadBundle, check_base, read_bundle
     from morphserve.quantize.checkpoint import open_checkpoint
     from morphserve.quantize.verify import verify_layers
@@ -39,10 +46,11 @@ def verify(
     checkpoint = None if model is None else open_checkpoint(model)
     if checkpoint is not None:
         check_base(opened, checkpoint)
+    least = FLOOR if floor is None else floor
     total = opened.num_layers * len(opened.manifest.variants)
     checks = list(
         track(
-            verify_layers(opened, checkpoint, floor),
+            verify_layers(opened, checkpoint, least),
             "checking layers",
             total=total,
             console=Console(stderr=True),
@@ -54,12 +62,19 @@ def verify(
         typer.echo(msgspec.json.encode(checks).decode())
     else:
         _print(bundle, model, checks)
-    failed = sum(check.fault is not None for check in checks)
+    failed = [check for check in checks if check.fault]
     if failed:
-        again = shlex.join(["morph", "quantize", model or "MODEL", "--output", str(bundle)])
         raise BadBundle(
-            f"{failed} of {total} layers of {bundle} failed: make it again with `{again} --force`"
+            f"{len(failed)} of {total} layers of {bundle} failed: {_way_out(bundle, model, failed)}"
         )
+
+
+def _way_out(bundle: Path, model: str | None, failed: "list[LayerCheck]") -> str:
+    command = shlex.join(["morph", "quantize", model or "MODEL", "--output", str(bundle)])
+    again = f"make it again with `{command} --force` and the options it was made with"
+    if all(check.agreement and check.agreement.shares_cache for check in failed):
+        return f"if they are rounded this coarsely on purpose, give a lower --floor; else {again}"
+    return again
 
 
 def _print(bundle: Path, model: str | None, checks: "list[LayerCheck]") -> None:

@@ -16,7 +16,7 @@ from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.quantize.build import QuantizeSettings, build_bundle, default_group_size
 from morphserve.quantize.bundle import BadBundle, Bundle, open_bundle
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
-from morphserve.quantize.manifest import RankedOrder, Ranking, TextSample
+from morphserve.quantize.manifest import LayerScores, RankedOrder, Ranking, TextSample, Variant
 from morphserve.quantize.rounding import Grid, quantize_rtn
 
 RTN = QuantizeSettings("rtn", 32)
@@ -60,7 +60,8 @@ def refusal(folder: Path, checkpoint: Checkpoint) -> str:
 def a_ranking(layers: list[int]) -> Ranking:
     text = TextSample("some.txt, first half", "00", 1, 16, 0)
     order = RankedOrder("lis", layers, [0.5, 0.25, 0.125], [0.1], [1.5], [0.1])
-    return Ranking(text, text, text, [0], [], [order], "lis")
+    scores = [LayerScores({Variant.INT4: 8}, {Variant.INT4: 0.1})] * 3
+    return Ranking(text, text, text, [0], scores, [order], "lis")
 
 
 def test_layers_come_back_as_they_were_rounded(

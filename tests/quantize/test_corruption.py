@@ -20,11 +20,14 @@ from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import BadBundle, open_bundle
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.manifest import (
+    Ladder,
     LayerFile,
+    LayerScores,
     Manifest,
     Quantization,
     RankedOrder,
     Ranking,
+    Rung,
     TextSample,
     Variant,
     VariantFiles,
@@ -80,7 +83,7 @@ def test_a_truncated_file(checkpoint: Checkpoint, folder: Path, kept: int) -> No
 
 def test_a_missing_file(checkpoint: Checkpoint, folder: Path) -> None:
     layer_file(folder, 2).unlink()
-    assert f"{layer_file(folder, 2)} is missing: run `morph quantize" in refusal(folder, checkpoint)
+    assert f"{layer_file(folder, 2)} is missing; run `morph quantize" in refusal(folder, checkpoint)
 
 
 def test_a_file_that_shrinks_while_the_bundle_is_open(checkpoint: Checkpoint, folder: Path) -> None:
@@ -123,6 +126,10 @@ def order_of(values: Tensor) -> Callable[[dict[str, Tensor]], object]:
     [
         (lambda t: t.update(extra=torch.zeros(2)), "holds tensor extra, which a llama layer"),
         (lambda t: t.pop(f"{Q}.scales"), f"lacks tensor {Q}.scales"),
+        (
+            lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][:0]}),
+            r"scales in .* has shape \[0, 64\], not \[2, 64\]",
+        ),
         (nan_scale, f"{Q}.scales in .* has values that are not finite"),
         (
             lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].float()}),
@@ -210,7 +217,21 @@ def test_a_truncated_manifest(checkpoint: Checkpoint, folder: Path, kept: int) -
 def a_ranking(layers: list[int], chosen: str = "lis") -> dict[str, Any]:
     text = TextSample("some.txt, first half", "00", 1, 16, 0)
     order = RankedOrder("lis", layers, [0.5, 0.25, 0.125], [0.1], [1.5], [0.1])
-    return {"ranking": Ranking(text, text, text, [0], [], [order], chosen)}
+    scores = [LayerScores({Variant.INT4: 8}, {Variant.INT4: 0.1})] * 3
+    return {"ranking": Ranking(text, text, text, [0], scores, [order], chosen)}
+
+
+def of_ranking(**changes: Any) -> Callable[[Manifest], dict[str, Any]]:
+    ranking: Ranking = a_ranking([0, 1, 2])["ranking"]
+    return lambda _: {"ranking": msgspec.structs.replace(ranking, **changes)}
+
+
+def of_order(**changes: Any) -> Callable[[Manifest], dict[str, Any]]:
+    (order,) = a_ranking([0, 1, 2])["ranking"].orders
+    return of_ranking(orders=[msgspec.structs.replace(order, **changes)])
+
+
+RUNG = Rung(0, Variant.INT4)
 
 
 def of_int4(**changes: Any) -> Callable[[Manifest], dict[str, Any]]:
@@ -241,6 +262,14 @@ def of_architecture(**changes: Any) -> Callable[[Manifest], dict[str, Any]]:
         (lambda _: a_ranking([0, 1, 1]), "does not hold every layer once"),
         (lambda _: a_ranking([0, 1, 3]), "does not hold every layer once"),
         (lambda _: a_ranking([0, 1, 2], "best"), "the order it chose is not in its ranking"),
+        (of_ranking(replaced=[0, 1]), "lacks scores or costs, or has too many"),
+        (of_ranking(layers=[]), "does not hold scores of every layer"),
+        (of_order(scores=[0.5]), "lacks scores or costs, or has too many"),
+        (of_order(selection_divergence=[]), "lacks scores or costs, or has too many"),
+        (of_order(perplexity=[1.5, 1.6]), "lacks scores or costs, or has too many"),
+        (of_order(divergence=[]), "lacks scores or costs, or has too many"),
+        (of_ranking(ladder=Ladder("x", [RUNG], [], [0.1])), "the ladder in its ranking lacks"),
+        (of_ranking(ladder=Ladder("x", [RUNG], [8], [])), "the ladder in its ranking lacks"),
         (of_int4(bits=8), "its int4 variant has 8 bits"),
         (of_int4(group_size=-32), "its int4 variant has a negative group size"),
         (of_int4(group_size=0), "has shape"),
@@ -300,3 +329,19 @@ def test_a_bundle_that_was_built_anew_keeps_its_own_manifest(
     with pytest.raises(BadBundle, match="was built anew meanwhile"):
         opened.with_ranking(a_ranking([0, 1, 2])["ranking"])
     assert open_bundle(str(folder), checkpoint).manifest.ranking is None
+
+
+def test_files_that_may_not_be_looked_at(
+    checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def deny(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path.name == denied:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", deny)
+    for denied in ("bundle.json", "layer-00001.int4.safetensors"):
+        message = refusal(folder, checkpoint)
+        assert f"cannot read {folder / denied}" in message and "Permission denied" in message

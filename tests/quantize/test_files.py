@@ -45,6 +45,14 @@ def test_parsing_a_files_content_equals_reading_it(tmp_path: Path) -> None:
     assert all(torch.equal(parsed[name], tensors[name]) for name in tensors)
 
 
+def test_tensors_without_values_are_read_too(tmp_path: Path) -> None:
+    data = encode_tensors({"a": torch.zeros(0, 3), "b": torch.zeros(2)})
+    (tmp_path / "x").write_bytes(data)
+    entries = read_entries(tmp_path / "x")
+    for found in (parse_tensors(tmp_path / "x", data)["a"], read_tensor(entries["a"])):
+        assert (found.shape, found.dtype) == ((0, 3), torch.float32)
+
+
 def test_a_files_size_is_known_before_it_is_made() -> None:
     dtypes = (torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.half, torch.uint8)
     tensors = {
