@@ -150,12 +150,12 @@ def _draw_layers(axes: Axes, ranking: Ranking) -> None:
     costs = _thousandths([layer.divergence[Variant.INT4] for layer in ranking.layers])
     places = {layer: place for place, layer in enumerate(chosen_order(ranking).layers, 1)}
     bars = axes.bar(range(len(costs)), costs, color=COLOURS["blue"], width=0.72)
-    title = "One layer alone at INT4"
+    label = "layer"
     if len(costs) <= _MAX_NUMBERED_BARS:
-        title += f" (number above a bar: its place in {ranking.chosen})"
+        label += f" (number above a bar: its place in {ranking.chosen})"
         size = 8.5 if len(costs) <= 24 else 6.5
         axes.bar_label(bars, [str(places[i]) for i in range(len(costs))], padding=2, fontsize=size)
-    axes.set(title=title, xlabel="layer", ylabel=_KL)
+    axes.set(title="One layer alone at INT4", xlabel=label, ylabel=_KL)
     axes.margins(x=0.02, y=0.12)
     axes.grid(visible=False, axis="x")
     if len(costs) <= 16:

@@ -116,7 +116,7 @@ def test_bars_are_numbered_while_numbers_do_not_overlap(num_layers: int, numbere
     for figure in (layers_figure(found), both_figure(found)):
         figure.draw_without_rendering()
         axes = figure.axes[-1]
-        assert ("its place" in axes.get_title(loc="left")) == bool(numbered)
+        assert ("its place" in axes.get_xlabel()) == bool(numbered)
         assert len(axes.texts) == numbered
         boxes = [text.get_window_extent() for text in axes.texts]
         assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
