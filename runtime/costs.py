@@ -111,7 +111,7 @@ def fit(terms: Floats, values: Floats) -> Floats:
     times smaller than the rest for nothing.
     """
     relative = terms / values[:, None]
-    norms = np.linalg.norm(relative, axis=0)
+    norms: Floats = np.linalg.norm(relative, axis=0)
     relative /= norms
     best, least = np.zeros(terms.shape[1]), float(len(values))
     for size in range(1, terms.shape[1] + 1):
@@ -121,7 +121,8 @@ def fit(terms: Floats, values: Floats) -> Floats:
             error = float(np.square(relative @ found - 1).sum())
             if error < least and (found >= 0).all():
                 best, least = found, error
-    return best / norms
+    best /= norms
+    return best
 
 
 def _fit_attention(times: Sequence[AttentionTime]) -> AttentionCost:
