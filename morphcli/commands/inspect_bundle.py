@@ -46,6 +46,9 @@ def _print(path: Path, bundle: "Bundle") -> None:
     if ranking := bundle.manifest.ranking:
         console.print(_orders(ranking))
     for costs in bundle.manifest.costs:
+        how = f"{costs.kernels}, {costs.threads} threads, {costs.dtype}"
+        title = f"ms per layer on {costs.device} ({how})"
+        console.print(title, style="italic", markup=False)
         console.print(_costs(costs))
     command = shlex.join(["morph", "verify", str(path)])
     console.print(f"to check its files: {command}", markup=False)
@@ -133,7 +136,7 @@ def _orders(ranking: "Ranking") -> "Table":
     from rich.table import Table
 
     table = Table(title="KL from full precision, 1e-3 nats/token, and perplexity")
-    table.add_column("INT4 layers")
+    table.add_column("INT4 layers", no_wrap=True)
     for number in ranking.replaced:
         table.add_column(str(number), justify="right")
     for order in ranking.orders:
@@ -147,14 +150,12 @@ def _orders(ranking: "Ranking") -> "Table":
 def _costs(costs: "DeviceCosts") -> "Table":
     from rich.table import Table
 
-    table = Table(
-        title=f"ms per layer on {costs.device} ({costs.kernels}, {costs.threads} threads, "
-        f"{costs.dtype})"
-    )
-    for heading in ("variant", "tokens", "ms"):
-        table.add_column(heading)
-    curves = [(layer.variant, layer.curve) for layer in costs.layers]
-    for name, curve in [*curves, ("all but layers", costs.rest)]:
-        times = " ".join(f"{1e3 * seconds:.3f}" for seconds in curve.seconds)
-        table.add_row(name, " ".join(map(str, curve.tokens)), times)
+    table = Table()
+    curves = {layer.variant: layer.curve for layer in costs.layers} | {"all but layers": costs.rest}
+    for heading in ("tokens", *curves):
+        table.add_column(heading, justify="right")
+    times = [dict(zip(curve.tokens, curve.seconds, strict=True)) for curve in curves.values()]
+    for tokens in sorted({tokens for curve in curves.values() for tokens in curve.tokens}):
+        cells = (f"{1e3 * curve[tokens]:.3f}" if tokens in curve else "" for curve in times)
+        table.add_row(str(tokens), *cells)
     return table

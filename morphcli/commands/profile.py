@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
+    from rich.console import Console
     from rich.progress import TaskID
     from rich.table import Table
 
@@ -159,7 +160,7 @@ def _print(model: str, bundle: Path, found: "Profile", costs: "DeviceCosts", pag
     console.print(_orders_table("perplexity", ranking, _perplexities))
     for table in _study_tables(found):
         console.print(table)
-    console.print(_costs_table(costs))
+    _print_costs(console, costs)
     for sentence in (f"{headline(ranking)}.", *verdict(ranking)):
         console.print(sentence, markup=False)
     order = " ".join(map(str, chosen_order(ranking).layers))
@@ -203,12 +204,28 @@ def _study_tables(found: "Profile") -> "Iterator[Table]":
         yield table
 
 
-def _costs_table(costs: "DeviceCosts") -> "Table":
+def _print_costs(console: "Console", costs: "DeviceCosts") -> None:
+    from morphserve.runtime.costs import cost_model
+
     threads = f"{costs.threads} thread{'s' if costs.threads > 1 else ''}"
     title = f"one layer without attention, ms, on {costs.device}, {threads}"
-    table = _table(title, "tokens", costs.layers[0].curve.tokens)
-    for layer in costs.layers:
-        table.add_row(layer.variant, *(f"{1e3 * seconds:.3g}" for seconds in layer.curve.seconds))
+    console.print(title, style="italic", markup=False)
+    console.print(_costs_table(costs))
+    model = cost_model(costs)
+    errors = f"decode attention {model.decode.error:.0%}, prefill {model.prefill.error:.0%}"
+    console.print(f"the cost model's mean error at measured points: {errors}", markup=False)
+
+
+def _costs_table(costs: "DeviceCosts") -> "Table":
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("tokens", *(layer.variant for layer in costs.layers)):
+        table.add_column(heading, justify="right")
+    counts = costs.layers[0].curve.tokens
+    times = zip(*(layer.curve.seconds for layer in costs.layers), strict=True)
+    for tokens, row in zip(counts, times, strict=True):
+        table.add_row(str(tokens), *(f"{1e3 * seconds:.3g}" for seconds in row))
     return table
 
 
