@@ -193,6 +193,8 @@ def _is_ours(path: Path) -> bool:
     """Whether `quantize` or `profile` may have written this file, finished or not."""
     temporary = _UNFINISHED.fullmatch(path.name)
     name = temporary[1] if temporary else path.name
+    if name.startswith("profile.") and not (path.parent / MANIFEST).exists():
+        return False  # a report without its bundle may be any program's
     return bool(_OURS.fullmatch(name)) and path.is_file() and not path.is_symlink()
 
 
