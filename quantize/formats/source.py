@@ -57,7 +57,7 @@ class QuantizedSource:
         for name, entry in sorted(self._entries.items()):
             if ".layers." in name:
                 digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
-                digest.update(read_tensor(entry).view(-1).view(torch.uint8).numpy())
+                digest.update(read_tensor(entry).view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def layer(self, i: int) -> LayerTensors[QuantizedWeight]:
