@@ -11,6 +11,7 @@ from morphserve.configs.errors import MorphError
 from morphserve.morphcli.app import app
 from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.runtime.costs import cost_model
 
 
 def morph(*words: str | Path) -> Result:
@@ -49,6 +50,9 @@ def test_from_checkpoint_to_ranked_bundle(model: Path, text: Path, tmp_path: Pat
     assert bundle.manifest.ranking is not None
     (costs,) = bundle.manifest.costs
     assert f"ms, on {costs.device}" in ranked.output.replace("\n", " ")
+    model_of_costs = cost_model(costs)
+    errors = (model_of_costs.decode.error, model_of_costs.prefill.error)
+    assert "decode attention {:.0%}, prefill {:.0%}".format(*errors) in ranked.output
     assert f"order is now: {' '.join(map(str, bundle.order))}" in ranked.output
     again = morph("quantize", model, "-o", folder, "--force", "--method", "rtn")
     assert again.exit_code == 0, again.output  # a report is no foreign file

@@ -136,6 +136,17 @@ def test_inspect_shows_what_was_measured(model: Path, folder: Path) -> None:
     assert manifest["costs"][0]["device"] == "Abacus 3000"
 
 
+def test_names_of_orders_are_whole_on_a_narrow_terminal(folder: Path) -> None:
+    text = TextSample("novel.txt", "00", 4, 16, 0)
+    order = RankedOrder("front-to-back", [0, 1, 2], [], [0.01] * 6, [180.125] * 6, [0.5] * 6)
+    scores = [LayerScores({Variant.INT4: 8}, {Variant.INT4: 0.1})] * 3
+    ranking = Ranking(text, text, text, [0, 1, 2, 4, 8, 12], scores, [order], order.name)
+    read_bundle(str(folder)).with_ranking(ranking)
+    narrow = CliRunner().invoke(app, ["inspect", str(folder)], env={"COLUMNS": "80"})
+    table = narrow.output.partition("perplexity")[2]
+    assert "front-to-back" in table
+
+
 def test_times_of_the_same_set_up_replace_each_other(folder: Path) -> None:
     def costs(device: str, seconds: float) -> DeviceCosts:
         attention = [AttentionTime(1, 1, 16, seconds)]
