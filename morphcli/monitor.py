@@ -12,7 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from morphserve.runtime.messages import Snapshot
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.ladder import DEPTH
+from morphserve.runtime.messages import Event, Snapshot
 from morphserve.runtime.metrics import Latency, Percentiles
 from morphserve.runtime.server.run import Watch
 from morphserve.runtime.server.serving import Serving
@@ -24,6 +26,7 @@ _EVENTS = 5
 _BARS = " ▁▂▃▄▅▆▇█"
 _LAYERS = {  # glyph and style of each state
     "full": ("■", "green"),
+    "int8": ("▪", "blue"),
     "int4": ("▪", "yellow"),
     "demoting": ("▼", "bold magenta"),
     "promoting": ("▲", "bold cyan"),
@@ -49,7 +52,7 @@ class Rates:
     def between(cls, before: Snapshot, now: Snapshot) -> "Rates":
         seconds = max(now.time - before.time, 1e-9)
         prompt = now.prompt_tokens - before.prompt_tokens
-        generation = now.generated_tokens - before.generated_tokens
+        generation = now.num_generated - before.num_generated
         return cls(prompt / seconds, generation / seconds)
 
 
@@ -83,7 +86,9 @@ async def watch_live(serving: Serving, console: Console) -> None:
         # On a screen of its own: a resized terminal leaves no old lines behind.
         with Live(console=console, auto_refresh=False, screen=True) as live:
             while True:
-                view.update(serving.engine.snapshot, serving.metrics.latency())
+                view.update(
+                    serving.engine.snapshot, serving.metrics.latency(), list(serving.engine.events)
+                )
                 live.update(view.render(console.width), refresh=True)
                 await asyncio.sleep(REFRESH_S)
     finally:
@@ -99,9 +104,10 @@ class View:
     history: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=_MAX_POINTS))
     now: Snapshot | None = None
     latency: Latency = Latency(None, None)
+    events: Sequence[Event] = ()
 
-    def update(self, now: Snapshot, latency: Latency) -> None:
-        self.now, self.latency = now, latency
+    def update(self, now: Snapshot, latency: Latency, events: Sequence[Event] = ()) -> None:
+        self.now, self.latency, self.events = now, latency, events[-_EVENTS:]
         if not self.history or now.time - self.history[-1].time >= HISTORY_S:
             self.history.append(now)
 
@@ -114,7 +120,7 @@ class View:
             *_kv_rows(list(self.history), now, width),
             _queue(now, self._rates(now)),
             _latency_table(self.latency),
-            *_events(now, width),
+            *_events(self.events, width),
         ]
         return Group(*parts)
 
@@ -137,9 +143,17 @@ def _header(model: str, url: str, now: Snapshot) -> Text:
 
 def _layer_map(now: Snapshot) -> Text:
     """One cell per layer, in the order of the model."""
-    cells = [(f"{_LAYERS[state][0]} ", _LAYERS[state][1]) for state in now.layers]
+    states = [_layer_state(now, layer) for layer in range(len(now.layers))]
+    cells = [(f"{_LAYERS[state][0]} ", _LAYERS[state][1]) for state in states]
     legend = [(f"  {glyph} {state}", style) for state, (glyph, style) in _LAYERS.items()]
     return Text.assemble("layers  ", *cells, *legend)
+
+
+def _layer_state(now: Snapshot, layer: int) -> str:
+    variant, to = now.layers[layer], now.swapping.get(layer)
+    if to is None:
+        return variant.value
+    return "demoting" if DEPTH[to] > DEPTH[variant] else "promoting"
 
 
 def _kv_rows(history: Sequence[Snapshot], now: Snapshot, width: int) -> list[Text]:
@@ -191,9 +205,9 @@ def _milliseconds(values: Percentiles | None) -> list[str]:
     return [f"{value * 1000:.0f} ms" for value in (values.p50, values.p95, values.p99)]
 
 
-def _events(now: Snapshot, width: int) -> list[Text]:
+def _events(events: Sequence[Event], width: int) -> list[Text]:
     lines = []
-    for event in now.events[-_EVENTS:]:
+    for event in events:
         stamp = time.strftime("%H:%M:%S", time.localtime(event.time))
         line = Text(f"{stamp} {event.kind:<9} {event.text}", style="dim", no_wrap=True)
         line.truncate(width, overflow="ellipsis")
@@ -203,7 +217,7 @@ def _events(now: Snapshot, width: int) -> list[Text]:
 
 def _num_int4(now: Snapshot) -> int:
     """Layers that compute in INT4 now: one on its way down still runs at full precision."""
-    return sum(state in ("int4", "promoting") for state in now.layers)
+    return now.layers.count(Variant.INT4)
 
 
 def _share(now: Snapshot) -> float:

@@ -1,6 +1,7 @@
-"""What the machine has left."""
+"""What the machine is, and what it has left."""
 
 import os
+import platform
 from pathlib import Path
 
 
@@ -10,3 +11,16 @@ def free_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_name() -> str:
+    """The CPU's model as the system knows it, with what tells generations of one name apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in lines)
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
+    name = facts.get("model name") or platform.machine()
+    generation = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return f"{name} ({', '.join(generation)})" if generation else name

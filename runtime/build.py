@@ -11,18 +11,17 @@ import torch
 from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
-from morphserve.quantize.machine import free_memory
+from morphserve.quantize.machine import device_name, free_memory
+from morphserve.quantize.manifest import Rung, Variant
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.kernels import AttentionShape
+from morphserve.runtime.ladder import Ladder
 from morphserve.runtime.layers import Layers
 from morphserve.runtime.loader import LoadedModel, load_model
-from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
-from morphserve.runtime.model import (
-    Model,
-    place_statics,
-    rope_table,
-)
+from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory, staging_bytes
+from morphserve.runtime.messages import Hello, MemoryBytes
+from morphserve.runtime.model import Model, place_statics, rope_table
 from morphserve.runtime.runner import Runner
 from morphserve.runtime.scheduler import Scheduler
 from morphserve.runtime.swapper import Swapper
@@ -34,15 +33,14 @@ class Parts:
 
     architecture: Architecture
     max_model_len: int
-    order: list[int]  # layer ids, first to be demoted first
-    capacities: tuple[int, ...]  # KV blocks at rung 0, 1, ... the deepest allowed
+    ladder: Ladder
+    hello: Hello
     pool: BlockPool
     scheduler: Scheduler
     layers: Layers
     swapper: Swapper
     model: Model
     runner: Runner
-    startup_s: dict[str, float]  # seconds per phase
 
 
 def build(config: EngineConfig) -> Parts:
@@ -55,7 +53,7 @@ def build(config: EngineConfig) -> Parts:
     max_model_len = _max_model_len(config, model.architecture)
     plan = _plan(config, model, max_model_len)
     parts = assemble(config, model, plan, max_model_len)
-    parts.startup_s.update(load=loaded - started, arena=time.monotonic() - loaded)
+    parts.hello.startup_s.update(load=loaded - started, arena=time.monotonic() - loaded)
     return parts
 
 
@@ -91,18 +89,44 @@ def assemble(
         cos_sin=rope_table(architecture, max_model_len),
         shape=_attention_shape(architecture, config.cache.block_tokens),
     )
-    max_demoted = config.policy.max_demoted(architecture.num_layers)
+    ladder = Ladder(tuple(Rung(i, Variant.INT4) for i in model.order), architecture.num_layers)
     return Parts(
         architecture=architecture,
         max_model_len=max_model_len,
-        order=model.order,
-        capacities=plan.capacities(model.order, max_demoted),
+        ladder=ladder,
+        hello=_hello(config, model, plan, ladder, max_model_len),
         pool=pool,
         scheduler=scheduler,
         layers=layers,
         swapper=Swapper(arena, plan, layers, pool, scheduler.move_blocks),
         model=forward,
         runner=Runner(forward, architecture.eos_token_ids),
+    )
+
+
+def _hello(
+    config: EngineConfig, model: LoadedModel, plan: MemoryPlan, ladder: Ladder, max_model_len: int
+) -> Hello:
+    sizes, num_layers = plan.sizes, model.architecture.num_layers
+    images = {Variant.FULL: sizes.full_bytes, Variant.INT4: sizes.int4_bytes}
+    max_demoted = config.policy.max_demoted(num_layers)
+    return Hello(
+        max_model_len=max_model_len,
+        num_layers=num_layers,
+        ladder=list(ladder.steps),
+        capacities=list(plan.capacities(model.order, max_demoted)),
+        block_tokens=sizes.block_tokens,
+        device=device_name(),
+        kernels=model.kernels.name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        memory=MemoryBytes(
+            budget=plan.num_bytes,
+            static=sizes.static_bytes,
+            staging=staging_bytes(sizes, len(plan.staging)),
+            layers=sum(slab.num_pages for slab in plan.slabs) * sizes.page_bytes,
+            page=sizes.page_bytes,
+            images={variant: list(image) for variant, image in images.items() if image},
+        ),
         startup_s={},
     )
 

@@ -9,8 +9,9 @@ import msgspec
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import Parts, build
-from morphserve.runtime.controller import ControlState, decide
-from morphserve.runtime.messages import Hello, Refused, Snapshot, Step, Submit, TokenOutput
+from morphserve.runtime.control import Control
+from morphserve.runtime.ladder import DEPTH, lowest
+from morphserve.runtime.messages import Event, Hello, Refused, Snapshot, Step, Submit, TokenOutput
 from morphserve.runtime.monitor import Monitor
 from morphserve.runtime.request import FinishReason, Request, SamplingParams
 from morphserve.runtime.scheduler import Batch
@@ -25,24 +26,14 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
         self._policy = config.policy
         self._parts: Parts = build(config)
         self._monitor = Monitor()
         self._seeds = random.Random(config.seed)  # for requests that bring none
-        self._control = ControlState()
-        self._looked_s = float("-inf")
-        self._failed_swaps = 0  # since the latest one that succeeded
-        self._held_until_s = float("-inf")  # no decision before, after a failed swap
-        self._target = self._rung
+        self._control = Control(self._policy, target=self._rung)
 
     def hello(self) -> Hello:
-        parts = self._parts
-        return Hello(
-            max_model_len=parts.max_model_len,
-            num_layers=parts.architecture.num_layers,
-            startup_s=parts.startup_s,
-        )
+        return self._parts.hello
 
     def submit(self, message: Submit) -> Refused | None:
         """Queues a request, or says why it can never be served."""
@@ -53,12 +44,27 @@ class Engine:
         if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids)):
             return Refused(message.request_id, f"token ids must lie between 0 and {vocab - 1}")
         self._parts.scheduler.add(
-            Request(message.request_id, prompt, self._seeded(params), time.monotonic())
+            Request(
+                message.request_id,
+                prompt,
+                self._seeded(params),
+                time.monotonic(),
+                message.demands,
+            )
         )
         return None
 
     def abort(self, request_id: str) -> None:
         self._parts.scheduler.abort(request_id)
+
+    def pin(self, rung: int | None) -> None:
+        """Holds a rung, whatever the traffic; None lets the controller decide again."""
+        if event := self._control.pin(rung, len(self._parts.hello.capacities) - 1):
+            self._monitor.event("pin", event)
+
+    def take_events(self) -> list[Event]:
+        """What has happened since the last call."""
+        return self._monitor.take_events()
 
     @property
     def has_work(self) -> bool:
@@ -82,27 +88,30 @@ class Engine:
         return Snapshot(
             time=time.time(),
             policy=self._policy.name,
-            layers=self._layer_states(),
-            order=parts.order,
+            layers=list(parts.layers.variants),
+            swapping={swap.layer: swap.to for swap in parts.swapper.in_flight},
             rung=self._rung,
-            target_rung=self._target,
+            target_rung=self._control.target,
+            pinned=self._control.pinned,
             blocks_used=parts.pool.num_used,
+            blocks_cached=0,
             blocks_capacity=parts.pool.capacity,
-            blocks_full=parts.capacities[0],
-            blocks_max=parts.capacities[-1],
-            block_tokens=self._config.cache.block_tokens,
+            blocks_full=parts.hello.capacities[0],
+            blocks_max=parts.hello.capacities[-1],
+            block_tokens=parts.hello.block_tokens,
             demand=scheduler.demand(self._policy.horizon_tokens),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             oldest_wait_s=0.0 if oldest is None else time.monotonic() - oldest,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=monitor.prompt_tokens,
-            generated_tokens=monitor.generated_tokens,
-            generated_tokens_int4=monitor.generated_tokens_int4,
+            generated_tokens=dict(monitor.generated_tokens),
+            prefix_queries=0,
+            prefix_hits=0,
             swaps=monitor.swaps,
             steps=monitor.steps,
             step_s=monitor.step_s,
-            events=list(monitor.events),
+            predicted_step_s=None,
         )
 
     def _never(self, prompt: int, output: int) -> str | None:
@@ -124,75 +133,64 @@ class Engine:
         return msgspec.structs.replace(params, seed=self._seeds.getrandbits(32))
 
     @property
+    def _variants(self) -> list[Variant]:
+        """Of each layer: what it computes in, or is on its way to."""
+        variants = list(self._parts.layers.variants)
+        for swap in self._parts.swapper.in_flight:
+            variants[swap.layer] = swap.to
+        return variants
+
+    @property
     def _rung(self) -> int:
-        """Layers that are INT4 or on their way there."""
-        moving = self._parts.swapper.in_flight
-        down = sum(swap.to is Variant.INT4 for swap in moving)
-        return self._parts.layers.num_int4 + down - (len(moving) - down)
+        return self._parts.ladder.rung_of(self._variants)
 
     def _commit_swaps(self) -> None:
         for swap in self._parts.swapper.commit_ready():
-            kind = "demote" if swap.to is Variant.INT4 else "promote"
             capacity = self._parts.pool.capacity
-            self._monitor.event(kind, f"layer {swap.layer} is {swap.to.value}, {capacity} blocks")
-            self._monitor.swaps += 1
-            self._failed_swaps = 0
+            self._monitor.swapped(swap.layer, swap.was, swap.to, capacity)
+            self._control.swap_done()
         for failure in self._parts.swapper.failures:
             self._monitor.event("swap_failed", failure)
-            self._failed_swaps += 1
-            self._target = self._rung
-            self._held_until_s = time.monotonic() + min(60.0, 2.0**self._failed_swaps)
+            self._control.swap_failed(self._rung, time.monotonic())
         self._parts.swapper.failures.clear()
 
     def _decide(self, now_s: float) -> None:
-        if now_s - self._looked_s < self._policy.window_s or now_s < self._held_until_s:
+        if not self._control.is_due(now_s):
             return
-        self._looked_s = now_s
         demand = self._parts.scheduler.demand(self._policy.horizon_tokens)
-        settled = self._rung == self._target and not self._parts.swapper.in_flight
+        settled = self._rung == self._control.target and not self._parts.swapper.in_flight
         signals = self._monitor.signals(
-            now_s, demand, self._target, self._parts.capacities, settled
+            now_s, demand, self._control.target, self._parts.hello.capacities, settled
         )
-        decision, self._control = decide(signals, self._control, self._policy)
-        if decision is not None:
-            self._target = decision.rung
+        if decision := self._control.look(signals):
             self._monitor.event("decision", decision.reason)
 
     def _start_swaps(self) -> None:
         """Starts what leads to the target rung, never both directions at once."""
-        swapper = self._parts.swapper
-        while swapper.has_room and self._rung != self._target:
-            to = Variant.INT4 if self._target > self._rung else Variant.FULL
-            if any(swap.to is not to for swap in swapper.in_flight):
+        swapper, ladder = self._parts.swapper, self._parts.ladder
+        while swapper.has_room:
+            moving = {swap.layer for swap in swapper.in_flight}
+            step = ladder.next_swap(self._variants, moving, self._control.target)
+            if step is None:
                 return
-            if not swapper.start(self._next_layer(to), to):
+            down = DEPTH[step.to] > DEPTH[self._parts.layers.variants[step.layer]]
+            if any(swap.is_demotion is not down for swap in swapper.in_flight):
                 return
-
-    def _next_layer(self, to: Variant) -> int:
-        """Demotion follows the order, promotion goes back along it."""
-        order = self._parts.order if to is Variant.INT4 else self._parts.order[::-1]
-        moving = {swap.layer for swap in self._parts.swapper.in_flight}
-        variants = self._parts.layers.variants
-        return next(i for i in order if variants[i] is not to and i not in moving)
+            if not swapper.start(step.layer, step.to):
+                return
 
     def _run(self, batch: Batch, started: float) -> Step:
-        num_int4 = self._parts.layers.num_int4
+        precision = lowest(self._parts.layers.variants)
         try:
             tokens = self._parts.runner.run(batch)
         except Exception as error:
             logger.exception("a step failed; its %d requests end with an error", len(batch))
             self._monitor.event("error", f"a step failed: {error}")
             failed = self._parts.scheduler.fail(batch)
-            return Step(num_int4, [_output(request, []) for request in failed])
-        self._monitor.stepped(batch, num_int4, time.monotonic() - started)
+            return Step(precision, [_output(request, []) for request in failed])
+        self._monitor.stepped(batch, precision, time.monotonic() - started)
         outputs = self._parts.scheduler.update(batch, tokens)
-        return Step(num_int4, [_output(request, new) for request, new in outputs])
-
-    def _layer_states(self) -> list[str]:
-        states = [variant.value for variant in self._parts.layers.variants]
-        for swap in self._parts.swapper.in_flight:
-            states[swap.layer] = "demoting" if swap.to is Variant.INT4 else "promoting"
-        return states
+        return Step(precision, [_output(request, new) for request, new in outputs])
 
 
 def _output(request: Request, tokens: list[int]) -> TokenOutput:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,25 +14,32 @@ import msgspec
 
 from morphserve.configs.errors import MorphError
 from morphserve.configs.schema import EngineConfig
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.frames import FrameSplitter, encode_frame
 from morphserve.runtime.messages import (
     Abort,
+    Event,
+    Events,
     Failed,
     FromEngine,
     Hello,
+    Pin,
     Refused,
     Shutdown,
     Snapshot,
     Step,
     Submit,
     ToEngine,
+    TokenLogprobs,
     TokenOutput,
 )
-from morphserve.runtime.request import FinishReason, SamplingParams
+from morphserve.runtime.request import Demands, FinishReason, SamplingParams
 
 # -P: a file in the user's folder named like a module of ours must not be imported.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "morphserve.runtime.engine_process")
+KEPT_EVENTS = 1000
 _READ_BYTES = 1 << 18
+_NO_DEMANDS = Demands()
 _EXIT_S = 1.0  # from closing its socket to the engine's end
 
 
@@ -48,8 +56,10 @@ class Chunk:
     """New tokens of one request. The last chunk has a finish reason."""
 
     tokens: list[int]
-    num_int4_layers: int  # in the step that made them
+    precision: Variant  # lowest of any layer in the step that made them
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
+    cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +104,7 @@ class EngineClient:
     ) -> None:
         """`exit_code` waits so many seconds for the process to end."""
         self.died = asyncio.Event()
+        self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self.failure = "the engine process ended unexpectedly"
         self._sock = sock
         self._exit_code = exit_code
@@ -119,7 +130,11 @@ class EngineClient:
         return self.hello
 
     async def generate(
-        self, request_id: str, prompt: list[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        demands: Demands = _NO_DEMANDS,
     ) -> AsyncGenerator[Chunk]:
         """The request's chunks as the engine makes them; leaving early aborts it.
 
@@ -131,7 +146,7 @@ class EngineClient:
         queue: asyncio.Queue[Chunk | RequestRefused] = asyncio.Queue()
         self._queues[request_id] = queue
         try:
-            self._send(Submit(request_id, prompt, params))
+            self._send(Submit(request_id, prompt, params, demands))
             finished = False
             while not finished:
                 chunk = await queue.get()
@@ -142,6 +157,10 @@ class EngineClient:
         finally:
             if self._queues.pop(request_id, None) is not None:
                 self._send(Abort(request_id))
+
+    def pin(self, rung: int | None) -> None:
+        """Asks the engine to hold a rung; None: to let the controller decide again."""
+        self._send(Pin(rung))
 
     def abort_all(self) -> None:
         """Ends every request in flight with finish reason `abort`."""
@@ -191,28 +210,32 @@ class EngineClient:
         match message:
             case Step():
                 for output in message.outputs:
-                    self._deliver(output, message.num_int4_layers)
+                    self._deliver(output, message.precision)
             case Snapshot():
                 self.snapshot = message
                 if self._greeted is not None and not self._greeted.done():
                     self._greeted.set_result(None)
+            case Events():
+                self.events.extend(message.events)
             case Refused():
                 if queue := self._queues.pop(message.request_id, None):
                     queue.put_nowait(RequestRefused(message.message))
             case Hello():
                 self.hello = message
 
-    def _deliver(self, output: TokenOutput, num_int4_layers: int) -> None:
+    def _deliver(self, output: TokenOutput, precision: Variant) -> None:
         queue = self._queues.get(output.request_id)
         if queue is None:
             return  # aborted here while the engine was still at it
         reason = None if output.finish_reason is None else FinishReason(output.finish_reason)
         if reason is not None:
             del self._queues[output.request_id]
-        queue.put_nowait(Chunk(output.tokens, num_int4_layers, reason))
+        queue.put_nowait(
+            Chunk(output.tokens, precision, reason, output.logprobs, output.cached_tokens)
+        )
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:
-        self._queues.pop(request_id).put_nowait(Chunk([], 0, reason))
+        self._queues.pop(request_id).put_nowait(Chunk([], Variant.FULL, reason))
 
     def _end(self, failed: Failed | None) -> None:
         """The engine is gone: nobody may wait for it."""

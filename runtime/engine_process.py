@@ -16,9 +16,12 @@ from morphserve.configs.schema import EngineConfig
 from morphserve.runtime.frames import FrameSplitter, encode_frame
 from morphserve.runtime.messages import (
     Abort,
+    Event,
+    Events,
     Failed,
     FromEngine,
     Hello,
+    Pin,
     Refused,
     Shutdown,
     Snapshot,
@@ -41,6 +44,8 @@ class EngineLike(Protocol):
     def hello(self) -> Hello: ...
     def submit(self, message: Submit) -> Refused | None: ...
     def abort(self, request_id: str) -> None: ...
+    def pin(self, rung: int | None) -> None: ...
+    def take_events(self) -> list[Event]: ...
     def step(self) -> Step | None: ...
     @property
     def has_work(self) -> bool: ...
@@ -154,6 +159,8 @@ def _loop(link: Link, engine: EngineLike, bodies: list[bytes]) -> None:
             _handle(link, engine, message)
         if step := engine.step():
             link.send(step)
+        if events := engine.take_events():
+            link.send(Events(events))
         now = time.monotonic()
         if now >= next_snapshot_s and not link.is_behind:
             link.send(engine.snapshot())
@@ -161,11 +168,15 @@ def _loop(link: Link, engine: EngineLike, bodies: list[bytes]) -> None:
         bodies = link.receive(0.0 if engine.has_work else IDLE_WAIT_S)
 
 
-def _handle(link: Link, engine: EngineLike, message: Submit | Abort) -> None:
-    if isinstance(message, Abort):
-        engine.abort(message.request_id)
-    elif refused := engine.submit(message):
-        link.send(refused)
+def _handle(link: Link, engine: EngineLike, message: Submit | Abort | Pin) -> None:
+    match message:
+        case Abort():
+            engine.abort(message.request_id)
+        case Pin():
+            engine.pin(message.rung)
+        case Submit():
+            if refused := engine.submit(message):
+                link.send(refused)
 
 
 def _fail(link: Link, message: str, exit_code: int) -> int:

@@ -4,12 +4,10 @@ What is timed are the parts that serve: images in an arena, a scheduler, a runne
 each other as in a step, so that weights come from where they come from there, cache or memory.
 """
 
-import platform
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from morphserve.configs.schema import SchedulerConfig
 from morphserve.quantize.bundle import Bundle
 from morphserve.quantize.checkpoint import Checkpoint
 from morphserve.quantize.costs import AttentionTime, Curve, DeviceCosts, LayerTimes
+from morphserve.quantize.machine import device_name
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.modules import linear_shapes
 from morphserve.runtime.build import Parts
@@ -98,19 +97,6 @@ def measure_costs(
         attention=[AttentionTime(*point, times.seconds(point)) for point in points],
         rest=Curve(list(ROWS), [times.seconds(rows) for rows in ROWS]),
     )
-
-
-def device_name() -> str:
-    """The CPU's model as the system knows it, with what tells generations of one name apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    pairs = (line.partition(":") for line in lines)
-    facts = {key.strip(): value.strip() for key, _, value in pairs}
-    name = facts.get("model name") or platform.machine()
-    generation = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
-    return f"{name} ({', '.join(generation)})" if generation else name
 
 
 @contextmanager

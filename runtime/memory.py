@@ -76,9 +76,14 @@ class MemoryPlan:
 def fixed_bytes(sizes: ModelSizes, staging_slots: int) -> int:
     """Bytes of the arena that are not base KV: static weights, staging, slabs."""
     page = sizes.page_bytes
-    staging = align(max(sizes.int4_bytes, default=0), page) * staging_slots
+    staging = staging_bytes(sizes, staging_slots)
     slabs = sum(align(nbytes, page) for nbytes in sizes.full_bytes)
     return align(sizes.static_bytes, page) + staging + slabs
+
+
+def staging_bytes(sizes: ModelSizes, slots: int) -> int:
+    """Bytes of so many staging slots."""
+    return align(max(sizes.int4_bytes, default=0), sizes.page_bytes) * slots
 
 
 def budget_for(sizes: ModelSizes, staging_slots: int, min_run_bytes: int, num_tokens: int) -> int:

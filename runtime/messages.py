@@ -1,35 +1,68 @@
 """What the HTTP process and the engine process say to each other, as msgpack over a local socket.
 
-The HTTP process sends Submit, Abort and Shutdown; the engine answers with one Hello, then one
-Step per engine step that produced something, Refused for a request it cannot take, and a
-Snapshot several times a second. Token ids only: text lives in the HTTP process.
+The HTTP process sends Submit, Abort, Pin and Shutdown; the engine answers with one Hello, then one
+Step per engine step that produced something, Refused for a request it cannot take, Events as they
+happen, and a Snapshot several times a second. Token ids only: text lives in the HTTP process.
 """
 
 import msgspec
 
-from morphserve.runtime.request import SamplingParams
+from morphserve.quantize.manifest import Rung, Variant
+from morphserve.runtime.request import Demands, SamplingParams
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
     request_id: str
     prompt: list[int]
     params: SamplingParams
+    demands: Demands = Demands()
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
     request_id: str
 
 
+class Pin(msgspec.Struct, tag=True, frozen=True):
+    """Hold a rung, whatever the traffic; None: the controller decides again."""
+
+    rung: int | None
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Stop after this; requests still running end with finish reason `abort`."""
 
 
+class MemoryBytes(msgspec.Struct, frozen=True):
+    """What the arena's bytes are for at full precision; together they are the budget, nearly."""
+
+    budget: int
+    static: int  # embedding, head, norms
+    staging: int
+    layers: int  # slabs of all layers
+    page: int  # K and V of one block of one layer
+    images: dict[Variant, list[int]]  # of each layer, by variant; without those not served
+
+
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """The engine is ready to serve."""
+    """The engine is ready to serve. What it says does not change."""
 
     max_model_len: int  # most tokens of a request, prompt and output; the KV cache holds one
     num_layers: int
+    ladder: list[Rung]  # steps of demotion, the first taken first
+    capacities: list[int]  # KV blocks at rung 0, 1, ... the deepest that the policy allows
+    block_tokens: int
+    device: str
+    kernels: str
+    dtype: str  # of full-precision weights and KV
+    memory: MemoryBytes
     startup_s: dict[str, float]  # seconds per phase: import, load, arena
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Natural logarithms of probabilities, of the model's own distribution."""
+
+    logprob: float  # of the chosen token
+    top: list[tuple[int, float]]  # the likeliest tokens with theirs, the likeliest first
 
 
 class TokenOutput(msgspec.Struct, frozen=True):
@@ -38,12 +71,14 @@ class TokenOutput(msgspec.Struct, frozen=True):
     request_id: str
     tokens: list[int]
     finish_reason: str | None = None  # stop, length, abort, error
+    logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
+    cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
-    """All tokens of one engine step, with the number of layers that were INT4 in it."""
+    """All tokens of one engine step, with the lowest precision that any layer had in it."""
 
-    num_int4_layers: int
+    precision: Variant
     outputs: list[TokenOutput]
 
 
@@ -64,8 +99,15 @@ class Event(msgspec.Struct, frozen=True):
 
     id: int  # counts up from 1
     time: float  # seconds since the epoch
-    kind: str  # demote, promote, decision, preempt, swap_failed, error
+    kind: str  # demote, promote, decision, pin, preempt, swap_failed, error
     text: str
+    numbers: dict[str, float] = {}  # what the decision was made from; a swap's bytes and seconds
+
+
+class Events(msgspec.Struct, tag=True, frozen=True):
+    """What has happened since the last message of this kind, oldest first."""
+
+    events: list[Event]
 
 
 class Snapshot(msgspec.Struct, tag=True, frozen=True):
@@ -73,11 +115,13 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
 
     time: float  # seconds since the epoch
     policy: str
-    layers: list[str]  # per layer: full, int4, demoting, promoting
-    order: list[int]  # layer ids, first to be demoted first
-    rung: int  # layers that are INT4 or on their way
+    layers: list[Variant]  # that each layer computes in now
+    swapping: dict[int, Variant]  # layer -> the variant it is on its way to
+    rung: int  # steps of the ladder that have been taken, or are under way
     target_rung: int
-    blocks_used: int
+    pinned: bool  # an administrator holds the rung
+    blocks_used: int  # held by requests
+    blocks_cached: int  # held by nobody, kept for requests with the same beginning
     blocks_capacity: int  # now
     blocks_full: int  # capacity with every layer at full precision
     blocks_max: int  # capacity at the deepest allowed rung
@@ -88,13 +132,18 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
     oldest_wait_s: float
     preemptions: int
     prompt_tokens: int
-    generated_tokens: int
-    generated_tokens_int4: int  # generated while at least one layer was INT4
+    generated_tokens: dict[Variant, int]  # by the lowest precision of the steps that made them
+    prefix_queries: int  # prompt tokens that were looked up in the prefix cache
+    prefix_hits: int  # of these, found
     swaps: int
     steps: int
     step_s: float  # duration of the latest step
-    events: list[Event]  # the latest, oldest first
+    predicted_step_s: float | None  # what the cost model said of it; None without measured costs
+
+    @property
+    def num_generated(self) -> int:
+        return sum(self.generated_tokens.values())
 
 
-ToEngine = Submit | Abort | Shutdown
-FromEngine = Hello | Step | Refused | Failed | Snapshot
+ToEngine = Submit | Abort | Pin | Shutdown
+FromEngine = Hello | Step | Refused | Failed | Events | Snapshot

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.messages import Snapshot
 
 WINDOW_S = 60.0  # of the latency percentiles
@@ -183,9 +184,17 @@ class _EngineCollector(Collector):
         for name, text, value in _counters(snapshot):
             yield CounterMetricFamily(f"morph:{name}", text, value=value)
         layers = GaugeMetricFamily("morph:layers", "Layers by precision.", labels=["precision"])
-        for precision in ("full", "int4", "demoting", "promoting"):
-            layers.add_metric([precision], snapshot.layers.count(precision))
+        for precision in Variant:
+            layers.add_metric([precision.value], snapshot.layers.count(precision))
         yield layers
+        tokens = CounterMetricFamily(
+            "morph:generation_tokens",
+            "Tokens generated, by the lowest precision of a layer in their step.",
+            labels=["precision"],
+        )
+        for precision in Variant:
+            tokens.add_metric([precision.value], snapshot.generated_tokens.get(precision, 0))
+        yield tokens
         config = {"block_size": str(snapshot.block_tokens), "policy": snapshot.policy}
         info = GaugeMetricFamily("morph:cache_config_info", "Settings.", labels=list(config))
         info.add_metric(list(config.values()), 1)
@@ -205,8 +214,8 @@ def _gauges(now: Snapshot) -> list[tuple[str, str, float]]:
         ("kv_blocks_demand", "KV blocks wanted over the horizon.", now.demand),
         # Judged against full precision: comparable between servers however far each has morphed.
         ("pressure", "Wanted KV blocks over capacity at full precision.", _pressure(now)),
-        ("rung", "Layers that are INT4 or on their way.", now.rung),
-        ("target_rung", "Layers that are to be INT4.", now.target_rung),
+        ("rung", "Steps of demotion that are taken or under way.", now.rung),
+        ("target_rung", "Steps of demotion that are wanted.", now.target_rung),
         ("step_seconds", "Duration of the latest step.", now.step_s),
     ]
 
@@ -217,12 +226,6 @@ def _counters(now: Snapshot) -> list[tuple[str, str, float]]:
         ("swaps", "Layer swaps done.", now.swaps),
         ("steps", "Steps done.", now.steps),
         ("prompt_tokens", "Prompt tokens computed.", now.prompt_tokens),
-        ("generation_tokens", "Tokens generated.", now.generated_tokens),
-        (
-            "generation_tokens_int4",
-            "Tokens generated with an INT4 layer.",
-            now.generated_tokens_int4,
-        ),
     ]
 
 

@@ -5,6 +5,8 @@ from enum import Enum
 
 import msgspec
 
+from morphserve.quantize.manifest import Variant
+
 
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen and when to stop."""
@@ -13,10 +15,31 @@ class SamplingParams(msgspec.Struct, frozen=True):
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: all
+    min_p: float = 0.0  # least probability of a token, as a share of the likeliest one's
+    presence_penalty: float = 0.0  # off the logit of each token that the output holds
+    frequency_penalty: float = 0.0  # the same, for each time the output holds it
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen, prompt included
+    logit_bias: dict[int, float] = {}  # token id -> added to its logit
+    logprobs: int | None = None  # most likely tokens to tell beside each chosen one; None: nothing
     seed: int | None = None
     min_tokens: int = 0  # end-of-sequence is not allowed before
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """What a request needs, or a server promises; None: nothing."""
+
+    ttft_s: float | None = None  # request received to first token
+    tpot_s: float | None = None  # per output token after the first
+
+
+class Demands(msgspec.Struct, frozen=True):
+    """What a request asks of how it is served, beside its answer."""
+
+    min_precision: Variant = Variant.INT4  # of every layer, in every step that computes for it
+    slo: Slo = Slo()
+    cache_salt: str = ""  # KV blocks are shared only among requests with the same salt
 
 
 class FinishReason(Enum):
@@ -40,6 +63,7 @@ class Request:
     prompt: list[int]  # token ids
     params: SamplingParams
     arrival_s: float  # monotonic clock
+    demands: Demands = Demands()
     output: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None

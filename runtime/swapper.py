@@ -17,6 +17,7 @@ from torch import Tensor
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
+from morphserve.runtime.ladder import DEPTH
 from morphserve.runtime.layers import Layers
 from morphserve.runtime.memory import MemoryPlan
 
@@ -36,9 +37,14 @@ class Swap:
     """One layer on its way to another variant."""
 
     layer: int
+    was: Variant
     to: Variant
     slot: int  # byte offset of its staging slot
     pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (destination, source)
+
+    @property
+    def is_demotion(self) -> bool:
+        return DEPTH[self.to] > DEPTH[self.was]
 
 
 class Swapper:
@@ -69,7 +75,7 @@ class Swapper:
         assert self.has_room and self._layers.variants[layer] is not to
         if to is Variant.FULL and not self._evacuate(layer):
             return False
-        swap = Swap(layer, to, self._slots.pop())
+        swap = Swap(layer, self._layers.variants[layer], to, self._slots.pop())
         swap.pending = self._copies(swap)
         self.in_flight.append(swap)
         return True

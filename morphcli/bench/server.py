@@ -16,6 +16,7 @@ import msgspec
 
 from morphserve.configs.errors import MorphError
 from morphserve.morphcli.bench.http import host_and_port
+from morphserve.quantize.manifest import Rung, Variant
 
 _START_TIMEOUT_S = 300.0  # the first start compiles kernels
 _STOP_TIMEOUT_S = 15.0
@@ -54,7 +55,7 @@ class State(msgspec.Struct):
     """The part of a server's state that a run is judged by."""
 
     time: float  # seconds since the epoch
-    layers: list[str]  # per layer: full, int4, demoting, promoting
+    layers: list[Variant]  # that each computes in
     blocks_used: int
     blocks_capacity: int
     blocks_full: int  # capacity with every layer at full precision
@@ -62,15 +63,25 @@ class State(msgspec.Struct):
     running: int
     waiting: int
     preemptions: int
-    generated_tokens: int
-    generated_tokens_int4: int
+    generated_tokens: dict[Variant, int]  # by the lowest precision of the steps that made them
     swaps: int
-    order: list[int] = []  # layer ids, first to be demoted first
+    swapping: dict[int, Variant] = {}  # layer -> the variant it is on its way to
+    ladder: list[Rung] = []  # steps of demotion, the first taken first
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated since the server's start."""
+        return sum(self.generated_tokens.values())
+
+    @property
+    def num_generated_below_full(self) -> int:
+        """Of these, in steps in which a layer was not at full precision."""
+        return self.num_generated - self.generated_tokens.get(Variant.FULL, 0)
 
     @property
     def num_int4(self) -> int:
         """Layers that compute in INT4 now: a layer on its way down still runs at full precision."""
-        return sum(layer in ("int4", "promoting") for layer in self.layers)
+        return self.layers.count(Variant.INT4)
 
 
 @contextlib.contextmanager

@@ -188,8 +188,8 @@ def _server_figures(run: Run, burst_end_s: float) -> ServerFigures | None:
     first, last = states[0], states[-1]
     tokens = tokens_per_level(states)
     total = sum(tokens.values())
-    generated = last.generated_tokens - first.generated_tokens
-    generated_int4 = last.generated_tokens_int4 - first.generated_tokens_int4
+    generated = last.num_generated - first.num_generated
+    generated_int4 = last.num_generated_below_full - first.num_generated_below_full
     capacities = [state.blocks_capacity * state.block_tokens for state in states]
     return ServerFigures(
         preemptions=last.preemptions - first.preemptions,
@@ -234,7 +234,7 @@ def tokens_per_level(states: Sequence[State]) -> dict[int, int]:
     """Tokens generated while k layers were INT4, from samples of the server's counters."""
     tokens: dict[int, int] = defaultdict(int)
     for before, after in zip(states, states[1:], strict=False):
-        made = after.generated_tokens - before.generated_tokens
+        made = after.num_generated - before.num_generated
         if made > 0:
             tokens[before.num_int4] += made
     return dict(tokens)

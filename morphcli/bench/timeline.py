@@ -14,7 +14,6 @@ from morphserve.morphcli.bench.summary import Run, Slo, show_s
 WIDTH = 420
 _LEFT, _RIGHT, _TOP, _TITLE, _GAP = 46, 12, 18, 24, 12
 _FASTEST_S = 0.01  # foot of the axis of first tokens
-_LAYER_CLASSES = {"full": "full", "int4": "int4", "demoting": "moving", "promoting": "moving"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +192,7 @@ def _draw_layers(canvas: _Canvas, run: Run) -> None:
     end = run.at_s(run.states[-1])
     for layer in range(num_layers):
         y = top + layer * row
-        samples = ((max(0.0, run.at_s(s)), _LAYER_CLASSES[s.layers[layer]]) for s in run.states)
+        samples = ((max(0.0, run.at_s(s)), _layer_class(s, layer)) for s in run.states)
         for start, stop, css in plot.spans(samples, end):
             x = canvas.x(start)
             title = f"layer {layer}: {css}, {start:.1f} to {stop:.1f} s"
@@ -202,6 +201,10 @@ def _draw_layers(canvas: _Canvas, run: Run) -> None:
     for layer in (0, num_layers - 1):
         y = top + (layer + 0.5) * row + 3.5
         canvas.parts.append(plot.text(_LEFT - 6, y, f"layer {layer}", "tick", "end"))
+
+
+def _layer_class(state: State, layer: int) -> str:
+    return "moving" if layer in state.swapping else state.layers[layer].value
 
 
 def _draw_requests(canvas: _Canvas, run: Run) -> None:

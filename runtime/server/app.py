@@ -43,6 +43,7 @@ from morphserve.runtime.server.protocol import (
 )
 from morphserve.runtime.server.replies import ChatReply, CompletionReply, Reply
 from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.server.state import state_of
 from morphserve.runtime.server.streaming import DONE, EventStream, event, unless_disconnected
 
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
@@ -195,9 +196,10 @@ class Api:
         return _json(encode({"version": version("morphserve")}))
 
     async def state(self, _request: Request) -> Response:
-        snapshot = msgspec.structs.asdict(self._serving.engine.snapshot)
-        latency = self._serving.metrics.latency()
-        return _json(encode(snapshot | {"latency": latency}))
+        serving = self._serving
+        return _json(
+            encode(state_of(serving.engine, serving.model_name, serving.metrics.latency()))
+        )
 
 
 def _json(body: bytes) -> Response:

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.engine_client import Chunk, EngineClient, EngineDead, RequestRefused
 from morphserve.runtime.metrics import RequestTimer
 from morphserve.runtime.request import FinishReason, SamplingParams
@@ -35,14 +36,17 @@ class Job:
     tokens: MorphUsage = field(default_factory=MorphUsage)
 
     def count(self, chunk: Chunk) -> None:
-        if chunk.num_int4_layers:
-            self.tokens.int4 += len(chunk.tokens)
-        else:
-            self.tokens.full += len(chunk.tokens)
+        match chunk.precision:
+            case Variant.FULL:
+                self.tokens.full += len(chunk.tokens)
+            case Variant.INT8:
+                self.tokens.int8 += len(chunk.tokens)
+            case Variant.INT4:
+                self.tokens.int4 += len(chunk.tokens)
 
     def usage(self) -> Usage:
         prompt = sum(map(len, self.prompts))
-        completion = self.tokens.full + self.tokens.int4
+        completion = self.tokens.full + self.tokens.int8 + self.tokens.int4
         return Usage(prompt, completion, prompt + completion, self.tokens)
 
 

@@ -172,10 +172,11 @@ class DetokenizeReply(Struct):
 
 
 class MorphUsage(Struct):
-    """Completion tokens by the precision of the step that made them."""
+    """Completion tokens by the lowest precision that a layer had in the step that made them."""
 
-    full: int = 0  # every layer at full precision
-    int4: int = 0  # at least one layer at INT4
+    full: int = 0
+    int8: int = 0
+    int4: int = 0
 
 
 class Usage(Struct):

@@ -12,6 +12,7 @@ from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, SchedulerConfig
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import Parts
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.messages import Submit, TokenOutput
@@ -90,8 +91,9 @@ def test_it_morphs_under_pressure_and_returns_when_it_is_over(bundle: str) -> No
     assert calm.layers == ["full"] * 12
     assert calm.blocks_capacity == calm.blocks_full
     assert calm.blocks_used == 0
-    assert 0 < calm.generated_tokens_int4 <= calm.generated_tokens == 240
-    assert {"decision", "demote", "promote"} <= {event.kind for event in calm.events}
+    assert 0 < calm.generated_tokens[Variant.INT4] <= calm.num_generated == 240
+    assert {"decision", "demote", "promote"} <= {event.kind for event in engine.take_events()}
+    assert engine.take_events() == []
 
 
 def test_static_layers_are_int4_before_the_first_request(bundle: str) -> None:
@@ -100,7 +102,7 @@ def test_static_layers_are_int4_before_the_first_request(bundle: str) -> None:
     assert state.layers.count("int4") == 5
     assert state.blocks_capacity == state.blocks_max > state.blocks_full
     submit(engine, 1, max_tokens=3, temperature=0.0)
-    assert engine.step().num_int4_layers == 5  # type: ignore[union-attr]
+    assert engine.step().precision is Variant.INT4  # type: ignore[union-attr]
 
 
 def test_a_policy_that_never_swaps_gives_all_the_budget_to_requests(bundle: str) -> None:
@@ -137,10 +139,10 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
 
 
 def test_a_prompt_longer_than_a_step_is_served_alone() -> None:
-    engine = Engine(replace(config(None, load_policy("off"), None), kernels="cpu"))
+    plain = replace(config(None, load_policy("off"), None), kernels="cpu")
     long = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
-    small = replace(engine._config.scheduler, max_num_batched_tokens=16, max_num_seqs=4)
-    engine = Engine(replace(engine._config, scheduler=small))
+    small = replace(plain.scheduler, max_num_batched_tokens=16, max_num_seqs=4)
+    engine = Engine(replace(plain, scheduler=small))
     assert engine.submit(Submit("long", PROMPT, long)) is None
     assert len(drain(engine)["long"]) == 3
     assert engine.snapshot().prompt_tokens == len(PROMPT)
@@ -177,7 +179,7 @@ def test_a_swap_that_keeps_failing_is_tried_ever_more_rarely(bundle: str) -> Non
     engine._parts.swapper._copy = fail
     submit(engine, 10, max_tokens=24, temperature=0.0)
     assert len(drain(engine)) == 10
-    failed = [e for e in engine.snapshot().events if e.kind == "swap_failed"]
+    failed = [e for e in engine.take_events() if e.kind == "swap_failed"]
     assert 1 <= len(failed) <= 2 * CacheConfig().staging_slots
     assert engine.snapshot().layers == ["full"] * 12
 
@@ -250,6 +252,5 @@ def test_a_row_of_preemptions_is_one_event(bundle: str) -> None:
     engine = Engine(config(None, load_policy("off"), budget=44 * 2**20 + 2**19))
     submit(engine, 12, max_tokens=60, temperature=0.0)
     drain(engine)
-    state = engine.snapshot()
-    assert state.preemptions > 1
-    assert len([e for e in state.events if e.kind == "preempt"]) == 1
+    assert engine.snapshot().preemptions > 1
+    assert len([e for e in engine.take_events() if e.kind == "preempt"]) == 1

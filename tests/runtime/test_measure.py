@@ -15,12 +15,13 @@ from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
+from morphserve.quantize.machine import device_name
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime import measure
 from morphserve.runtime.costs import cost_model
 from morphserve.runtime.kernels import AttentionShape, BatchMeta, load_kernels
 from morphserve.runtime.kernels.reference import ReferenceKernels
-from morphserve.runtime.measure import device_name, measure_costs
+from morphserve.runtime.measure import measure_costs
 from morphserve.runtime.rigs import build_rigs
 
 LINEARS = ("qkv", "o", "gate_up", "down")

@@ -81,7 +81,7 @@ def test_the_engines_snapshot_is_read_when_asked() -> None:
     assert found["morph:kv_cache_usage_perc"] == 0.5
     assert found["morph:pressure"] == 50 / 40
     assert found["morph:num_preemptions_total"] == 0
-    assert found["morph:layers[full]"] == 2 and found["morph:layers[demoting]"] == 1
+    assert found["morph:layers[full]"] == 3 and found["morph:layers[int4]"] == 1
     snapshot = make_snapshot(running=8)
     assert samples(metrics)["morph:num_requests_running"] == 8
 

@@ -6,6 +6,7 @@ from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import PolicySummary, Run, Slo, summarise
 from morphserve.morphcli.bench.traces import Arrival
+from morphserve.quantize.manifest import Variant
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 BURST = Burst(start_s=1.0, end_s=2.0, usual_rate=1.0, peak_rate=7.0)
@@ -39,7 +40,7 @@ def state(at_s: float, num_int4: int, tokens: int, preemptions: int = 0) -> Stat
     """Of a server with 4 layers, read `at_s` seconds after second 0; 100 is the wall clock."""
     return State(
         time=100 + at_s,
-        layers=["int4" if i < num_int4 else "full" for i in range(4)],
+        layers=[Variant.INT4 if i < num_int4 else Variant.FULL for i in range(4)],
         blocks_used=5,
         blocks_capacity=10 + 2 * num_int4,
         blocks_full=10,
@@ -47,8 +48,7 @@ def state(at_s: float, num_int4: int, tokens: int, preemptions: int = 0) -> Stat
         running=2,
         waiting=1,
         preemptions=preemptions,
-        generated_tokens=tokens,
-        generated_tokens_int4=tokens // 2,
+        generated_tokens={Variant.FULL: tokens - tokens // 2, Variant.INT4: tokens // 2},
         swaps=0,
     )
 

@@ -6,13 +6,42 @@ from dataclasses import dataclass
 
 from morphserve.configs.errors import OutOfBudget
 from morphserve.configs.schema import EngineConfig
+from morphserve.quantize.manifest import Rung, Variant
 from morphserve.runtime.engine_process import main
-from morphserve.runtime.messages import Event, Hello, Refused, Snapshot, Step, Submit, TokenOutput
+from morphserve.runtime.messages import (
+    Event,
+    Hello,
+    MemoryBytes,
+    Refused,
+    Snapshot,
+    Step,
+    Submit,
+    TokenOutput,
+)
 
 # A prompt that begins with one of these ids:
 CRASH, REFUSE, INT4, STOP, MUTE = 4000, 4001, 4002, 4003, 4004
 NUM_LAYERS = 4
 MAX_MODEL_LEN = 2048
+HELLO = Hello(
+    max_model_len=MAX_MODEL_LEN,
+    num_layers=NUM_LAYERS,
+    ladder=[Rung(layer, Variant.INT4) for layer in (1, 2, 0, 3)],
+    capacities=[40, 50, 60, 70, 80],
+    block_tokens=16,
+    device="a CPU",
+    kernels="cpu",
+    dtype="float32",
+    memory=MemoryBytes(
+        budget=1_000_000,
+        static=200_000,
+        staging=50_000,
+        layers=400_000,
+        page=2048,
+        images={Variant.FULL: [100_000] * 4, Variant.INT4: [25_000] * 4},
+    ),
+    startup_s={"checkpoint": 0.0},
+)
 
 
 @dataclass
@@ -34,10 +63,12 @@ class FakeEngine:
         self.requests: dict[str, Running] = {}
         self.aborted: list[str] = []
         self.generated = 0
+        self.pinned: int | None = None
+        self.events = [Event(1, time.time(), "demote", "layer 1 to INT4: demand 50 of 40 blocks")]
         self.steps = 0
 
     def hello(self) -> Hello:
-        return Hello(MAX_MODEL_LEN, NUM_LAYERS, {"checkpoint": 0.0})
+        return HELLO
 
     def submit(self, message: Submit) -> Refused | None:
         if message.prompt[0] == REFUSE:
@@ -51,6 +82,14 @@ class FakeEngine:
     def abort(self, request_id: str) -> None:
         if self.requests.pop(request_id, None):
             self.aborted.append(request_id)
+
+    def pin(self, rung: int | None) -> None:
+        self.pinned = rung
+        self.events.append(Event(len(self.events) + 1, time.time(), "pin", f"rung {rung}"))
+
+    def take_events(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
 
     @property
     def has_work(self) -> bool:
@@ -69,7 +108,7 @@ class FakeEngine:
             for request_id, running in list(self.requests.items())
             if running.prompt[0] != MUTE
         ]
-        return Step(2 if INT4 in firsts else 0, outputs)
+        return Step(Variant.INT4 if INT4 in firsts else Variant.FULL, outputs)
 
     def _advance(self, request_id: str, running: Running) -> TokenOutput:
         token = running.next_token()
@@ -87,7 +126,7 @@ class FakeEngine:
     def snapshot(self) -> Snapshot:
         return make_snapshot(
             running=len(self.requests),
-            generated_tokens=self.generated,
+            generated_tokens={Variant.FULL: self.generated},
             steps=self.steps,
             preemptions=len(self.aborted),
         )
@@ -97,11 +136,13 @@ def make_snapshot(**changes: object) -> Snapshot:
     values: dict[str, object] = {
         "time": time.time(),
         "policy": "balanced",
-        "layers": ["full", "int4", "demoting", "full"],
-        "order": [1, 2, 0, 3],
+        "layers": [Variant.FULL, Variant.INT4, Variant.FULL, Variant.FULL],
+        "swapping": {2: Variant.INT4},
         "rung": 2,
         "target_rung": 2,
+        "pinned": False,
         "blocks_used": 30,
+        "blocks_cached": 6,
         "blocks_capacity": 60,
         "blocks_full": 40,
         "blocks_max": 80,
@@ -112,12 +153,13 @@ def make_snapshot(**changes: object) -> Snapshot:
         "oldest_wait_s": 0.25,
         "preemptions": 0,
         "prompt_tokens": 100,
-        "generated_tokens": 0,
-        "generated_tokens_int4": 0,
+        "generated_tokens": {},
+        "prefix_queries": 200,
+        "prefix_hits": 50,
         "swaps": 5,
         "steps": 0,
         "step_s": 0.01,
-        "events": [Event(1, time.time(), "demote", "layer 1 to INT4: demand 50 of 40 blocks")],
+        "predicted_step_s": 0.009,
     }
     return Snapshot(**values | changes)
 

@@ -45,9 +45,9 @@ class Handler(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 STATE = {
-    "layers": ["full", "full"], "order": [1, 0], "blocks_used": 1, "blocks_capacity": 8,
+    "layers": ["full", "full"], "ladder": [], "blocks_used": 1, "blocks_capacity": 8,
     "blocks_full": 8, "block_tokens": 16, "running": 1, "waiting": 0, "preemptions": 0,
-    "generated_tokens": 5, "generated_tokens_int4": 0, "swaps": 0, "latency": {},
+    "generated_tokens": {"full": 5}, "swaps": 0, "latency": {},
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from morphserve.morphcli.bench.summary import (
     summarise,
     tokens_per_level,
 )
+from morphserve.quantize.manifest import Variant
 
 
 @pytest.mark.parametrize(("q", "expected"), [(50, 2.0), (75, 3.0), (76, 4.0), (99, 4.0), (0, 1.0)])
@@ -119,7 +120,8 @@ def test_layers_that_never_came_back_are_not_called_recovered() -> None:
 
 def test_a_layer_counts_as_int4_until_its_promotion_is_done() -> None:
     moving = state(0, 0, 0)
-    moving.layers = ["full", "demoting", "promoting", "int4"]
+    moving.layers = [Variant.FULL, Variant.FULL, Variant.INT4, Variant.INT4]
+    moving.swapping = {1: Variant.INT4, 2: Variant.FULL}
     assert moving.num_int4 == 2
 
 

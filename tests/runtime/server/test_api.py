@@ -40,7 +40,7 @@ async def test_a_completion_has_text_reason_and_usage(api: httpx.AsyncClient) ->
         "prompt_tokens": 3,
         "completion_tokens": 6,
         "total_tokens": 9,
-        "morph": {"full": 6, "int4": 0},
+        "morph": {"full": 6, "int8": 0, "int4": 0},
     }
 
 
@@ -63,7 +63,7 @@ async def test_several_prompts_are_several_choices(
 
 async def test_tokens_made_with_int4_layers_are_counted_apart(api: httpx.AsyncClient) -> None:
     answer = await complete(api, prompt=[fake_engine.INT4], max_tokens=3)
-    assert answer["usage"]["morph"] == {"full": 0, "int4": 3}
+    assert answer["usage"]["morph"] == {"full": 0, "int8": 0, "int4": 3}
 
 
 async def test_a_stream_joins_to_the_whole(api: httpx.AsyncClient) -> None:
@@ -164,7 +164,7 @@ async def test_an_engine_that_dies_is_told_to_everyone(
     streaming = asyncio.create_task(
         post(api, "/v1/completions", prompt=[5], max_tokens=1000, stream=True)
     )
-    while serving.engine.snapshot.generated_tokens < 20:  # its first piece has been sent
+    while serving.engine.snapshot.num_generated < 20:  # its first piece has been sent
         await asyncio.sleep(0.001)
     answer = await post(api, "/v1/completions", prompt=[fake_engine.CRASH])
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
@@ -222,7 +222,7 @@ async def test_an_aborted_request_is_a_503_or_an_error_event(
         )
         for stream in (False, True)
     ]
-    while serving.engine.num_requests < 2 or serving.engine.snapshot.generated_tokens < 20:
+    while serving.engine.num_requests < 2 or serving.engine.snapshot.num_generated < 20:
         await asyncio.sleep(0.001)
     serving.engine.abort_all()
     whole, stream = await asyncio.gather(*requests)
@@ -233,7 +233,7 @@ async def test_an_aborted_request_is_a_503_or_an_error_event(
 async def test_the_state_is_the_snapshot_and_latencies(api: httpx.AsyncClient) -> None:
     await complete(api, prompt="a")
     state = (await api.get("/morph/v1/state")).json()
-    assert state["layers"] == ["full", "int4", "demoting", "full"] and state["blocks_max"] == 80
+    assert state["layers"] == ["full", "int4", "full", "full"] and state["blocks_max"] == 80
     assert state["events"][0]["kind"] == "demote"
     assert state["latency"]["ttft_s"].keys() == state["latency"]["tpot_s"].keys()
     assert state["latency"]["ttft_s"].keys() == {"p50", "p95", "p99"}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from morphserve.configs.errors import MorphError
 from morphserve.configs.schema import CacheConfig, EngineConfig
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.engine_client import (
     Chunk,
     EngineClient,
@@ -49,8 +50,8 @@ async def test_chunks_carry_tokens_precision_and_the_reason_of_the_end(
     chunks = await collect(client, [5, 6], 3)
     assert [chunk.tokens for chunk in chunks] == [[5], [6], [5]]
     assert [chunk.finish_reason for chunk in chunks] == [None, None, FinishReason.LENGTH]
-    assert {chunk.num_int4_layers for chunk in chunks} == {0}
-    assert (await collect(client, [fake_engine.INT4], 1))[0].num_int4_layers == 2
+    assert {chunk.precision for chunk in chunks} == {Variant.FULL}
+    assert (await collect(client, [fake_engine.INT4], 1))[0].precision is Variant.INT4
 
 
 async def test_leaving_early_aborts_in_the_engine(
@@ -94,7 +95,7 @@ async def test_a_failing_step_ends_requests_with_an_error_and_the_engine_with_1(
     other = asyncio.create_task(collect(client, [5], 100_000))
     await asyncio.sleep(0)
     chunks = [c async for c in client.generate("b", [fake_engine.CRASH], SamplingParams(3))]
-    assert chunks == [Chunk([], 0, FinishReason.ERROR)]
+    assert chunks == [Chunk([], Variant.FULL, FinishReason.ERROR)]
     assert (await other)[-1].finish_reason is FinishReason.ERROR
     assert client.died.is_set() and "told to crash" in client.failure
     while not engine_thread.exit_codes:

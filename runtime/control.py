@@ -1,0 +1,50 @@
+"""What steers the rung from look to look: the controller, an administrator's pin, failed swaps."""
+
+from morphserve.configs.schema import Policy
+from morphserve.runtime.controller import ControlState, Decision, Signals, decide
+
+_LONGEST_PAUSE_S = 60.0
+
+
+class Control:
+    """The rung that is wanted, and who wants it."""
+
+    def __init__(self, policy: Policy, target: int) -> None:
+        self.target = target
+        self.pinned = False  # an administrator holds the rung
+        self._policy = policy
+        self._state = ControlState()
+        self._looked_s = float("-inf")
+        self._failed_swaps = 0  # since the latest one that succeeded
+        self._held_until_s = float("-inf")  # no decision before, after a failed swap
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether it is time for a look at the signals."""
+        rested = now_s - self._looked_s >= self._policy.window_s
+        return rested and now_s >= self._held_until_s
+
+    def look(self, signals: Signals) -> Decision | None:
+        """Shows the controller the signals; its decision, if it made one, is the new target."""
+        self._looked_s = signals.now_s
+        decision, self._state = decide(signals, self._state, self._policy)
+        if decision is None or self.pinned:
+            return None
+        self.target = decision.rung
+        return decision
+
+    def pin(self, rung: int | None, deepest: int) -> str | None:
+        """Holds a rung, or none any more; says what has changed, or None if nothing has."""
+        if rung is None:
+            was, self.pinned = self.pinned, False
+            return "the controller decides again" if was else None
+        self.pinned, self.target = True, min(max(rung, 0), deepest)
+        return f"held at rung {self.target}"
+
+    def swap_done(self) -> None:
+        self._failed_swaps = 0
+
+    def swap_failed(self, rung: int, now_s: float) -> None:
+        """Gives up the target for the rung that is, and waits longer each time in a row."""
+        self._failed_swaps += 1
+        self.target = rung
+        self._held_until_s = now_s + min(_LONGEST_PAUSE_S, 2.0**self._failed_swaps)
