@@ -63,6 +63,13 @@ def budget_for_tokens(config: EngineConfig, num_tokens: int) -> int:
     return budget_for(sizes, _staging_slots(config), config.cache.min_run_bytes, num_tokens)
 
 
+def capacities(config: EngineConfig) -> tuple[int, ...]:
+    """KV blocks at rung 0, 1, ... the deepest that the policy allows."""
+    model = load_model(config)
+    plan = _plan(config, model, _max_model_len(config, model.architecture))
+    return plan.capacities(model.order, config.policy.max_demoted(model.architecture.num_layers))
+
+
 def assemble(
     config: EngineConfig, model: LoadedModel, plan: MemoryPlan, max_model_len: int
 ) -> Parts:
