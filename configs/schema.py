@@ -95,5 +95,18 @@ class ServerConfig:
     served_model_name: str
     host: str = "127.0.0.1"
     port: int = 8000
-    max_queued: int = 512  # prompts in flight; more are told to come again
+    max_queued: int = 512  # prompts that wait beside max_num_seqs; more are told to come again
+    max_queued_tokens: int | None = None  # of prompts without a first token; None: 8 KV caches
+    overload_status: int = 503  # what they are told: 503 or 429
+    engine_timeout_s: float = 300.0  # an engine that says nothing for so long is replaced
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
+
+    def __post_init__(self) -> None:
+        if self.max_queued < 1:
+            raise ConfigError(f"max_queued must be at least 1, not {self.max_queued}")
+        if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
+            raise ConfigError(f"max_queued_tokens must be at least 1, not {self.max_queued_tokens}")
+        if self.overload_status not in (429, 503):
+            raise ConfigError(f"overload_status must be 503 or 429, not {self.overload_status}")
+        if self.engine_timeout_s <= 0:
+            raise ConfigError(f"engine_timeout_s must be above 0, not {self.engine_timeout_s}")

@@ -117,6 +117,10 @@ class Metrics:
             registry=registry,
         )
 
+    def register(self, collector: Collector) -> None:
+        """Adds numbers that somebody else keeps."""
+        self._registry.register(collector)
+
     def latency(self) -> Latency:
         return Latency(self._ttft_window.percentiles(), self._tpot_window.percentiles())
 

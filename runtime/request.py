@@ -47,6 +47,7 @@ class FinishReason(Enum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    TIMEOUT = "timeout"  # it waited in the queue for too long
 
 
 class Status(Enum):

@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from importlib.metadata import version
 
 import msgspec
@@ -94,7 +95,7 @@ class Api:
         fields = await read_body(request, _COMPLETION)
         self._check(fields)
         given = fields.prompts()
-        self._serving.widen(request.state.ticket, len(given))
+        self._serving.admission.widen(request.state.ticket, len(given))
         prompts = [await self._serving.encode(prompt, "prompt") for prompt in given]
         wanted = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
         for prompt in prompts:
@@ -137,7 +138,10 @@ class Api:
         self, request: Request, fields: SamplingFields, job: Job, reply: Reply
     ) -> Response:
         """Whole or streamed; the engine drops the job as soon as the client leaves."""
-        pieces = self._generator.run(job)
+        admission, ticket = self._serving.admission, request.state.ticket
+        admission.queue(ticket, [len(prompt) for prompt in job.prompts])
+        job.on_first_token = partial(admission.started, ticket)
+        pieces = self._serving.honest(self._generator.run(job))
         if not fields.stream:
             body = await unless_disconnected(request.receive, _whole(pieces, job, reply))
             return _client_left() if body is None else _json(body)
@@ -180,13 +184,14 @@ class Api:
         return _json(encode(DetokenizeReply(self._serving.tokenizer.decode(fields.tokens))))
 
     async def health(self, _request: Request) -> Response:
-        if self._serving.engine.died.is_set():
-            raise unavailable(self._serving.engine.failure)
+        engine = self._serving.engine
+        if engine.died.is_set():
+            raise unavailable(engine.failure, engine.retry_after_s)
         return _json(b'{"status":"ok"}')
 
     async def ready(self, _request: Request) -> Response:
-        if refusal := self._serving.why_not():
-            raise refusal
+        if reason := self._serving.why_not():
+            raise unavailable(reason, self._serving.engine.retry_after_s)
         return _json(b'{"status":"ready"}')
 
     async def metrics(self, _request: Request) -> Response:
@@ -198,7 +203,14 @@ class Api:
     async def state(self, _request: Request) -> Response:
         serving = self._serving
         return _json(
-            encode(state_of(serving.engine, serving.model_name, serving.metrics.latency()))
+            encode(
+                state_of(
+                    serving.engine,
+                    serving.model_name,
+                    serving.metrics.latency(),
+                    dict(serving.admission.refused),
+                )
+            )
         )
 
 

@@ -1,12 +1,18 @@
 """From prompts to pieces of text: the engine's tokens, detokenised, stopped, counted and timed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.engine_client import Chunk, EngineClient, EngineDead, RequestRefused
+from morphserve.runtime.engine_client import (
+    Chunk,
+    EngineClient,
+    EngineDead,
+    QueueTimeout,
+    RequestRefused,
+)
 from morphserve.runtime.metrics import RequestTimer
 from morphserve.runtime.request import FinishReason, SamplingParams
 from morphserve.runtime.server.errors import broken_off
@@ -24,6 +30,10 @@ class Piece:
     finish_reason: str | None = None
 
 
+def _nobody_asks(_choice: int) -> None:
+    pass
+
+
 @dataclass(slots=True)
 class Job:
     """One API request: prompts of token ids, and what has been spent on them."""
@@ -34,6 +44,7 @@ class Job:
     stops: Sequence[str]
     timers: Sequence[RequestTimer]  # one for each prompt
     tokens: MorphUsage = field(default_factory=MorphUsage)
+    on_first_token: Callable[[int], None] = _nobody_asks  # told with each chunk of a choice
 
     def count(self, chunk: Chunk) -> None:
         match chunk.precision:
@@ -60,8 +71,8 @@ class Generator:
     def run(self, job: Job) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come; closing it early aborts what still runs.
 
-        Raises EngineDead or RequestRefused before the first piece, and ApiError if the server
-        breaks a choice off.
+        Raises EngineDead, RequestRefused or QueueTimeout before the first piece, and ApiError if
+        the server breaks a choice off.
         """
         choices = [self._choice(job, index) for index in range(len(job.prompts))]
         return choices[0] if len(choices) == 1 else _merge(choices)
@@ -74,6 +85,7 @@ class Generator:
             async with aclosing(chunks):  # a stop string ends the request in the engine, too
                 async for chunk in chunks:
                     job.count(chunk)
+                    job.on_first_token(index)
                     timer.tokens(len(chunk.tokens))
                     piece = text.add(chunk)
                     if text.finish_reason is not None:
@@ -85,7 +97,7 @@ class Generator:
             if reason in (FinishReason.ABORT, FinishReason.ERROR):
                 raise broken_off(reason)
             yield Piece(index, piece, reason.value)
-        except (EngineDead, RequestRefused):
+        except (EngineDead, QueueTimeout, RequestRefused):
             reason = None
             raise
         finally:

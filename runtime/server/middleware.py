@@ -55,7 +55,7 @@ class Gate:
         try:
             await self._app(scope, receive, send)
         finally:
-            self._serving.leave(ticket)
+            self._serving.admission.leave(ticket)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = scope["headers"]
@@ -65,4 +65,4 @@ class Gate:
         ):
             limits = f"{MAX_HEADERS} headers, {MAX_HEADER_BYTES // 1024} KiB"
             return ApiError(431, f"the request's headers are too large: at most {limits}")
-        return self._serving.why_not() if scope["method"] == "POST" else None
+        return None

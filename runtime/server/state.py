@@ -24,10 +24,12 @@ class State(Snapshot, tag=False, kw_only=True, frozen=True):
     dtype: str  # of full-precision weights and KV
     memory: MemoryBytes
     latency: Latency
+    engine_restarts: int  # engines started in a dead one's place
+    refused: dict[str, int]  # requests by reason: queue_full, queued_tokens, queue_timeout, ...
     events: Sequence[Event]  # the latest, oldest first
 
 
-def state_of(engine: EngineClient, model: str, latency: Latency) -> State:
+def state_of(engine: EngineClient, model: str, latency: Latency, refused: dict[str, int]) -> State:
     hello, recent = engine.hello, islice(reversed(engine.events), _SHOWN_EVENTS)
     return State(
         **msgspec.structs.asdict(engine.snapshot),
@@ -39,5 +41,7 @@ def state_of(engine: EngineClient, model: str, latency: Latency) -> State:
         dtype=hello.dtype,
         memory=hello.memory,
         latency=latency,
+        engine_restarts=engine.restarts,
+        refused=refused,
         events=list(recent)[::-1],
     )

@@ -1,6 +1,7 @@
 """An engine that repeats each prompt, one token per step, and does on command what engines do."""
 
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from morphserve.runtime.messages import (
 )
 
 # A prompt that begins with one of these ids:
-CRASH, REFUSE, INT4, STOP, MUTE = 4000, 4001, 4002, 4003, 4004
+CRASH, REFUSE, INT4, STOP, MUTE, STUCK = 4000, 4001, 4002, 4003, 4004, 4005
 NUM_LAYERS = 4
 MAX_MODEL_LEN = 2048
 HELLO = Hello(
@@ -103,6 +104,8 @@ class FakeEngine:
         firsts = {running.prompt[0] for running in self.requests.values()}
         if CRASH in firsts:
             raise RuntimeError("told to crash")
+        if STUCK in firsts:
+            threading.Event().wait()
         outputs = [
             self._advance(request_id, running)
             for request_id, running in list(self.requests.items())

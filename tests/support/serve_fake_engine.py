@@ -1,5 +1,6 @@
-"""A real server process on a fake engine process; `python serve_fake_engine.py [host [port]]`."""
+"""A real server process on a fake engine process; `python serve_fake_engine.py --help`."""
 
+import argparse
 import asyncio
 import sys
 from importlib import resources
@@ -22,9 +23,21 @@ async def watch(serving: Serving) -> None:
 
 def main() -> int:
     model = str(resources.files("morphserve.morphcli").joinpath("demo_model"))
-    host = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1"
-    port = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    server = ServerConfig(host=host, port=port, served_model_name="demo", shutdown_timeout_s=20.0)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--shutdown-timeout", type=float, default=20.0)
+    parser.add_argument("--engine-timeout", type=float, default=300.0)
+    parser.add_argument("--max-queued", type=int, default=512)
+    flags = parser.parse_args()
+    server = ServerConfig(
+        served_model_name="demo",
+        host=flags.host,
+        port=flags.port,
+        max_queued=flags.max_queued,
+        shutdown_timeout_s=flags.shutdown_timeout,
+        engine_timeout_s=flags.engine_timeout,
+    )
     try:
         code = run_server(EngineConfig(model, load_policy("balanced")), server, watch, COMMAND)
     except MorphError as error:

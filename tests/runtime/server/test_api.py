@@ -193,7 +193,7 @@ async def test_a_draining_server_finishes_and_takes_nothing_new(
 async def test_a_full_queue_is_a_503_and_counts_every_prompt(
     api: httpx.AsyncClient, serving: Serving
 ) -> None:
-    serving.max_queued = 4
+    serving.admission.max_requests = 4
     running = asyncio.create_task(
         post(api, "/v1/completions", prompt=[[fake_engine.MUTE]] * 3, max_tokens=5)
     )
@@ -204,12 +204,12 @@ async def test_a_full_queue_is_a_503_and_counts_every_prompt(
     message = refused.json()["error"]["message"]
     assert message == "the queue is full: 4 of 4 prompts are in flight"
     assert (await post(api, "/v1/completions", prompt="a")).status_code == 200
-    serving.max_queued = 3
+    serving.admission.max_requests = 3
     assert (await api.post("/v1/completions", content=b"not read")).status_code == 503
     assert (await api.get("/ready")).status_code == 200
     serving.engine.abort_all()
     await running
-    assert serving.num_prompts == serving.num_active == 0
+    assert serving.admission.num_prompts == serving.admission.num_calls == 0
     assert (await post(api, "/v1/completions", prompt=["a", "b", "c", "d"])).status_code == 400
 
 

@@ -19,10 +19,10 @@ from morphserve.runtime.engine_client import (
     EngineClient,
     EngineDead,
     RequestRefused,
-    launch_engine,
 )
 from morphserve.runtime.frames import FrameSplitter, encode_frame
 from morphserve.runtime.request import FinishReason, SamplingParams
+from morphserve.runtime.supervisor import launch_engine
 
 pytestmark = pytest.mark.anyio
 COMMAND = (sys.executable, str(Path(fake_engine.__file__)))
