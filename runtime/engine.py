@@ -11,7 +11,16 @@ from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import Parts, build
 from morphserve.runtime.control import Control
 from morphserve.runtime.ladder import DEPTH, lowest
-from morphserve.runtime.messages import Event, Hello, Refused, Snapshot, Step, Submit, TokenOutput
+from morphserve.runtime.messages import (
+    Event,
+    Hello,
+    Refused,
+    Snapshot,
+    Step,
+    Submit,
+    TokenLogprobs,
+    TokenOutput,
+)
 from morphserve.runtime.monitor import Monitor
 from morphserve.runtime.request import FinishReason, Request, SamplingParams
 from morphserve.runtime.scheduler import Batch
@@ -41,7 +50,7 @@ class Engine:
         if reason := self._never(len(prompt), params.max_tokens):
             return Refused(message.request_id, reason)
         vocab = self._parts.architecture.vocab_size
-        if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids)):
+        if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids, *params.logit_bias)):
             return Refused(message.request_id, f"token ids must lie between 0 and {vocab - 1}")
         self._parts.scheduler.add(
             Request(
@@ -182,17 +191,27 @@ class Engine:
     def _run(self, batch: Batch, started: float) -> Step:
         precision = lowest(self._parts.layers.variants)
         try:
-            tokens = self._parts.runner.run(batch)
+            sampled = self._parts.runner.run(batch)
         except Exception as error:
             logger.exception("a step failed; its %d requests end with an error", len(batch))
             self._monitor.event("error", f"a step failed: {error}")
             failed = self._parts.scheduler.fail(batch)
             return Step(precision, [_output(request, []) for request in failed])
         self._monitor.stepped(batch, precision, time.monotonic() - started)
-        outputs = self._parts.scheduler.update(batch, tokens)
-        return Step(precision, [_output(request, new) for request, new in outputs])
+        outputs = self._parts.scheduler.update(batch, [got.token for got in sampled])
+        told = zip(outputs, sampled, strict=True)
+        return Step(
+            precision, [_output(request, new, got.logprobs) for (request, new), got in told]
+        )
 
 
-def _output(request: Request, tokens: list[int]) -> TokenOutput:
+def _output(
+    request: Request, tokens: list[int], logprobs: TokenLogprobs | None = None
+) -> TokenOutput:
     reason: FinishReason | None = request.finish_reason
-    return TokenOutput(request.id, tokens, None if reason is None else reason.value)
+    return TokenOutput(
+        request.id,
+        tokens,
+        None if reason is None else reason.value,
+        None if logprobs is None else [logprobs],
+    )

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from morphserve.configs.errors import MorphError
 from morphserve.runtime.metrics import RequestTimer
 from morphserve.runtime.server.body import read_body
+from morphserve.runtime.server.demands import demands
 from morphserve.runtime.server.errors import (
     ApiError,
     bad_request,
@@ -26,23 +27,26 @@ from morphserve.runtime.server.errors import (
     on_known_error,
     unavailable,
 )
-from morphserve.runtime.server.generation import Generator, Job, Piece
+from morphserve.runtime.server.generation import Generator, Job, Piece, TextRules, joined
 from morphserve.runtime.server.middleware import Gate, RequestIds
 from morphserve.runtime.server.protocol import (
     DEFAULT_MAX_TOKENS,
     ChatRequest,
     CompletionRequest,
-    DetokenizeReply,
     DetokenizeRequest,
-    Model,
-    ModelList,
-    SamplingFields,
     TokenizeRequest,
-    Tokens,
-    encode,
     plain_messages,
 )
 from morphserve.runtime.server.replies import ChatReply, CompletionReply, Reply
+from morphserve.runtime.server.responses import (
+    DetokenizeReply,
+    Model,
+    ModelList,
+    Tokens,
+    Usage,
+    encode,
+)
+from morphserve.runtime.server.sampling import SamplingFields
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.server.state import state_of
 from morphserve.runtime.server.streaming import DONE, EventStream, event, unless_disconnected
@@ -95,12 +99,18 @@ class Api:
         fields = await read_body(request, _COMPLETION)
         self._check(fields)
         given = fields.prompts()
-        self._serving.admission.widen(request.state.ticket, len(given))
-        prompts = [await self._serving.encode(prompt, "prompt") for prompt in given]
+        num_choices = len(given) * fields.num_choices
+        self._serving.admission.widen(request.state.ticket, num_choices)
+        special = fields.add_special_tokens is not False
+        prompts = [
+            await self._serving.encode(prompt, "prompt", special_tokens=special) for prompt in given
+        ]
         wanted = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
         for prompt in prompts:
             self._serving.fit(len(prompt), wanted, "prompt")
-        job = self._job("cmpl", prompts, fields, wanted, received)
+        job = self._job("cmpl", prompts, fields, wanted, request, received)
+        if fields.echo:
+            job.echo = [self._read(prompt) for prompt in given]
         reply = CompletionReply(job.id, int(time.time()), self._serving.model_name)
         return await self._answer(request, fields, job, reply)
 
@@ -108,9 +118,10 @@ class Api:
         received = self._serving.metrics.clock()
         fields = await read_body(request, _CHAT)
         self._check(fields)
+        self._serving.admission.widen(request.state.ticket, fields.num_choices)
         prompt = await self._serving.encode_chat(plain_messages(fields.messages))
         max_tokens = self._serving.fit(len(prompt), fields.token_limit, "messages")
-        job = self._job("chatcmpl", [prompt], fields, max_tokens, received)
+        job = self._job("chatcmpl", [prompt], fields, max_tokens, request, received)
         reply = ChatReply(job.id, int(time.time()), self._serving.model_name)
         return await self._answer(request, fields, job, reply)
 
@@ -124,22 +135,33 @@ class Api:
         prompts: list[list[int]],
         fields: SamplingFields,
         max_tokens: int,
+        request: Request,
         received: float,
     ) -> Job:
+        num_choices = len(prompts) * fields.num_choices
         return Job(
             id=f"{prefix}-{uuid.uuid4().hex}",
             prompts=prompts,
-            params=fields.sampling(max_tokens),
-            stops=fields.stops,
-            timers=[RequestTimer(self._serving.metrics, received) for _ in prompts],
+            params=fields.sampling(max_tokens, self._serving.tokenizer.num_ids),
+            rules=TextRules(
+                fields.stops,
+                include_stop=fields.include_stop_str_in_output is True,
+                special_tokens=fields.skip_special_tokens is False,
+            ),
+            timers=[RequestTimer(self._serving.metrics, received) for _ in range(num_choices)],
+            choices_per_prompt=fields.num_choices,
+            demands=demands(request, fields.cache_salt),
         )
+
+    def _read(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._serving.tokenizer.decode(prompt)
 
     async def _answer(
         self, request: Request, fields: SamplingFields, job: Job, reply: Reply
     ) -> Response:
         """Whole or streamed; the engine drops the job as soon as the client leaves."""
         admission, ticket = self._serving.admission, request.state.ticket
-        admission.queue(ticket, [len(prompt) for prompt in job.prompts])
+        admission.queue(ticket, [len(job.prompt_of(i)) for i in range(job.num_choices)])
         job.on_first_token = partial(admission.started, ticket)
         pieces = self._serving.honest(self._generator.run(job))
         if not fields.stream:
@@ -149,7 +171,7 @@ class Api:
         first = await unless_disconnected(request.receive, _first(pieces))
         if first is None:
             return _client_left()
-        return EventStream(_events(first, pieces, job, reply, fields.wants_usage))
+        return EventStream(_events(first, pieces, job, reply, fields))
 
     async def models(self, _request: Request) -> Response:
         return _json(encode(ModelList([self._model()])))
@@ -227,25 +249,25 @@ async def _first(pieces: AsyncGenerator[Piece]) -> Piece:
 
 
 async def _whole(pieces: AsyncGenerator[Piece], job: Job, reply: Reply) -> bytes:
-    texts = [""] * len(job.prompts)
-    reasons: list[str | None] = [None] * len(job.prompts)
-    async with aclosing(pieces):
-        async for piece in pieces:
-            texts[piece.index] += piece.text
-            reasons[piece.index] = piece.finish_reason
-    choices = [Piece(i, *choice) for i, choice in enumerate(zip(texts, reasons, strict=True))]
-    return reply.whole(choices, job.usage())
+    return reply.whole(await joined(pieces, job.num_choices), job.usage())
 
 
 async def _events(
-    first: Piece, pieces: AsyncGenerator[Piece], job: Job, reply: Reply, wants_usage: bool
+    first: Piece,
+    pieces: AsyncGenerator[Piece],
+    job: Job,
+    reply: Reply,
+    fields: SamplingFields,
 ) -> AsyncGenerator[bytes]:
+    def usage() -> Usage | None:
+        return job.usage() if fields.wants_usage_always else None
+
     async with aclosing(pieces):
-        for chunk in reply.opening():
+        for chunk in reply.opening(job.num_choices, usage()):
             yield event(chunk)
-        yield event(reply.chunk(first))
+        yield event(reply.chunk(first, usage()))
         async for piece in pieces:
-            yield event(reply.chunk(piece))
-        if wants_usage:
+            yield event(reply.chunk(piece, usage()))
+        if fields.wants_usage:
             yield event(reply.closing(job.usage()))
         yield DONE

@@ -203,7 +203,7 @@ class Driver:
                 if piece.start == 0:
                     self.precisions[piece.request.id].clear()
                 self.precisions[piece.request.id].append((piece.start, piece.end, variants))
-            parts.scheduler.update(batch, parts.runner.run(batch))
+            parts.scheduler.update(batch, [got.token for got in parts.runner.run(batch)])
         self.check()
         return batch
 

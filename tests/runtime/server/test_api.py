@@ -40,6 +40,7 @@ async def test_a_completion_has_text_reason_and_usage(api: httpx.AsyncClient) ->
         "prompt_tokens": 3,
         "completion_tokens": 6,
         "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "morph": {"full": 6, "int8": 0, "int4": 0},
     }
 
