@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from morphserve.configs.errors import ConfigError
 
 
@@ -13,6 +15,11 @@ class CacheConfig:
     memory_budget: int | None = None  # bytes of the arena; None: enough for max_num_seqs
     staging_slots: int = 2  # layers that may be in flight at once
     min_run_bytes: int = 64 * 1024  # shortest wanted run of one layer's pages in a chunk
+    enable_prefix_caching: bool = True  # blocks are kept for prompts with the same beginning
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1:
+            raise ConfigError(f"block_tokens must be at least 1, not {self.block_tokens}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,7 @@ class SchedulerConfig:
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens per step, prefill and decode together
     max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
+    queue_timeout_s: float | None = None  # longest wait for a first turn; None: no limit
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -31,6 +39,15 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): each running request needs one per step"
             )
+        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
+            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """What a request needs, or a server promises; None: nothing."""
+
+    ttft_s: float | None = None  # request received to first token
+    tpot_s: float | None = None  # per output token after the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +103,7 @@ class EngineConfig:
     seed: int = 0  # of the random order and of unseeded sampling
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    slo: Slo = Slo()  # of requests that name no targets of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +118,10 @@ class ServerConfig:
     overload_status: int = 503  # what they are told: 503 or 429
     engine_timeout_s: float = 300.0  # an engine that says nothing for so long is replaced
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
+    log_format: str = "text"  # text or json
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any of them opens; none: no check
+    admin_key: str | None = field(default=None, repr=False)  # None: no administration over HTTP
+    allowed_origins: tuple[str, ...] = ()  # of pages whose scripts may call; "*": any
 
     def __post_init__(self) -> None:
         if self.max_queued < 1:
@@ -110,3 +132,7 @@ class ServerConfig:
             raise ConfigError(f"overload_status must be 503 or 429, not {self.overload_status}")
         if self.engine_timeout_s <= 0:
             raise ConfigError(f"engine_timeout_s must be above 0, not {self.engine_timeout_s}")
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
+        if "" in self.api_keys or self.admin_key == "":
+            raise ConfigError("an API key or admin key must not be empty")
