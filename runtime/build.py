@@ -57,6 +57,13 @@ def build(config: EngineConfig) -> Parts:
     return parts
 
 
+def foretell(config: EngineConfig, model: LoadedModel) -> Hello:
+    """What the engine of this model will say of itself. Raises MorphError as `build` does."""
+    max_model_len = _max_model_len(config, model.architecture)
+    plan = _plan(config, model, max_model_len)
+    return _hello(config, model, plan, _ladder(model), max_model_len)
+
+
 def budget_for_tokens(config: EngineConfig, num_tokens: int) -> int:
     """Least memory budget in bytes that holds the model and, at full precision, so much KV."""
     sizes = load_model(config).sizes(config.cache.block_tokens)
@@ -96,7 +103,7 @@ def assemble(
         cos_sin=rope_table(architecture, max_model_len),
         shape=_attention_shape(architecture, config.cache.block_tokens),
     )
-    ladder = Ladder(tuple(Rung(i, Variant.INT4) for i in model.order), architecture.num_layers)
+    ladder = _ladder(model)
     return Parts(
         architecture=architecture,
         max_model_len=max_model_len,
@@ -109,6 +116,11 @@ def assemble(
         model=forward,
         runner=Runner(forward, architecture.eos_token_ids),
     )
+
+
+def _ladder(model: LoadedModel) -> Ladder:
+    steps = tuple(Rung(layer, Variant.INT4) for layer in model.order)
+    return Ladder(steps, model.architecture.num_layers)
 
 
 def _hello(

@@ -9,11 +9,10 @@ import torch
 
 from morphserve.configs.errors import MorphError
 from morphserve.configs.load import DEMO_MODEL, load_policy, parse_bytes
-from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
+from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig, Slo
 from morphserve.morphcli.bench.forecast import Server, first_tokens
 from morphserve.morphcli.bench.run import BenchRequest
 from morphserve.morphcli.bench.schedule import Schedule, Shape, shape_trace
-from morphserve.morphcli.bench.summary import Slo
 from morphserve.morphcli.bench.traces import read_azure
 from morphserve.profile.mixes import Model
 from morphserve.profile.orders import RankSettings

@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
-from morphserve.morphcli.bench.summary import PolicySummary, Run, Slo
+from morphserve.morphcli.bench.summary import PolicySummary, Run
 
 SCHEMA_VERSION = 1
 SUMMARY = "summary.json"
