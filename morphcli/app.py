@@ -8,6 +8,8 @@ import typer
 
 from morphserve.configs.errors import MorphError
 from morphserve.morphcli.commands.bench import bench
+from morphserve.morphcli.commands.chat import chat
+from morphserve.morphcli.commands.complete import complete
 from morphserve.morphcli.commands.demo import demo
 from morphserve.morphcli.commands.export import export
 from morphserve.morphcli.commands.inspect_bundle import inspect
@@ -25,7 +27,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help takes three times as long as all the rest of --help
 )
-for command in (profile, quantize, inspect, verify, export, serve, bench, demo):
+COMMANDS = (
+    *(profile, quantize, inspect, verify, export),
+    *(serve, chat, complete),
+    *(bench, demo),
+)
+for command in COMMANDS:
     app.command(cls=Command)(command)
 
 

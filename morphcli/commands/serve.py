@@ -20,12 +20,7 @@ _MODEL, _MEMORY, _SCHEDULER, _MORPHING, _HTTP, _OBSERVABILITY = (
 
 def serve(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            envvar="MORPH_MODEL", show_envvar=False, help="Hugging Face folder, or demo."
-        ),
-    ],
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, or demo.")],
     served_model_name: Annotated[
         str | None, _MODEL(help="Name in the API. [default: the folder's]")
     ] = None,
