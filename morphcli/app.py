@@ -11,6 +11,7 @@ from morphserve.morphcli.commands.bench import bench
 from morphserve.morphcli.commands.chat import chat
 from morphserve.morphcli.commands.complete import complete
 from morphserve.morphcli.commands.demo import demo
+from morphserve.morphcli.commands.doctor import doctor
 from morphserve.morphcli.commands.export import export
 from morphserve.morphcli.commands.inspect_bundle import inspect
 from morphserve.morphcli.commands.profile import profile
@@ -30,7 +31,7 @@ app = typer.Typer(
 COMMANDS = (
     *(profile, quantize, inspect, verify, export),
     *(serve, chat, complete),
-    *(bench, demo),
+    *(bench, demo, doctor),
 )
 for command in COMMANDS:
     app.command(cls=Command)(command)

@@ -13,7 +13,7 @@ from morphserve.morphcli.app import main
 COMMANDS = (
     *("profile", "quantize", "inspect", "verify", "export"),
     *("serve", "chat", "complete"),
-    *("bench", "demo"),
+    *("bench", "demo", "doctor"),
 )
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import EngineConfig, ServerConfig, Slo
 from morphserve.morphcli.app import app
+from morphserve.morphcli.bench.server import ServerFailed, free_port, running_server
 from morphserve.runtime.server import run
 
 SECTIONS = ["Arguments", "Model", "Memory", "Scheduler", "Morphing", "HTTP", "Observability"]
@@ -173,6 +174,16 @@ def test_a_dry_run_tells_where_each_setting_comes_from_and_no_key(tmp_path: Path
         "block-size": ("8", "environment, MORPH_BLOCK_SIZE"),
         "api-key": ("(not shown)", "environment, MORPH_API_KEY"),
     }
+
+
+def test_the_servers_of_a_comparison_know_no_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MORPH_MAX_NUM_SEQS", "1")
+    log = tmp_path / "log"
+    with pytest.raises(ServerFailed), running_server(["sh", "-c", "env; exit 1"], free_port(), log):
+        pass
+    assert "PATH=" in log.read_text() and "MORPH_" not in log.read_text()
 
 
 def test_help_has_a_section_for_each_panel_in_order() -> None:
