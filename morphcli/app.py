@@ -24,7 +24,6 @@ app = typer.Typer(
     name="morph",
     help="Serve an LLM at full precision; under pressure swap layers for INT4 and grow the cache.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help takes three times as long as all the rest of --help
 )
