@@ -7,7 +7,8 @@ import pytest
 
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import Policy
-from morphserve.runtime.controller import ControlState, Decision, Signals, decide
+from morphserve.runtime.controller import decide
+from morphserve.runtime.signals import ControlState, Decision, Signals
 
 CAPACITIES = (100, 110, 120, 130, 140)
 POLICY = Policy(
@@ -18,21 +19,31 @@ POLICY = Policy(
     entry_windows=3,
     demote_above=0.9,
     max_queue_delay_s=0.1,
+    slo_share=0.5,
     horizon_tokens=16,
     promote_below=0.8,
     quiet_s=5.0,
     dwell_s=2.0,
     cooldown_s=1.0,
     max_flips_per_minute=4,
+    tail_s=2.0,
+    max_demoted_token_share=0.5,
+    quality_window_s=60.0,
 )
 CALM = Signals(
     now_s=100.0,
     rung=0,
     demand=10,
+    running_demand=10,
     capacities=CAPACITIES,
     settled=True,
     memory_wait_s=0.0,
     preemption_age_s=1000.0,
+    arrival_age_s=0.0,
+    waiting=0,
+    held=0,
+    int8_rung=0,
+    token_share=0.0,
 )
 
 
