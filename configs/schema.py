@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from morphserve.configs.errors import ConfigError
 
 
@@ -33,6 +35,13 @@ class SchedulerConfig:
             )
 
 
+class Slo(msgspec.Struct, frozen=True):
+    """What a request needs, or a server promises; None: nothing."""
+
+    ttft_s: float | None = None  # request received to first token
+    tpot_s: float | None = None  # per output token after the first
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """When the controller demotes and promotes layers. Loaded from the presets beside this file."""
@@ -44,12 +53,16 @@ class Policy:
     entry_windows: int  # consecutive pressed windows before the first demotion
     demote_above: float  # KV demand over capacity that counts as pressure, and what depth aims for
     max_queue_delay_s: float  # age of the oldest request waiting for memory that counts as pressure
+    slo_share: float  # share of a TTFT target that a prediction may reach before it is pressure
     horizon_tokens: int  # output tokens per request that demand looks ahead
     promote_below: float  # demand over the shallower rung's capacity that allows promotion
     quiet_s: float  # time without a preemption before promotion
     dwell_s: float  # time that calm must have lasted before promotion
     cooldown_s: float  # time between opposite actions
     max_flips_per_minute: int  # changes of direction
+    tail_s: float  # time without an arrival, nothing waiting, after which nothing is demoted
+    max_demoted_token_share: float  # of generated tokens, made with INT4 layers; 1: no limit
+    quality_window_s: float  # latest seconds over which that share is counted
 
     def __post_init__(self) -> None:
         if not 0 < self.promote_below < self.demote_above <= 1:
@@ -59,6 +72,14 @@ class Policy:
             )
         if not 0 <= self.max_demoted_share <= 1:
             raise ConfigError(f"policy {self.name}: max_demoted_share must lie between 0 and 1")
+        if not 0 <= self.max_demoted_token_share <= 1:
+            raise ConfigError(
+                f"policy {self.name}: max_demoted_token_share must lie between 0 and 1"
+            )
+        if not 0 < self.slo_share <= 1:
+            raise ConfigError(f"policy {self.name}: slo_share must lie above 0, at most 1")
+        if self.quality_window_s <= 0:
+            raise ConfigError(f"policy {self.name}: quality_window_s must lie above 0")
 
     @property
     def swaps(self) -> bool:
@@ -86,6 +107,7 @@ class EngineConfig:
     seed: int = 0  # of the random order and of unseeded sampling
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    slo: Slo = Slo()  # of requests that name no targets of their own
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from morphserve.quantize.machine import device_name, free_memory
 from morphserve.quantize.manifest import Rung, Variant
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
+from morphserve.runtime.costs import CostModel, cost_model
 from morphserve.runtime.kernels import AttentionShape
 from morphserve.runtime.ladder import Ladder
 from morphserve.runtime.layers import Layers
@@ -41,6 +42,7 @@ class Parts:
     swapper: Swapper
     model: Model
     runner: Runner
+    cost_model: CostModel | None  # None: nobody measured this device
 
 
 def build(config: EngineConfig) -> Parts:
@@ -108,7 +110,17 @@ def assemble(
         swapper=Swapper(arena, plan, layers, pool, scheduler.move_blocks),
         model=forward,
         runner=Runner(forward, architecture.eos_token_ids),
+        cost_model=_cost_model(model),
     )
+
+
+def _cost_model(model: LoadedModel) -> CostModel | None:
+    """Of the times that were measured on this device with these kernels, threads and dtype."""
+    dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
+    here = (device_name(), model.kernels.name, threads, dtype)
+    fitting = (c for c in model.costs if (c.device, c.kernels, c.threads, c.dtype) == here)
+    costs = next(fitting, None)
+    return None if costs is None else cost_model(costs)
 
 
 def _hello(

@@ -10,6 +10,7 @@ from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import Parts, build
 from morphserve.runtime.control import Control
+from morphserve.runtime.forecast import forecaster
 from morphserve.runtime.ladder import DEPTH, lowest
 from morphserve.runtime.messages import (
     Event,
@@ -21,9 +22,10 @@ from morphserve.runtime.messages import (
     TokenLogprobs,
     TokenOutput,
 )
-from morphserve.runtime.monitor import Monitor
+from morphserve.runtime.monitor import Facts, Monitor
 from morphserve.runtime.request import FinishReason, Request, SamplingParams
 from morphserve.runtime.scheduler import Batch
+from morphserve.runtime.signals import numbers
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self._policy = config.policy
         self._parts: Parts = build(config)
-        self._monitor = Monitor()
+        self._monitor = _monitor(config, self._parts)
         self._seeds = random.Random(config.seed)  # for requests that bring none
         self._control = Control(self._policy, target=self._rung)
 
@@ -52,14 +54,10 @@ class Engine:
         vocab = self._parts.architecture.vocab_size
         if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids, *params.logit_bias)):
             return Refused(message.request_id, f"token ids must lie between 0 and {vocab - 1}")
+        now_s = time.monotonic()
+        self._monitor.arrived(now_s)
         self._parts.scheduler.add(
-            Request(
-                message.request_id,
-                prompt,
-                self._seeded(params),
-                time.monotonic(),
-                message.demands,
-            )
+            Request(message.request_id, prompt, self._seeded(params), now_s, message.demands)
         )
         return None
 
@@ -86,6 +84,7 @@ class Engine:
         self._commit_swaps()
         self._decide(started)
         self._start_swaps()
+        self._limit_admission()
         batch = self._parts.scheduler.schedule()
         self._monitor.scheduled(self._parts.scheduler, started)
         self._parts.swapper.advance()
@@ -93,6 +92,7 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         parts, monitor, scheduler = self._parts, self._monitor, self._parts.scheduler
+        now_s = time.monotonic()
         oldest = min((r.arrival_s for r in scheduler.waiting), default=None)
         return Snapshot(
             time=time.time(),
@@ -111,7 +111,7 @@ class Engine:
             demand=scheduler.demand(self._policy.horizon_tokens),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            oldest_wait_s=0.0 if oldest is None else time.monotonic() - oldest,
+            oldest_wait_s=0.0 if oldest is None else now_s - oldest,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=monitor.prompt_tokens,
             generated_tokens=dict(monitor.generated_tokens),
@@ -120,7 +120,12 @@ class Engine:
             swaps=monitor.swaps,
             steps=monitor.steps,
             step_s=monitor.step_s,
-            predicted_step_s=None,
+            predicted_step_s=monitor.predicted_step_s(),
+            slowdown=monitor.slowdown,
+            arrivals_per_s=monitor.arrivals.per_second(now_s),
+            prompt_tokens_per_s=monitor.prompts.per_second(now_s),
+            generated_tokens_per_s=monitor.generated.per_second(now_s),
+            int4_token_share=monitor.token_share(now_s),
         )
 
     def _never(self, prompt: int, output: int) -> str | None:
@@ -166,13 +171,17 @@ class Engine:
     def _decide(self, now_s: float) -> None:
         if not self._control.is_due(now_s):
             return
-        demand = self._parts.scheduler.demand(self._policy.horizon_tokens)
-        settled = self._rung == self._control.target and not self._parts.swapper.in_flight
+        parts, target = self._parts, self._control.target
+        settled = self._rung == target and not parts.swapper.in_flight
         signals = self._monitor.signals(
-            now_s, demand, self._control.target, self._parts.hello.capacities, settled
+            now_s, parts.scheduler, parts.layers.variants, target, settled
         )
         if decision := self._control.look(signals):
-            self._monitor.event("decision", decision.reason)
+            self._monitor.event("decision", decision.reason, numbers(signals, decision.rung))
+
+    def _limit_admission(self) -> None:
+        """Requests are admitted as if the target rung were reached, where that has less room."""
+        self._parts.scheduler.max_blocks = self._parts.hello.capacities[self._control.target]
 
     def _start_swaps(self) -> None:
         """Starts what leads to the target rung, never both directions at once."""
@@ -197,12 +206,34 @@ class Engine:
             self._monitor.event("error", f"a step failed: {error}")
             failed = self._parts.scheduler.fail(batch)
             return Step(precision, [_output(request, []) for request in failed])
-        self._monitor.stepped(batch, precision, time.monotonic() - started)
+        ended = time.monotonic()
+        self._monitor.stepped(batch, self._parts.layers.variants, ended, ended - started)
         outputs = self._parts.scheduler.update(batch, [got.token for got in sampled])
         told = zip(outputs, sampled, strict=True)
         return Step(
             precision, [_output(request, new, got.logprobs) for (request, new), got in told]
         )
+
+
+def _monitor(config: EngineConfig, parts: Parts) -> Monitor:
+    capacities, ladder = parts.hello.capacities, parts.ladder
+    max_step_tokens = config.scheduler.max_num_batched_tokens
+    facts = Facts(
+        capacities=capacities,
+        int8_rung=min(ladder.deepest(Variant.INT8), len(capacities) - 1),
+        block_tokens=parts.hello.block_tokens,
+        max_step_tokens=max_step_tokens,
+    )
+    forecasts = forecaster(parts.cost_model, ladder, len(capacities), max_step_tokens)
+    monitor = Monitor(config.policy, config.slo, facts, forecasts)
+    if forecasts is None and config.policy.static_layers < 0 and len(capacities) > 1:
+        text = (
+            "no measured costs for this device, so that no step times are predicted: run "
+            f"`morph profile {config.model} --bundle {config.bundle}`"
+        )
+        logger.info(text)
+        monitor.event("costs", text)
+    return monitor
 
 
 def _output(

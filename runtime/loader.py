@@ -1,6 +1,7 @@
 """A checkpoint and its bundle, read into host memory in the layout that the kernels want."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.costs import DeviceCosts
 from morphserve.runtime.kernels import Kernels, load_kernels
 from morphserve.runtime.layers import Image, full_image, quantized_image
 from morphserve.runtime.memory import ModelSizes
@@ -27,6 +29,7 @@ class LoadedModel:
     full: list[Image]
     int4: list[Image]  # empty if the policy uses none
     order: list[int]
+    costs: Sequence[DeviceCosts] = ()  # measured times in the bundle, of any device
 
     def sizes(self, block_tokens: int) -> ModelSizes:
         return ModelSizes(
@@ -66,6 +69,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         if bundle and swaps
         else [],
         order=layer_order(config, architecture.num_layers, bundle),
+        costs=bundle.manifest.costs if bundle else (),
     )
 
 

@@ -99,7 +99,7 @@ class Event(msgspec.Struct, frozen=True):
 
     id: int  # counts up from 1
     time: float  # seconds since the epoch
-    kind: str  # demote, promote, decision, pin, preempt, swap_failed, error
+    kind: str  # demote, promote, decision, pin, preempt, swap_failed, costs, error
     text: str
     numbers: dict[str, float] = {}  # what the decision was made from; a swap's bytes and seconds
 
@@ -139,6 +139,11 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
     steps: int
     step_s: float  # duration of the latest step
     predicted_step_s: float | None  # what the cost model said of it; None without measured costs
+    slowdown: float | None = None  # of the latest steps over what the cost model said of them
+    arrivals_per_s: float = 0.0  # over the latest ten seconds, like the next two
+    prompt_tokens_per_s: float = 0.0
+    generated_tokens_per_s: float = 0.0
+    int4_token_share: float = 0.0  # of the tokens generated in the policy's quality window
 
     @property
     def num_generated(self) -> int:

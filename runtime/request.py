@@ -5,6 +5,7 @@ from enum import Enum
 
 import msgspec
 
+from morphserve.configs.schema import Slo as Slo
 from morphserve.quantize.manifest import Variant
 
 
@@ -25,13 +26,6 @@ class SamplingParams(msgspec.Struct, frozen=True):
     min_tokens: int = 0  # end-of-sequence is not allowed before
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-
-
-class Slo(msgspec.Struct, frozen=True):
-    """What a request needs, or a server promises; None: nothing."""
-
-    ttft_s: float | None = None  # request received to first token
-    tpot_s: float | None = None  # per output token after the first
 
 
 class Demands(msgspec.Struct, frozen=True):

@@ -45,6 +45,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
+        self.max_blocks: int | None = None  # that admission may fill; None: all there are
         self.memory_blocked = False  # the oldest waiting request waits for blocks, nothing else
 
     def add(self, request: Request) -> None:
@@ -159,7 +160,10 @@ class Scheduler:
     def _fits(self, request: Request) -> bool:
         """Whether the pool has its blocks and one more for each running request to grow into."""
         needed = self._blocks_for(request.num_tokens + 1) + len(self.running)
-        return needed <= self._pool.num_free
+        room = self._pool.num_free
+        if self.max_blocks is not None:
+            room = min(room, self.max_blocks - self._pool.num_used)
+        return needed <= room
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's blocks away; it waits first in line and is computed again."""
