@@ -20,13 +20,12 @@ from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, AdmissionCollector
 from morphserve.runtime.server.app import make_app
-from morphserve.runtime.server.files import bind, listen, open_standard_files
+from morphserve.runtime.server.files import allow_many_files, bind, listen, open_standard_files
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.supervisor import ENGINE_COMMAND, Supervisor
 from morphserve.runtime.tokenizer import Tokenizer
 
 KEEP_ALIVE_S = 30
-_SPARE_CONNECTIONS = 128  # for probes, metrics and idle clients
 _ABORT_GRACE_S = 0.5  # for sending the last words of requests that were ended
 
 T = TypeVar("T")
@@ -72,6 +71,7 @@ def run_server(
     beside the server once it serves. Raises MorphError if it cannot start.
     """
     open_standard_files()
+    allow_many_files()
     listener = bind(server.host, server.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(engine, server, watch, command, listener))
@@ -207,8 +207,7 @@ def _http_config(serving: Serving) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        # Over this, uvicorn refuses without an envelope; the queue is full long before.
-        limit_concurrency=2 * serving.admission.max_requests + _SPARE_CONNECTIONS,
+        limit_concurrency=None,  # uvicorn would refuse without an envelope, and count nothing
         timeout_graceful_shutdown=1,  # responses are complete by then; a stuck reader is cut off
     )
 

@@ -4,9 +4,10 @@
     PYTHONPATH=.src:tests/support python tests/reliability/overload.py --server demo --seconds 60
 
 It starts its own server on loopback, on a free port, and ends it. `fake`: the HTTP process before
-an engine that repeats prompts; `demo`: the whole of `morph serve demo`. At most MAX_REQUESTS
-requests are sent per rate, and no scenario waits longer than PATIENCE_S. Exits with 1 if a rule
-does not hold.
+an engine that repeats prompts and takes as many at once as there are, so that its capacity is that
+of the HTTP process and this client on the same cores; `demo`: the whole of `morph serve demo`. At
+most MAX_REQUESTS requests are sent per rate, and none waits longer than PATIENCE_S. Exits with 1 if
+a rule does not hold.
 """
 
 import argparse
