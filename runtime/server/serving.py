@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -37,6 +37,16 @@ class Serving:
     def max_tokens(self) -> int:
         """Most tokens a request can come to hold, prompt included."""
         return self.engine.hello.max_model_len
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Requests that were not taken, by reason."""
+        return self.admission.refused
+
+    @property
+    def engine_restarts(self) -> int:
+        """Engines started in a dead one's place."""
+        return self.engine.restarts
 
     def why_not(self) -> str | None:
         """Why no new request is taken, whatever it asks for."""
