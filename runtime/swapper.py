@@ -112,7 +112,7 @@ class Swapper:
             more = self._pool.evacuate((swap.layer, part))
             if more is None:
                 break
-            # A block that had gone to the part that is emptied now is copied once, to its last home.
+            # A block that had gone to the part that is emptied now moves once, to its last home.
             moves = {old: more.pop(new, new) for old, new in moves.items()} | more
             taken.insert(0, part)
         self._arena.copy_blocks(moves)
