@@ -6,7 +6,7 @@ slabs in the order of demotion, which is the reverse of the order of promotion; 
 wanted back first is the emptiest.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 BASE = -1  # region of the blocks that are never taken back
 
@@ -15,9 +15,9 @@ class BlockPool:
     """Owns the blocks. Invariant: a block is free or used, never both; free + used = capacity."""
 
     def __init__(self, base: Sequence[int]) -> None:
-        self._region: dict[int, int] = {}  # block -> region
-        self._free: dict[int, list[int]] = {}  # region -> free blocks, the next one last
-        self._members: dict[int, frozenset[int]] = {}  # region -> all its blocks
+        self._region: dict[int, Hashable] = {}  # block -> region
+        self._free: dict[Hashable, list[int]] = {}  # region -> free blocks, the next one last
+        self._members: dict[Hashable, frozenset[int]] = {}  # region -> all its blocks
         self._used: set[int] = set()
         self.publish(BASE, base)
 
@@ -33,7 +33,7 @@ class BlockPool:
     def num_used(self) -> int:
         return len(self._used)
 
-    def publish(self, region: int, blocks: Sequence[int]) -> None:
+    def publish(self, region: Hashable, blocks: Sequence[int]) -> None:
         """Adds a region's blocks, all free, to the capacity."""
         assert region not in self._free and not self._region.keys() & set(blocks)
         self._free[region] = sorted(blocks, reverse=True)  # popped from the end: lowest first
@@ -55,7 +55,7 @@ class BlockPool:
             self._used.remove(block)
             self._free[self._region[block]].append(block)
 
-    def evacuate(self, region: int) -> dict[int, int] | None:
+    def evacuate(self, region: Hashable) -> dict[int, int] | None:
         """Takes a region out of the capacity and says where its live blocks go: old -> new.
 
         None, and nothing changes, if the other regions have too few free blocks. The caller must
