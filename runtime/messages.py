@@ -70,7 +70,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
 
     request_id: str
     tokens: list[int]
-    finish_reason: str | None = None  # stop, length, abort, error
+    finish_reason: str | None = None  # stop, length, abort, error, timeout
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
 
@@ -139,6 +139,7 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
     steps: int
     step_s: float  # duration of the latest step
     predicted_step_s: float | None  # what the cost model said of it; None without measured costs
+    held: int = 0  # requests that wait for precision, with their blocks if they were running
 
     @property
     def num_generated(self) -> int:
