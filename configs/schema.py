@@ -15,6 +15,7 @@ class CacheConfig:
     memory_budget: int | None = None  # bytes of the arena; None: enough for max_num_seqs
     staging_slots: int = 2  # layers that may be in flight at once
     min_run_bytes: int = 64 * 1024  # shortest wanted run of one layer's pages in a chunk
+    enable_prefix_caching: bool = True  # keep KV for requests with the same beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,11 @@ class SchedulerConfig:
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens per step, prefill and decode together
     max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
+    queue_timeout_s: float | None = None  # longest wait to be admitted; None: no end
 
     def __post_init__(self) -> None:
+        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
+            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -90,6 +90,7 @@ def assemble(
         config.cache.block_tokens,
         max_model_len,
         architecture.eos_token_ids,
+        config.cache.enable_prefix_caching,
     )
     forward = Model(
         kernels=model.kernels,

@@ -70,7 +70,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
 
     request_id: str
     tokens: list[int]
-    finish_reason: str | None = None  # stop, length, abort, error
+    finish_reason: str | None = None  # stop, length, abort, error, timeout
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
 
@@ -144,6 +144,7 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
     prompt_tokens_per_s: float = 0.0
     generated_tokens_per_s: float = 0.0
     int4_token_share: float = 0.0  # of the tokens generated in the policy's quality window
+    held: int = 0  # requests that wait for precision, with their blocks if they were running
 
     @property
     def num_generated(self) -> int:

@@ -166,7 +166,7 @@ def test_blocks_of_one_part_do_not_move_into_the_other_that_is_emptied_too(
     driver.step()
     pool, parts = driver.parts.pool, driver.plan.slabs[layer].blocks
     every = pool.allocate(pool.capacity)
-    pool.free(set(every) - set(parts[INT4]))  # live blocks lie in INT4's part alone
+    pool.free(sorted(set(every) - set(parts[INT4])))  # live blocks lie in INT4's part alone
     taken: dict[int, int] = {}
     driver.parts.swapper._relocate = taken.update
     assert driver.parts.swapper.start(layer, to)

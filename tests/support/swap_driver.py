@@ -166,6 +166,7 @@ class Driver:
     kv_tokens: int
     max_num_batched_tokens: int = 24
     max_num_seqs: int = 8
+    prefix_caching: bool = False  # with it, a request's slices may have been others'
     parts: Parts = field(init=False)
     plan: MemoryPlan = field(init=False)
     requests: dict[str, Request] = field(init=False, default_factory=dict)
@@ -178,7 +179,11 @@ class Driver:
         config = EngineConfig(
             model="",
             policy=load_policy("performance"),
-            cache=CacheConfig(block_tokens=BLOCK_TOKENS, min_run_bytes=1),
+            cache=CacheConfig(
+                block_tokens=BLOCK_TOKENS,
+                min_run_bytes=1,
+                enable_prefix_caching=self.prefix_caching,
+            ),
             scheduler=SchedulerConfig(self.max_num_seqs, self.max_num_batched_tokens),
         )
         sizes = self.model.sizes(BLOCK_TOKENS)
@@ -215,7 +220,7 @@ class Driver:
             if parts.swapper.has_room and parts.layers.variants[layer] is not to:
                 if all(swap.layer != layer for swap in parts.swapper.in_flight):
                     parts.swapper.start(layer, to)
-        batch = parts.scheduler.schedule()
+        batch = parts.scheduler.schedule(parts.ladder.rung_of(parts.layers.variants))
         parts.swapper.advance()
         if batch:
             variants = tuple(parts.layers.variants)
