@@ -17,6 +17,10 @@ class CacheConfig:
     min_run_bytes: int = 64 * 1024  # shortest wanted run of one layer's pages in a chunk
     enable_prefix_caching: bool = True  # keep KV for requests with the same beginning
 
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1:
+            raise ConfigError(f"block_tokens must be at least 1, not {self.block_tokens}")
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -25,11 +29,9 @@ class SchedulerConfig:
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens per step, prefill and decode together
     max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
-    queue_timeout_s: float | None = None  # longest wait to be admitted; None: no end
+    queue_timeout_s: float | None = None  # longest wait to be admitted; None: no limit
 
     def __post_init__(self) -> None:
-        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
-            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -37,6 +39,8 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): each running request needs one per step"
             )
+        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
+            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -126,6 +130,10 @@ class ServerConfig:
     overload_status: int = 503  # what they are told: 503 or 429
     engine_timeout_s: float = 300.0  # an engine that says nothing for so long is replaced
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
+    log_format: str = "text"  # text or json
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any of them opens; none: no check
+    admin_key: str | None = field(default=None, repr=False)  # None: no administration over HTTP
+    allowed_origins: tuple[str, ...] = ()  # of pages whose scripts may call; "*": any
 
     def __post_init__(self) -> None:
         if self.max_queued < 1:
@@ -136,3 +144,7 @@ class ServerConfig:
             raise ConfigError(f"overload_status must be 503 or 429, not {self.overload_status}")
         if self.engine_timeout_s <= 0:
             raise ConfigError(f"engine_timeout_s must be above 0, not {self.engine_timeout_s}")
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
+        if "" in self.api_keys or self.admin_key == "":
+            raise ConfigError("an API key or admin key must not be empty")

@@ -15,6 +15,7 @@ from morphserve.morphcli.commands.profile import profile
 from morphserve.morphcli.commands.quantize import quantize
 from morphserve.morphcli.commands.serve import serve
 from morphserve.morphcli.commands.verify_bundle import verify
+from morphserve.morphcli.settings import Command
 
 app = typer.Typer(
     name="morph",
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help takes three times as long as all the rest of --help
 )
 for command in (profile, quantize, inspect, verify, export, serve, bench, demo):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,7 +1,7 @@
 """A checkpoint and its bundle, read into host memory in the layout that the kernels want."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from morphserve.configs.errors import ConfigError, UnsupportedModel
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.bundle import Bundle, open_bundle
-from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.kernels import Kernels, load_kernels
@@ -44,7 +44,11 @@ class LoadedModel:
         )
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(
+    config: EngineConfig,
+    open_checkpoint: Callable[[str], Checkpoint] = open_checkpoint,
+    open_bundle: Callable[[str, Checkpoint], Bundle] = open_bundle,
+) -> LoadedModel:
     """Reads checkpoint and bundle, layer by layer, into images."""
     checkpoint = open_checkpoint(config.model)
     architecture = checkpoint.architecture
