@@ -97,3 +97,4 @@ class ServerConfig:
     port: int = 8000
     max_queued: int = 512  # prompts in flight; more are told to come again
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
+    log_format: str = "text"  # text or json

@@ -195,4 +195,9 @@ class Engine:
 
 def _output(request: Request, tokens: list[int]) -> TokenOutput:
     reason: FinishReason | None = request.finish_reason
-    return TokenOutput(request.id, tokens, None if reason is None else reason.value)
+    queued_s = 0.0
+    if request.scheduled_s is not None and len(request.output) == len(tokens):  # its first
+        queued_s = request.scheduled_s - request.arrival_s
+    return TokenOutput(
+        request.id, tokens, None if reason is None else reason.value, queued_s=queued_s
+    )

@@ -70,6 +70,7 @@ class Request:
     num_computed: int = 0  # tokens whose K and V are in the cache
     blocks: list[int] = field(default_factory=list)  # page0 of each KV block
     num_preemptions: int = 0
+    scheduled_s: float | None = None  # when it first ran, monotonic clock
 
     @property
     def num_tokens(self) -> int:

@@ -1,5 +1,6 @@
 """Who runs in this step and with how many tokens; the only writer of requests."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ class Scheduler:
         request = self.waiting.popleft()
         request.blocks = self._pool.allocate(self._blocks_for(request.num_tokens + 1))
         request.status = Status.RUNNING
+        if request.scheduled_s is None:
+            request.scheduled_s = time.monotonic()
         self.running.append(request)
         return request
 

@@ -75,7 +75,7 @@ def serve(
     """Serve a model; under pressure layers become INT4."""
     from morphserve.configs.load import load_policy, resolve_model
     from morphserve.configs.schema import EngineConfig, ServerConfig
-    from morphserve.morphcli.monitor import choose_watch
+    from morphserve.morphcli.view import choose_watch
     from morphserve.runtime.server.run import run_server
 
     rules, folder = load_policy(policy), resolve_model(model)

@@ -190,16 +190,13 @@ class Api:
         return _json(b'{"status":"ready"}')
 
     async def metrics(self, _request: Request) -> Response:
-        return Response(self._serving.metrics.exposition(), media_type=_PROMETHEUS)
+        return Response(self._serving.exposition(), media_type=_PROMETHEUS)
 
     async def version(self, _request: Request) -> Response:
         return _json(encode({"version": version("morphserve")}))
 
     async def state(self, _request: Request) -> Response:
-        serving = self._serving
-        return _json(
-            encode(state_of(serving.engine, serving.model_name, serving.metrics.latency()))
-        )
+        return _json(encode(state_of(self._serving)))
 
 
 def _json(body: bytes) -> Response:

@@ -74,7 +74,7 @@ class Generator:
             async with aclosing(chunks):  # a stop string ends the request in the engine, too
                 async for chunk in chunks:
                     job.count(chunk)
-                    timer.tokens(len(chunk.tokens))
+                    timer.tokens(len(chunk.tokens), chunk.precision, chunk.queued_s)
                     piece = text.add(chunk)
                     if text.finish_reason is not None:
                         break
@@ -90,7 +90,7 @@ class Generator:
             raise
         finally:
             if reason is not None:
-                timer.finish(reason.value)
+                timer.finish(reason.value, f"{job.id}-{index}", len(job.prompts[index]))
 
 
 class TextStream:

@@ -6,7 +6,6 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from morphserve.runtime.engine_client import ENGINE_COMMAND, EngineClient, launc
 from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.app import make_app
+from morphserve.runtime.server.logs import say, start_logging
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.tokenizer import Tokenizer
 
@@ -70,6 +70,7 @@ def run_server(
 
     `watch` runs beside the server once it serves. Raises MorphError if it cannot start.
     """
+    start_logging(server.log_format)
     listener = _bind(server.host, server.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(engine, server, watch, command, listener))
@@ -131,7 +132,7 @@ def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> s
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say("start", line)
 
 
 async def _start(engine: EngineClient, config: EngineConfig) -> Tokenizer:

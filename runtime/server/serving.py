@@ -2,12 +2,15 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from morphserve.runtime.engine_client import EngineClient
+from morphserve.runtime.exposition import Server
 from morphserve.runtime.messages import Hello
 from morphserve.runtime.metrics import Metrics
+from morphserve.runtime.request import Slo
 from morphserve.runtime.server.errors import ApiError, bad_request, unavailable
 from morphserve.runtime.tokenizer import PromptTooLong, TemplateError, Tokenizer
 
@@ -33,6 +36,9 @@ class Serving:
     max_queued: int  # prompts in flight
     url: str = ""  # once it listens
     created: int = field(default_factory=lambda: int(time.time()))
+    slo: Slo = Slo()  # that the server promises
+    refused: Counter[str] = field(default_factory=Counter)  # requests not taken, by reason
+    engine_restarts: int = 0
     draining: bool = False  # no new requests are taken
     num_active: int = 0  # API calls not yet answered to the end
     num_prompts: int = 0  # in flight
@@ -41,6 +47,12 @@ class Serving:
     def max_tokens(self) -> int:
         """Most tokens a request can come to hold, prompt included."""
         return self.engine.hello.max_model_len
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        startup_s = self.engine.hello.startup_s
+        server = Server(self.model_name, startup_s, self.refused, self.engine_restarts)
+        return self.metrics.exposition(server)
 
     def why_not(self) -> ApiError | None:
         """Why no new request is taken, whatever it asks for."""
