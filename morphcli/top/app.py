@@ -53,9 +53,10 @@ class Top(App[int]):
     #layers { height: 2; }
     #kv { height: 1fr; min-height: 3; }
     #middle, #traffic, #latency { height: 4; }
+    #traffic, #events, #requests { width: 1fr; }
     #latency { width: 39; margin-left: 2; }
     #bottom { height: 1fr; min-height: 2; }
-    #requests { margin-left: 0; }
+    #events, #requests { height: 100%; }
     #footer { height: 1; color: #8b949e; }
     .tall #layers, .tall #kv, .tall #middle, .tall #memory, .tall #bottom { margin-top: 1; }
     .wide #requests { margin-left: 2; }

@@ -6,7 +6,7 @@ from textual.events import Key
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-KEYS = "q quit  ? help  space pause  tab panes  l layers  e events  +/- rate  u/d/p/a rung"
+KEYS = "q quit  ? help  space pause  tab pane  l layers  e events  +/- rate  udpa rung"
 HELP = """\
 q        quit (the server goes on)     ?      this page
 space    pause                         + -    look more, less often

@@ -28,10 +28,10 @@ def header(state: State, note: str, width: int) -> Text:
     """Two lines: what serves, and how it stands."""
     first = Text.assemble(
         (state.model, TITLE),
-        f"  {state.device}, {state.dtype}",
         f"  policy {state.policy}",
         f"  up {_duration(state.uptime_s)}",
-        (f"  {state.url}", DIM),
+        f"  {state.url}",
+        (f"  {state.device}, {state.dtype}", DIM),
     )
     rung, deepest = state.rung, len(state.capacities) - 1
     second = Text.assemble(
@@ -50,7 +50,7 @@ def layer_map(state: State, by_ladder: bool, width: int) -> Text:
     """A cell per layer, the least important first or in the order of the model."""
     order = _ladder_order(state) if by_ladder else list(range(len(state.layers)))
     title = "layers, least important first " if by_ladder else "layers, in the model's order "
-    text = Text(title, TITLE, no_wrap=True, overflow="ellipsis")
+    text = Text.assemble((title, TITLE), no_wrap=True, overflow="ellipsis")
     room = max(1, width - len(title))
     pitch = 2 if len(order) * 2 <= room else 1
     for i, layer in enumerate(order):
@@ -90,11 +90,10 @@ def kv(state: State, points: Sequence[Point], width: int, height: int) -> Text:
     title = Text.assemble(
         ("KV blocks ", TITLE),
         (f"█ {state.blocks_used} used", USED),
-        "  ",
-        (f"─ {state.blocks_capacity} now", CAPACITY),
-        f" ({grown:.2f}× full precision's ",
-        (f"{state.blocks_full}", FULL),
-        f", at most {state.blocks_max})  wanted {state.demand}",
+        (f"  ─ {state.blocks_capacity} now", CAPACITY),
+        f" = {grown:.2f}× ",
+        (f"┤ {state.blocks_full} full", FULL),
+        f", {state.blocks_max} at most, {state.demand} wanted",
     )
     chart = kv_chart(points, state.blocks_max, state.blocks_full, width, max(1, height - 1))
     return Text("\n").join([_lines([title], width), chart])
@@ -107,7 +106,7 @@ def traffic(state: State, points: Sequence[Point], width: int) -> Text:
     by_reason = ", ".join(f"{name} {count}" for name, count in sorted(state.refused.items()))
     hits = "–" if state.prefix_hit_rate is None else f"{state.prefix_hit_rate:.0%}"
     rates = state.tokens_per_s
-    room = max(4, width - 24)
+    room = max(4, width - 19)
     return _lines(
         [
             Text.assemble(
@@ -116,15 +115,15 @@ def traffic(state: State, points: Sequence[Point], width: int) -> Text:
             ),
             Text.assemble(
                 (f"{refused} refused", BAD if refused else ""),
-                f" ({by_reason})" if by_reason else "",
-                f"  {state.preemptions} preempted  prefix hits {hits}",
+                f"  {state.preemptions} preempted  prefix {hits}",
+                f"  {by_reason}",
             ),
             Text.assemble(
-                f"generation {rates.generation:6.0f}/s ",
+                f"output tok/s {rates.generation:5.0f} ",
                 (sparkline([point.generation for point in points], room), USED),
             ),
             Text.assemble(
-                f"prompt     {rates.prompt:6.0f}/s ",
+                f"prompt tok/s {rates.prompt:5.0f} ",
                 (sparkline([point.prompt for point in points], room), CAPACITY),
             ),
         ],
@@ -169,8 +168,8 @@ def memory(state: State, width: int) -> Text:
         cells = round((done + size) / total * width) - round(done / total * width)
         done += size
         bar.append(glyph * cells, style)
-        names.append(f"{glyph} ", style)
-        names.append(f"{name} {_mebibytes(size)}  ")
+        names.append(f"{glyph}", style)
+        names.append(f" {name} {_mebibytes(size)} ")
     title = Text.assemble(("memory ", TITLE), names)
     return _lines([title, bar], width)
 

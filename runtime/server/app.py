@@ -27,6 +27,7 @@ from morphserve.runtime.server.errors import (
 )
 from morphserve.runtime.server.generation import Generator, Job, Piece
 from morphserve.runtime.server.middleware import Gate, RequestIds
+from morphserve.runtime.server.page import page, script
 from morphserve.runtime.server.protocol import (
     DEFAULT_MAX_TOKENS,
     ChatRequest,
@@ -69,6 +70,8 @@ def make_app(serving: Serving) -> Starlette:
             Route("/metrics", api.metrics),
             Route("/version", api.version),
             Route("/morph/v1/state", api.state),
+            Route("/", page),
+            Route("/page.js", script),
         ],
         middleware=[Middleware(RequestIds), Middleware(Gate, serving=serving)],
         exception_handlers={
