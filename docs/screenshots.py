@@ -1,6 +1,6 @@
-"""Draws docs/top.svg and docs/top-wide.svg from a recording: `python docs/screenshots.py FILE SECONDS`.
+"""Draws docs/top.svg and docs/top-wide.svg: `python docs/screenshots.py FILE SECONDS`.
 
-`morph top URL > FILE` makes one; SECONDS says which moment of it is drawn.
+`morph top URL > FILE` records; SECONDS says which moment of the recording is drawn.
 """
 
 import asyncio
