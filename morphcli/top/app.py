@@ -120,7 +120,7 @@ class Top(App[int]):
         self.feed.close()
 
     def on_resize(self, _event: Resize) -> None:
-        self._arrange()
+        self.call_after_refresh(self._arrange)  # only then it has its new size
 
     async def look(self) -> None:
         """Takes what is new and shows it."""
