@@ -16,7 +16,7 @@ from textual.widget import Widget
 from morphserve.morphcli.top import panels
 from morphserve.morphcli.top.feeds import CannotAct, Feed
 from morphserve.morphcli.top.help import HELP, KEYS, Help
-from morphserve.morphcli.top.history import History, Point
+from morphserve.morphcli.top.history import History
 from morphserve.runtime.messages import Event
 from morphserve.runtime.server.state import State
 
@@ -30,12 +30,13 @@ _KINDS: dict[str, tuple[str, ...]] = {  # of events; none: all
     "swaps": ("demote", "promote", "swap_failed"),
     "trouble": ("preempt", "swap_failed", "error"),
 }
+Draw = Callable[[int, int], Text]  # into so many columns and lines
 
 
 class Panel(Widget):
     """A part of the view, drawn into whatever room it has."""
 
-    def __init__(self, name: str, draw: Callable[[int, int], Text]) -> None:
+    def __init__(self, name: str, draw: Draw) -> None:
         super().__init__(id=name)
         self._draw = draw
 
@@ -91,21 +92,29 @@ class Top(App[int]):
         self._kinds = "all"
         self._pane = "events"  # the one that narrow terminals show
         self._looked_s = time.monotonic()
+        self._panels = {name: Panel(name, draw) for name, draw in self._draws().items()}
+
+    def _draws(self) -> dict[str, Draw]:
+        """What each part of the view shows; most show nothing until there is a state."""
+        with_state: dict[str, Callable[[State, int, int], Text]] = {
+            "layers": lambda s, w, h: panels.layer_map(s, self._by_ladder, w),
+            "kv": lambda s, w, h: panels.kv(s, self._history.last(w), w, h),
+            "memory": lambda s, w, h: panels.memory(s, w),
+            "traffic": lambda s, w, h: panels.traffic(s, self._history.last(w), w),
+            "latency": lambda s, w, h: panels.latency(s, w),
+            "events": self._events,
+            "requests": lambda s, w, h: panels.requests(s.requests, w, h),
+        }
+        footer = Text(KEYS, no_wrap=True, overflow="ellipsis")
+        always: dict[str, Draw] = {"header": self._header, "footer": lambda w, h: footer}
+        return always | {name: self._if_any(draw) for name, draw in with_state.items()}
 
     def compose(self) -> ComposeResult:
-        yield Panel("header", self._header)
-        yield Panel("layers", self._part(lambda s, w, h: panels.layer_map(s, self._by_ladder, w)))
-        yield Panel("kv", self._part(lambda s, w, h: panels.kv(s, self._points(w), w, h)))
-        yield Panel("memory", self._part(lambda s, w, h: panels.memory(s, w)))
-        with Horizontal(id="middle"):
-            yield Panel(
-                "traffic", self._part(lambda s, w, h: panels.traffic(s, self._points(w), w))
-            )
-            yield Panel("latency", self._part(lambda s, w, h: panels.latency(s, w)))
-        with Horizontal(id="bottom"):
-            yield Panel("events", self._part(self._events))
-            yield Panel("requests", self._part(lambda s, w, h: panels.requests(s.requests, w, h)))
-        yield Panel("footer", lambda w, h: Text(KEYS, no_wrap=True, overflow="ellipsis"))
+        parts = self._panels
+        yield from (parts[name] for name in ("header", "layers", "kv", "memory"))
+        yield Horizontal(parts["traffic"], parts["latency"], id="middle")
+        yield Horizontal(parts["events"], parts["requests"], id="bottom")
+        yield parts["footer"]
 
     def on_mount(self) -> None:
         loop = asyncio.get_running_loop()
@@ -198,35 +207,25 @@ class Top(App[int]):
 
     def _arrange(self) -> None:
         wide, tall = self.size.width >= _WIDE, self.size.height >= _TALL
-        self.screen_stack[0].set_class(wide, "wide").set_class(tall, "tall")
+        self.set_class(wide, "wide").set_class(tall, "tall")
         for name in ("events", "requests"):
-            self.screen_stack[0].query_one(f"#{name}").set_class(
-                not wide and name != self._pane, "hidden"
-            )
+            self._panels[name].set_class(not wide and name != self._pane, "hidden")
         self._layers_height()
         self._redraw()
 
     def _layers_height(self) -> None:
         """As many lines as the map of all layers takes."""
         if self.state is not None:
-            panel = self.screen_stack[0].query_one("#layers")
-            lines = panels.layer_map(self.state, self._by_ladder, max(1, self.size.width - 2))
-            panel.styles.height = min(lines.plain.count("\n") + 1, max(1, self.size.height // 3))
+            shown = panels.layer_map(self.state, self._by_ladder, max(1, self.size.width - 2))
+            lines = shown.plain.count("\n") + 1
+            self._panels["layers"].styles.height = min(lines, max(1, self.size.height // 3))
 
     def _redraw(self) -> None:
-        for panel in self.screen_stack[0].query(Panel):
+        for panel in self._panels.values():
             panel.refresh()
 
-    def _points(self, width: int) -> list[Point]:
-        return self._history.last(width)
-
-    def _part(self, draw: Callable[[State, int, int], Text]) -> Callable[[int, int], Text]:
-        """Nothing until there is a state."""
-
-        def draw_state(width: int, height: int) -> Text:
-            return Text() if self.state is None else draw(self.state, width, height)
-
-        return draw_state
+    def _if_any(self, draw: Callable[[State, int, int], Text]) -> Draw:
+        return lambda w, h: Text() if self.state is None else draw(self.state, w, h)
 
     def _header(self, width: int, _height: int) -> Text:
         notes = [self.feed.note, "paused" if self._paused else ""]
