@@ -1,6 +1,6 @@
-"""Draws docs/top.svg and docs/top-wide.svg: `python docs/screenshots.py FILE SECONDS`.
+"""Draws docs/top.svg and docs/top-wide.svg: `python docs/screenshots.py FILE SECONDS SECONDS`.
 
-`morph top URL > FILE` records; SECONDS says which moment of the recording is drawn.
+`morph top URL > FILE` records; SECONDS say which moment of the recording each shows.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ async def draw(recording: Path, at_s: float, out: Path, size: tuple[int, int]) -
 
 
 def main() -> None:
-    recording, at_s = Path(sys.argv[1]), float(sys.argv[2])
-    for name, size in SIZES.items():
+    recording, moments = Path(sys.argv[1]), map(float, sys.argv[2:])
+    for (name, size), at_s in zip(SIZES.items(), moments, strict=True):
         asyncio.run(draw(recording, at_s, Path(__file__).with_name(name), size))
 
 

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +72,7 @@ def run_server(
     `watch` runs beside the server once it serves. Raises MorphError if it cannot start.
     """
     start_logging(server.log_format)
+    engine = replace(engine, log_format=server.log_format)
     listener = _bind(server.host, server.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(engine, server, watch, command, listener))

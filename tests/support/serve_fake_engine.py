@@ -13,6 +13,7 @@ from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.runtime.server.run import run_server
 from morphserve.runtime.server.serving import Serving
 
+DEMO_MODEL = str(resources.files("morphserve.morphcli").joinpath("demo_model"))
 COMMAND = (sys.executable, str(Path(fake_engine.__file__)))
 
 
@@ -21,12 +22,11 @@ async def watch(serving: Serving) -> None:
 
 
 def main() -> int:
-    model = str(resources.files("morphserve.morphcli").joinpath("demo_model"))
     host = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1"
     port = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     server = ServerConfig(host=host, port=port, served_model_name="demo", shutdown_timeout_s=20.0)
     try:
-        code = run_server(EngineConfig(model, load_policy("balanced")), server, watch, COMMAND)
+        code = run_server(EngineConfig(DEMO_MODEL, load_policy("balanced")), server, watch, COMMAND)
     except MorphError as error:
         print(error)
         return error.exit_code
