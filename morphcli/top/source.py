@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import socket
+import threading
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -45,6 +46,7 @@ class Server:
         connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self._connection = connect(host, port, timeout=_TIMEOUT_S)
         self._path = parts.path.rstrip("/")
+        self._asking = threading.Lock()
 
     def state(self) -> bytes:
         """Raises Away."""
@@ -59,22 +61,29 @@ class Server:
         if (sock := self._connection.sock) is not None:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        with self._asking:  # closed under it, the connection would fail in ways of its own
+            self._connection.close()
 
     def _ask(self, method: str, path: str, key: str | None, body: bytes | None = None) -> bytes:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if key:
             headers["Authorization"] = f"Bearer {key}"
+        with self._asking:
+            status, answer = self._exchange(method, path, headers, body)
+        if status >= 400:
+            raise Away(_refusal(status, answer, path))
+        return answer
+
+    def _exchange(
+        self, method: str, path: str, headers: dict[str, str], body: bytes | None
+    ) -> tuple[int, bytes]:
         try:
             self._connection.request(method, self._path + path, body, headers)
             response = self._connection.getresponse()
-            answer = response.read(_LONGEST)
+            return response.status, response.read(_LONGEST)
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._connection.close()
             raise Away(f"{self.url} does not answer ({_reason(error)})") from error
-        if response.status >= 400:
-            raise Away(_refusal(response.status, answer, path))
-        return answer
 
 
 def _reason(error: Exception) -> str:

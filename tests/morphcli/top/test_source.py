@@ -116,6 +116,27 @@ def test_a_refusal_says_what_to_do(status: int, answer: bytes, words: str) -> No
         ask(url)
 
 
+def test_closing_ends_a_request_that_waits_for_its_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", NO_KEYS)
+        ended: list[Exception] = []
+
+        def ask_once() -> None:
+            try:
+                server.state()
+            except Exception as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=ask_once)
+        thread.start()
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(1000).startswith(b"GET /morph/v1/state")
+            server.close()
+            thread.join()
+    assert [type(error) for error in ended] == [Away]
+
+
 def test_a_server_that_is_away_is_named() -> None:
     with pytest.raises(Away, match="does not answer"):
         ask(unused_url())
