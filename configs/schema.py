@@ -113,6 +113,7 @@ class EngineConfig:
     threads: int | None = None  # compute threads; None: one per core
     order: str = "bundle"  # bundle (its ranking), front-to-back, back-to-front, random
     seed: int = 0  # of the random order and of unseeded sampling
+    log_format: str = "text"  # as the server's
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     slo: Slo = Slo()  # of requests that name no targets of their own

@@ -14,6 +14,7 @@ from morphserve.morphcli.commands.inspect_bundle import inspect
 from morphserve.morphcli.commands.profile import profile
 from morphserve.morphcli.commands.quantize import quantize
 from morphserve.morphcli.commands.serve import serve
+from morphserve.morphcli.commands.top import top
 from morphserve.morphcli.commands.verify_bundle import verify
 from morphserve.morphcli.settings import Command
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help takes three times as long as all the rest of --help
 )
-for command in (profile, quantize, inspect, verify, export, serve, bench, demo):
+for command in (profile, quantize, inspect, verify, export, serve, top, bench, demo):
     app.command(cls=Command)(command)
 
 

@@ -73,6 +73,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
     finish_reason: str | None = None  # stop, length, abort, error, timeout
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
+    queued_s: float = 0.0  # submitted to first scheduled; told with the first token
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):

@@ -71,6 +71,7 @@ class Request:
     num_registered: int = 0  # of its blocks, those that the prefix cache was shown
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
     num_preemptions: int = 0
+    scheduled_s: float | None = None  # when it first ran, monotonic clock
 
     @property
     def num_tokens(self) -> int:

@@ -1,5 +1,6 @@
 """Who runs in this step and with how many tokens; the only writer of requests."""
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -236,6 +237,8 @@ class Scheduler:
         missing = self._blocks_for(request.num_tokens + 1) - len(request.blocks)
         request.blocks += self._pool.allocate(missing)
         request.status = Status.RUNNING
+        if request.scheduled_s is None:
+            request.scheduled_s = time.monotonic()
         self.running.append(request)
         return request
 

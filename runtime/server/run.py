@@ -6,8 +6,8 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,10 @@ from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.runtime.engine_client import EngineClient
 from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
-from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, AdmissionCollector
+from morphserve.runtime.server.admission import QUEUED_CACHES, Admission
 from morphserve.runtime.server.app import make_app
 from morphserve.runtime.server.files import allow_many_files, bind, listen, open_standard_files
+from morphserve.runtime.server.logs import say, start_logging
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.supervisor import ENGINE_COMMAND, Supervisor
 from morphserve.runtime.tokenizer import Tokenizer
@@ -72,6 +73,8 @@ def run_server(
     """
     open_standard_files()
     allow_many_files()
+    start_logging(server.log_format)
+    engine = replace(engine, log_format=server.log_format)
     listener = bind(server.host, server.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(engine, server, watch, command, listener))
@@ -111,8 +114,8 @@ def _serving(
         server.overload_status,
     )
     metrics = Metrics(lambda: engine.snapshot)
-    metrics.register(AdmissionCollector(admission, lambda: engine.restarts))
-    return Serving(engine, tokenizer, metrics, server.served_model_name, admission)
+    name = server.served_model_name
+    return Serving(engine, tokenizer, metrics, name, admission, slo=config.slo)
 
 
 def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> str:
@@ -129,7 +132,7 @@ def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> s
 def _say(line: str) -> None:
     """Tells the terminal or the log; without either, serving goes on."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        say("start", line)
 
 
 async def _start(supervisor: Supervisor, config: EngineConfig) -> Tokenizer:

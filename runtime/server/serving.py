@@ -7,7 +7,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from morphserve.configs.schema import Slo
 from morphserve.runtime.engine_client import EngineClient, EngineDead, QueueTimeout
+from morphserve.runtime.exposition import Server
 from morphserve.runtime.messages import Hello
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.admission import Admission, Ticket
@@ -31,6 +33,7 @@ class Serving:
     admission: Admission
     url: str = ""  # once it listens
     created: int = field(default_factory=lambda: int(time.time()))
+    slo: Slo = Slo()  # that the server promises
     draining: bool = False  # no new requests are taken
 
     @property
@@ -47,6 +50,12 @@ class Serving:
     def engine_restarts(self) -> int:
         """Engines started in a dead one's place."""
         return self.engine.restarts
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        startup_s = self.engine.hello.startup_s
+        server = Server(self.model_name, startup_s, self.refused, self.engine_restarts)
+        return self.metrics.exposition(server)
 
     def why_not(self) -> str | None:
         """Why no new request is taken, whatever it asks for."""
