@@ -15,7 +15,7 @@ class CacheConfig:
     memory_budget: int | None = None  # bytes of the arena; None: enough for max_num_seqs
     staging_slots: int = 2  # layers that may be in flight at once
     min_run_bytes: int = 64 * 1024  # shortest wanted run of one layer's pages in a chunk
-    enable_prefix_caching: bool = True  # blocks are kept for prompts with the same beginning
+    enable_prefix_caching: bool = True  # keep KV for requests with the same beginning
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1:
@@ -29,7 +29,7 @@ class SchedulerConfig:
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens per step, prefill and decode together
     max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
-    queue_timeout_s: float | None = None  # longest wait for a first turn; None: no limit
+    queue_timeout_s: float | None = None  # longest wait to be admitted; None: no limit
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -61,12 +61,16 @@ class Policy:
     entry_windows: int  # consecutive pressed windows before the first demotion
     demote_above: float  # KV demand over capacity that counts as pressure, and what depth aims for
     max_queue_delay_s: float  # age of the oldest request waiting for memory that counts as pressure
+    slo_share: float  # share of a TTFT target that a prediction may reach before it is pressure
     horizon_tokens: int  # output tokens per request that demand looks ahead
     promote_below: float  # demand over the shallower rung's capacity that allows promotion
     quiet_s: float  # time without a preemption before promotion
     dwell_s: float  # time that calm must have lasted before promotion
     cooldown_s: float  # time between opposite actions
     max_flips_per_minute: int  # changes of direction
+    tail_s: float  # time without an arrival, nothing waiting, after which nothing is demoted
+    max_demoted_token_share: float  # of generated tokens, made with INT4 layers; 1: no limit
+    quality_window_s: float  # latest seconds over which that share is counted
 
     def __post_init__(self) -> None:
         if not 0 < self.promote_below < self.demote_above <= 1:
@@ -76,6 +80,14 @@ class Policy:
             )
         if not 0 <= self.max_demoted_share <= 1:
             raise ConfigError(f"policy {self.name}: max_demoted_share must lie between 0 and 1")
+        if not 0 <= self.max_demoted_token_share <= 1:
+            raise ConfigError(
+                f"policy {self.name}: max_demoted_token_share must lie between 0 and 1"
+            )
+        if not 0 < self.slo_share <= 1:
+            raise ConfigError(f"policy {self.name}: slo_share must lie above 0, at most 1")
+        if self.quality_window_s <= 0:
+            raise ConfigError(f"policy {self.name}: quality_window_s must lie above 0")
 
     @property
     def swaps(self) -> bool:
@@ -101,6 +113,7 @@ class EngineConfig:
     threads: int | None = None  # compute threads; None: one per core
     order: str = "bundle"  # bundle (its ranking), front-to-back, back-to-front, random
     seed: int = 0  # of the random order and of unseeded sampling
+    log_format: str = "text"  # as the server's
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     slo: Slo = Slo()  # of requests that name no targets of their own

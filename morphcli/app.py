@@ -17,6 +17,7 @@ from morphserve.morphcli.commands.inspect_bundle import inspect
 from morphserve.morphcli.commands.profile import profile
 from morphserve.morphcli.commands.quantize import quantize
 from morphserve.morphcli.commands.serve import serve
+from morphserve.morphcli.commands.top import top
 from morphserve.morphcli.commands.verify_bundle import verify
 from morphserve.morphcli.settings import Command
 
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(profile, quantize, inspect, verify, export),
-    *(serve, chat, complete),
+    *(serve, top, chat, complete),
     *(bench, demo, doctor),
 )
 for command in COMMANDS:

@@ -18,6 +18,9 @@ import msgspec
 from morphserve.configs.errors import MorphError
 from morphserve.morphcli.bench.http import host_and_port
 from morphserve.quantize.manifest import Rung, Variant
+from morphserve.runtime.ladder import Ladder
+
+Mix = tuple[Variant, ...]  # the variant of each layer
 
 _START_TIMEOUT_S = 300.0  # the first start compiles kernels
 _STOP_TIMEOUT_S = 15.0
@@ -81,8 +84,19 @@ class State(msgspec.Struct):
 
     @property
     def num_int4(self) -> int:
-        """Layers that compute in INT4 now: a layer on its way down still runs at full precision."""
+        """Layers that compute in INT4 now: one on its way there still runs at what it was."""
         return self.layers.count(Variant.INT4)
+
+    @property
+    def num_quantized(self) -> int:
+        """Layers that compute in INT8 or INT4 now."""
+        return len(self.layers) - self.layers.count(Variant.FULL)
+
+    @property
+    def mix(self) -> Mix:
+        """The variants of all layers at the rung that the server is at."""
+        ladder = Ladder(tuple(self.ladder), len(self.layers))
+        return tuple(ladder.variants_at(ladder.rung_of(self.layers)))
 
 
 @contextlib.contextmanager

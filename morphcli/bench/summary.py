@@ -8,7 +8,8 @@ import msgspec
 
 from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
-from morphserve.morphcli.bench.server import State
+from morphserve.morphcli.bench.server import Mix, State
+from morphserve.quantize.manifest import Variant
 
 MAX_LAG_P99_S = 0.05  # a load generator later than this did not send the trace
 
@@ -75,14 +76,15 @@ class ServerFigures(msgspec.Struct, frozen=True):
 
     preemptions: int
     swaps: int
-    int4_token_share: float | None  # generated while at least one layer was INT4; None: no token
+    quantized_token_share: float | None  # made while a layer was INT8 or INT4; None: no token
+    quantized_layers_max: int  # INT8 and INT4
+    quantized_layers_at_end: int
     int4_layers_mean: float | None  # over generated tokens
     int4_layers_max: int
-    int4_layers_at_end: int
     kv_tokens_min: int  # capacity of the KV cache
     kv_tokens_max: int
     full_again_s: float | None  # from the end of the burst; None: never left, or not back at end
-    later_episodes: int  # times that layers became INT4 again after the burst
+    later_episodes: int  # times that layers were swapped again after the burst
 
 
 class PolicySummary(msgspec.Struct):
@@ -170,64 +172,66 @@ def _server_figures(run: Run, burst_end_s: float) -> ServerFigures | None:
     if not states:
         return None
     first, last = states[0], states[-1]
-    tokens = tokens_per_level(states)
+    tokens = tokens_per_mix(states)
     total = sum(tokens.values())
+    int4_layers = sum(mix.count(Variant.INT4) * n for mix, n in tokens.items())
     generated = last.num_generated - first.num_generated
-    generated_int4 = last.num_generated_below_full - first.num_generated_below_full
+    quantized = last.num_generated_below_full - first.num_generated_below_full
     capacities = [state.blocks_capacity * state.block_tokens for state in states]
     return ServerFigures(
         preemptions=last.preemptions - first.preemptions,
         swaps=last.swaps - first.swaps,
-        int4_token_share=generated_int4 / generated if generated else None,
-        int4_layers_mean=sum(k * n for k, n in tokens.items()) / total if total else None,
+        quantized_token_share=quantized / generated if generated else None,
+        quantized_layers_max=max(state.num_quantized for state in states),
+        quantized_layers_at_end=last.num_quantized,
+        int4_layers_mean=int4_layers / total if total else None,
         int4_layers_max=max(state.num_int4 for state in states),
-        int4_layers_at_end=last.num_int4,
         kv_tokens_min=min(capacities),
         kv_tokens_max=max(capacities),
         full_again_s=_full_again(run, burst_end_s),
-        later_episodes=sum(start > burst_end_s for start, _ in _int4_stretches(run)),
+        later_episodes=sum(start > burst_end_s for start, _ in _quantized_stretches(run)),
     )
 
 
 def _full_again(run: Run, burst_end_s: float) -> float | None:
-    stretches = _int4_stretches(run)
-    if not stretches or run.states[-1].num_int4:
+    stretches = _quantized_stretches(run)
+    if not stretches or run.states[-1].num_quantized:
         return None
     ends = [end for start, end in stretches if start <= burst_end_s]
     return max([0.0, *(end - burst_end_s for end in ends)])
 
 
-def _int4_stretches(run: Run) -> list[tuple[float, float]]:
-    """Start and end, in seconds of the schedule, of each time with any layer at INT4.
+def _quantized_stretches(run: Run) -> list[tuple[float, float]]:
+    """Start and end, in seconds of the schedule, of each time with any layer at INT8 or INT4.
 
     The end is the first sample without one, or the last sample of all.
     """
     stretches: list[tuple[float, float]] = []
-    was_int4 = False
+    was_quantized = False
     for state in run.states:
         at_s = run.at_s(state)
-        if was_int4:
+        if was_quantized:
             stretches[-1] = (stretches[-1][0], at_s)
-        elif state.num_int4:
+        elif state.num_quantized:
             stretches.append((at_s, at_s))
-        was_int4 = state.num_int4 > 0
+        was_quantized = state.num_quantized > 0
     return stretches
 
 
-def tokens_per_level(states: Sequence[State]) -> dict[int, int]:
-    """Tokens generated while k layers were INT4, from samples of the server's counters."""
-    tokens: dict[int, int] = defaultdict(int)
+def tokens_per_mix(states: Sequence[State]) -> dict[Mix, int]:
+    """Tokens generated at each rung of the ladder, from samples of the server's counters."""
+    tokens: dict[Mix, int] = defaultdict(int)
     for before, after in zip(states, states[1:], strict=False):
         made = after.num_generated - before.num_generated
         if made > 0:
-            tokens[before.num_int4] += made
+            tokens[before.mix] += made
     return dict(tokens)
 
 
-def mean_perplexity(tokens: Mapping[int, int], perplexities: Mapping[int, float]) -> float | None:
-    """Perplexity of a stream of which `tokens[k]` tokens came from k INT4 layers."""
+def mean_perplexity(tokens: Mapping[Mix, int], perplexities: Mapping[Mix, float]) -> float | None:
+    """Perplexity of a stream of which `tokens[mix]` tokens came from layers in that mix."""
     total = sum(tokens.values())
     if not total or not tokens.keys() <= perplexities.keys():
         return None
-    mean = sum(n * math.log(perplexities[level]) for level, n in tokens.items()) / total
+    mean = sum(n * math.log(perplexities[mix]) for mix, n in tokens.items()) / total
     return math.exp(mean)

@@ -137,10 +137,10 @@ def _add_server_rows(build: _Rows) -> None:
 
     add("preemptions (work thrown away and redone)", _preemptions, lambda s: s.preemptions)
     add("KV cache capacity, tokens", _capacity)
-    add("tokens made while a layer was INT4", lambda s: show_share(s.int4_token_share))
+    add("tokens made below full precision", lambda s: show_share(s.quantized_token_share))
     add("INT4 layers: mean per token / most", _layers, detail=True)
     add("all layers at full precision again after the burst", _full_again)
-    add("times that layers became INT4 again later", _later, detail=True)
+    add("times that layers were swapped again later", _later, detail=True)
 
 
 def _preemptions(server: ServerFigures) -> str:
@@ -165,9 +165,9 @@ def _later(server: ServerFigures) -> str:
 def _full_again(server: ServerFigures) -> str:
     if server.full_again_s is not None:
         return f"after {show_s(server.full_again_s)}" if server.full_again_s else "by its end"
-    if not server.int4_layers_max:
+    if not server.quantized_layers_max:
         return "always"
-    return f"no, {server.int4_layers_at_end} INT4"
+    return f"no, {server.quantized_layers_at_end} swapped"
 
 
 def _add_agreement(build: _Rows, summary: Summary) -> None:

@@ -10,7 +10,7 @@ import typer
 from morphserve.morphcli.settings import keys_on_command_line, read_config, variable
 
 if TYPE_CHECKING:
-    from morphserve.configs.schema import EngineConfig, Policy
+    from morphserve.configs.schema import EngineConfig, Policy, ServerConfig
 
 _MODEL, _MEMORY, _SCHEDULER, _MORPHING, _HTTP, _OBSERVABILITY = (
     partial(typer.Option, rich_help_panel=panel)
@@ -170,10 +170,17 @@ def serve(
         _warn_of_key(name)
     if dry_run:
         return _show_plan(ctx, engine, json)
-    from morphserve.morphcli.monitor import choose_watch
+    from morphserve.morphcli.view import choose_watch
     from morphserve.runtime.server.run import run_server
 
-    raise typer.Exit(run_server(engine, server, choose_watch(no_monitor, log_interval)))
+    watch = choose_watch(no_monitor, log_interval, _keys_of(server))
+    raise typer.Exit(run_server(engine, server, watch))
+
+
+def _keys_of(server: "ServerConfig") -> dict[str, str]:
+    """The environment in which the view may ask the server."""
+    keys = {"MORPH_API_KEY": next(iter(server.api_keys), ""), "MORPH_ADMIN_KEY": server.admin_key}
+    return {name: key for name, key in keys.items() if key}
 
 
 def _warn_of_key(name: str) -> None:

@@ -2,12 +2,8 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 from morphserve.runtime.server.errors import ApiError, bad_request, whole_seconds
 
@@ -124,22 +120,3 @@ class Admission:
             return 1.0
         span_s = max(now - recent[0][0], 1.0)
         return self.queued_tokens * span_s / sum(tokens for _, tokens in recent)
-
-
-class AdmissionCollector(Collector):
-    """Refusals and restarts, read when Prometheus asks."""
-
-    def __init__(self, admission: Admission, restarts: Callable[[], int]) -> None:
-        self._admission = admission
-        self._restarts = restarts
-
-    def collect(self) -> Iterator[Metric]:
-        rejections = CounterMetricFamily(
-            "morph:admission_rejections", "Requests refused, by reason.", labels=["reason"]
-        )
-        for reason, count in sorted(self._admission.refused.items()):
-            rejections.add_metric([reason], count)
-        yield rejections
-        yield CounterMetricFamily(
-            "morph:engine_restarts", "Engines started in a dead one's place.", self._restarts()
-        )

@@ -29,6 +29,7 @@ from morphserve.runtime.server.errors import (
 )
 from morphserve.runtime.server.generation import Generator, Job, Piece, TextRules, joined
 from morphserve.runtime.server.middleware import Gate, RequestIds
+from morphserve.runtime.server.page import page, script
 from morphserve.runtime.server.protocol import (
     DEFAULT_MAX_TOKENS,
     ChatRequest,
@@ -74,6 +75,8 @@ def make_app(serving: Serving) -> Starlette:
             Route("/metrics", api.metrics),
             Route("/version", api.version),
             Route("/morph/v1/state", api.state),
+            Route("/", page),
+            Route("/page.js", script),
         ],
         middleware=[Middleware(RequestIds), Middleware(Gate, serving=serving)],
         exception_handlers={
@@ -217,23 +220,13 @@ class Api:
         return _json(b'{"status":"ready"}')
 
     async def metrics(self, _request: Request) -> Response:
-        return Response(self._serving.metrics.exposition(), media_type=_PROMETHEUS)
+        return Response(self._serving.exposition(), media_type=_PROMETHEUS)
 
     async def version(self, _request: Request) -> Response:
         return _json(encode({"version": version("morphserve")}))
 
     async def state(self, _request: Request) -> Response:
-        serving = self._serving
-        return _json(
-            encode(
-                state_of(
-                    serving.engine,
-                    serving.model_name,
-                    serving.metrics.latency(),
-                    dict(serving.admission.refused),
-                )
-            )
-        )
+        return _json(encode(state_of(self._serving)))
 
 
 def _json(body: bytes) -> Response:

@@ -4,31 +4,29 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
 
-from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.runtime.engine_client import EngineClient
 from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
-from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, AdmissionCollector
+from morphserve.runtime.server.admission import QUEUED_CACHES, Admission
 from morphserve.runtime.server.app import make_app
+from morphserve.runtime.server.files import allow_many_files, bind, listen, open_standard_files
+from morphserve.runtime.server.logs import say, start_logging
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.supervisor import ENGINE_COMMAND, Supervisor
 from morphserve.runtime.tokenizer import Tokenizer
 
 KEEP_ALIVE_S = 30
-_BACKLOG = 2048
-_SPARE_CONNECTIONS = 128  # for probes, metrics and idle clients
 _ABORT_GRACE_S = 0.5  # for sending the last words of requests that were ended
 
 T = TypeVar("T")
@@ -73,30 +71,13 @@ def run_server(
     Returns the exit code: 0, 1 for the engine, 128 + signal while it still loads. `watch` runs
     beside the server once it serves. Raises MorphError if it cannot start.
     """
-    _open_standard_files()
-    listener = _bind(server.host, server.port)
+    open_standard_files()
+    allow_many_files()
+    start_logging(server.log_format)
+    engine = replace(engine, log_format=server.log_format)
+    listener = bind(server.host, server.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(engine, server, watch, command, listener))
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Port 0: a free one."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot listen on host {host!r}: {error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error}; choose another with --port (0: any free one)"
-        ) from error
-    return listener
 
 
 async def _run(
@@ -133,8 +114,8 @@ def _serving(
         server.overload_status,
     )
     metrics = Metrics(lambda: engine.snapshot)
-    metrics.register(AdmissionCollector(admission, lambda: engine.restarts))
-    return Serving(engine, tokenizer, metrics, server.served_model_name, admission)
+    name = server.served_model_name
+    return Serving(engine, tokenizer, metrics, name, admission, slo=config.slo)
 
 
 def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> str:
@@ -151,22 +132,7 @@ def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> s
 def _say(line: str) -> None:
     """Tells the terminal or the log; without either, serving goes on."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def _open_standard_files() -> None:
-    """Closed ones lead nowhere from now on.
-
-    A socket would take their numbers, and whatever is printed would go into it.
-    """
-    logging.raiseExceptions = False  # a log that cannot be written is no reason to stop
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    sys.stdout = sys.stdout or open(os.devnull, "w")
+        say("start", line)
 
 
 async def _start(supervisor: Supervisor, config: EngineConfig) -> Tokenizer:
@@ -185,7 +151,7 @@ async def _serve(
     listener: socket.socket,
     interrupts: Interrupts,
 ) -> int:
-    serving.url = _listen(listener)
+    serving.url = listen(listener)
     http = _Http(_http_config(serving))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
@@ -209,16 +175,6 @@ async def _serve(
         http.should_exit = True
         await _end(watching)
         await asyncio.gather(listening, return_exceptions=True)
-
-
-def _listen(listener: socket.socket) -> str:
-    """Lets clients connect; returns the server's URL."""
-    host, port = listener.getsockname()[:2]
-    try:
-        listener.listen(_BACKLOG)
-    except OSError as error:  # another process has taken the port since it was bound
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def _watch(watch: Watch, serving: Serving) -> None:
@@ -254,8 +210,7 @@ def _http_config(serving: Serving) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        # Over this, uvicorn refuses without an envelope; the queue is full long before.
-        limit_concurrency=2 * serving.admission.max_requests + _SPARE_CONNECTIONS,
+        limit_concurrency=None,  # uvicorn would refuse without an envelope, and count nothing
         timeout_graceful_shutdown=1,  # responses are complete by then; a stuck reader is cut off
     )
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from morphserve.configs.schema import Slo
 from morphserve.runtime.engine_client import EngineClient, EngineDead, QueueTimeout
+from morphserve.runtime.exposition import Server
 from morphserve.runtime.messages import Hello
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.admission import Admission, Ticket
@@ -31,12 +33,29 @@ class Serving:
     admission: Admission
     url: str = ""  # once it listens
     created: int = field(default_factory=lambda: int(time.time()))
+    slo: Slo = Slo()  # that the server promises
     draining: bool = False  # no new requests are taken
 
     @property
     def max_tokens(self) -> int:
         """Most tokens a request can come to hold, prompt included."""
         return self.engine.hello.max_model_len
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Requests that were not taken, by reason."""
+        return self.admission.refused
+
+    @property
+    def engine_restarts(self) -> int:
+        """Engines started in a dead one's place."""
+        return self.engine.restarts
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        startup_s = self.engine.hello.startup_s
+        server = Server(self.model_name, startup_s, self.refused, self.engine_restarts)
+        return self.metrics.exposition(server)
 
     def why_not(self) -> str | None:
         """Why no new request is taken, whatever it asks for."""

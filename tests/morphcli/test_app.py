@@ -12,7 +12,7 @@ from morphserve.morphcli.app import main
 
 COMMANDS = (
     *("profile", "quantize", "inspect", "verify", "export"),
-    *("serve", "chat", "complete"),
+    *("serve", "top", "chat", "complete"),
     *("bench", "demo", "doctor"),
 )
 

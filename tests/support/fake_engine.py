@@ -74,6 +74,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.generated = 0
         self.pinned: int | None = None
+        self.time_out = False  # whether requests that get no token are given up
         self.events = [Event(1, time.time(), "demote", "layer 1 to INT4: demand 50 of 40 blocks")]
         self.steps = 0
 
@@ -121,6 +122,9 @@ class FakeEngine:
             for request_id, running in list(self.requests.items())
             if running.prompt[0] != MUTE
         ]
+        if self.time_out:
+            outputs += [TokenOutput(request_id, [], "timeout") for request_id in self.requests]
+            self.requests.clear()
         return Step(Variant.INT4 if INT4 in firsts else Variant.FULL, outputs)
 
     def _advance(self, request_id: str, running: Running) -> TokenOutput:
@@ -180,6 +184,7 @@ def make_snapshot(**changes: object) -> Snapshot:
         "steps": 0,
         "step_s": 0.01,
         "predicted_step_s": 0.009,
+        "held": 1,
     }
     return Snapshot(**values | changes)
 

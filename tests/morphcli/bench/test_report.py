@@ -187,7 +187,7 @@ def test_rows_name_the_best_only_where_one_is_clearly_better() -> None:
     assert first.cells == ("no answer", "200 ms", "200 ms")
     assert rows["perplexity of what was served (lower is better)"].cells[0] == "10.000"
     again = rows["all layers at full precision again after the burst"]
-    assert again.cells == ("always", "no, 4 INT4", "after 1 s")
+    assert again.cells == ("always", "no, 4 swapped", "after 1 s")
     assert rows["KV cache capacity, tokens"].cells == ("160", "288", "160–288")
 
 
@@ -249,7 +249,7 @@ def test_the_run_folder_can_be_read_back(tmp_path: Path) -> None:
         append_run(tmp_path, run)
     write_summary(tmp_path, summary)
     written = json.loads((tmp_path / "summary.json").read_text())
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 2
     assert written["policies"][0]["slo_misses"] == 4
     assert written["policies"][0]["ttft_s"]["p95"] is None
     assert written["policies"][0]["faults"] == []

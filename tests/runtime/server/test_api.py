@@ -7,6 +7,8 @@ import httpx
 import pytest
 from engine_thread import EngineThread
 
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.request import Demands, Slo
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.tokenizer import Tokenizer
 
@@ -279,3 +281,41 @@ async def test_request_ids_are_echoed_if_they_are_clean(api: httpx.AsyncClient) 
     for bad in ("a b", "x" * 200):
         replaced = await api.get("/nowhere", headers={"x-request-id": bad})
         assert len(replaced.headers["x-request-id"]) == 32
+
+
+async def test_cached_tokens_and_prompts_count_once_per_prompt(api: httpx.AsyncClient) -> None:
+    usage = (await complete(api, prompt=[fake_engine.CACHED, 5, 6], n=3, max_tokens=2))["usage"]
+    assert usage["prompt_tokens"] == 3 and usage["completion_tokens"] == 6
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+async def test_the_engine_is_told_what_was_asked(
+    api: httpx.AsyncClient, engine_thread: EngineThread
+) -> None:
+    headers = {"x-morph-min-precision": "int8", "x-slo-ttft-ms": "250", "x-slo-tpot-ms": "40"}
+    body = {"prompt": [5], "n": 2, "seed": 7, "cache_salt": "mine", "logit_bias": {"9": -1}}
+    assert (await api.post("/v1/completions", json=body, headers=headers)).status_code == 200
+    first, second = engine_thread.engine.submitted
+    assert first.demands == second.demands == Demands(Variant.INT8, Slo(0.25, 0.04), "mine")
+    assert (first.params.seed, second.params.seed) == (7, 8)
+    assert first.params.logit_bias == {9: -1}
+    await complete(api, prompt="a")
+    assert engine_thread.engine.submitted[-1].demands == Demands()
+
+
+async def test_logprobs_tell_the_bytes_of_a_part_of_a_character(
+    api: httpx.AsyncClient, tokenizer: Tokenizer
+) -> None:
+    owl = tokenizer.encode("🦉", 10)
+    assert len(owl) > 1
+    answer = await complete(api, prompt=owl, max_tokens=len(owl), logprobs=1)
+    told = answer["choices"][0]["logprobs"]
+    assert answer["choices"][0]["text"] == "🦉" and told["tokens"][0].startswith("\ufffd")
+    assert told["text_offset"] == [0] * len(owl)
+    fields = {"max_tokens": 8, "logprobs": True, "top_logprobs": 2}
+    messages = [{"role": "user", "content": "hi"}]
+    chat = (await post(api, "/v1/chat/completions", messages=messages, **fields)).json()
+    content = chat["choices"][0]["logprobs"]["content"]
+    told_bytes = b"".join(bytes(entry["bytes"]) for entry in content)
+    assert told_bytes.decode() == chat["choices"][0]["message"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in content] == [2] * 8
