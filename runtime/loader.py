@@ -1,8 +1,9 @@
 """A checkpoint and its bundle, read into host memory in the layout that the kernels want."""
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,6 +32,7 @@ class LoadedModel:
     images: dict[Variant, list[Image]]  # of each layer, by variant that is served; FULL always
     ladder: Ladder
     costs: Sequence[DeviceCosts] = ()  # measured times in the bundle, of any device
+    load_s: Mapping[str, float] = field(default_factory=dict)  # kernels, checkpoint, bundle
 
     def sizes(self, block_tokens: int) -> ModelSizes:
         return ModelSizes(
@@ -50,6 +52,7 @@ def load_model(
     open_bundle: Callable[[str, Checkpoint], Bundle] = open_bundle,
 ) -> LoadedModel:
     """Reads checkpoint and bundle, layer by layer, into images."""
+    started = time.monotonic()
     checkpoint = open_checkpoint(config.model)
     architecture = checkpoint.architecture
     swaps = config.policy.max_demoted(architecture.num_layers) > 0
@@ -58,12 +61,15 @@ def load_model(
             f"policy {config.policy.name} swaps layers and needs a bundle: make one with "
             f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
         )
+    opened = time.monotonic()
     kernels = load_kernels(config.kernels)
+    ready = time.monotonic()
     _require_head_dim(architecture, kernels)
     dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
     layers = range(architecture.num_layers)
     statics = pack_statics(checkpoint.static(), kernels, dtype)
     images = {Variant.FULL: [full_image(checkpoint.layer(i), kernels, dtype) for i in layers]}
+    read = time.monotonic()
     # After the checkpoint was read: its tensors are hashed by then, for the bundle to compare.
     bundle = None if config.bundle is None else open_bundle(config.bundle, checkpoint)
     ladder = served_ladder(config, architecture.num_layers, bundle)
@@ -79,6 +85,11 @@ def load_model(
         images=images,
         ladder=ladder,
         costs=bundle.manifest.costs if bundle else (),
+        load_s={
+            "kernels": ready - opened,
+            "checkpoint": opened - started + read - ready,
+            "bundle": time.monotonic() - read,
+        },
     )
 
 

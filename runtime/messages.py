@@ -55,7 +55,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     kernels: str
     dtype: str  # of full-precision weights and KV
     memory: MemoryBytes
-    startup_s: dict[str, float]  # seconds per phase: import, load, arena
+    startup_s: dict[str, float]  # seconds per phase: import, kernels, checkpoint, bundle, arena
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

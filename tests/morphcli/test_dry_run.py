@@ -17,6 +17,7 @@ from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import BadBundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.formats.source import open_quantized
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import build
 from morphserve.runtime.loader import load_model
 from morphserve.runtime.sizing import outline_model
@@ -58,6 +59,17 @@ def test_sizes_are_those_of_the_loaded_model_in_every_family(
     policy, bundle = load_policy("performance"), str(tiny_bundle(family))
     config = EngineConfig(str(tiny_model(family)), policy, bundle, kernels, dtype)
     assert outline_model(config).sizes(8) == load_model(config).sizes(8)
+
+
+def test_sizes_are_those_of_a_bundle_with_int8_too(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    model, bundle = tiny_model("llama"), tmp_path / "b.morph"
+    build_bundle(open_checkpoint(str(model)), bundle, QuantizeSettings("rtn", 32, int8=True))
+    config = EngineConfig(str(model), load_policy("performance"), str(bundle))
+    sizes = outline_model(config).sizes(8)
+    assert sizes == load_model(config).sizes(8)
+    assert set(sizes.image_bytes) == set(Variant)
 
 
 def test_sizes_are_those_of_a_bundle_with_zeros_of_its_own(
