@@ -43,6 +43,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope.setdefault("state", {})["received"] = self._serving.metrics.clock()
         if refusal := self._refusal(scope):
             return await refusal.response()(scope, receive, send)
         if scope["method"] != "POST":
@@ -51,7 +52,7 @@ class Gate:
             ticket = self._serving.enter()
         except ApiError as refusal:
             return await refusal.response()(scope, receive, send)
-        scope.setdefault("state", {})["ticket"] = ticket
+        scope["state"]["ticket"] = ticket
         try:
             await self._app(scope, receive, send)
         finally:

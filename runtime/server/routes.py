@@ -1,0 +1,106 @@
+"""The table of routes: what is served, to whom, with which bodies."""
+
+from morphserve.runtime.server.about import PROMETHEUS, About, Health, Ready, Version
+from morphserve.runtime.server.completions import Completions
+from morphserve.runtime.server.endpoint import Access, Endpoint
+from morphserve.runtime.server.protocol import (
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    DetokenizeReply,
+    DetokenizeRequest,
+    Model,
+    ModelList,
+    TokenizeRequest,
+    Tokens,
+)
+from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.server.state import State
+from morphserve.runtime.server.texts import Texts
+
+
+def endpoints(serving: Serving) -> list[Endpoint]:
+    """Every endpoint, in the order of the documentation."""
+    return [
+        *_generating(Completions(serving)),
+        *_tokenizing(Texts(serving)),
+        *_telling(About(serving)),
+    ]
+
+
+def _generating(api: Completions) -> list[Endpoint]:
+    tag = "Generation"
+    return [
+        Endpoint(
+            "POST",
+            "/v1/completions",
+            api.completions,
+            tag,
+            "Continue a prompt, or several.",
+            takes=CompletionRequest,
+            answers=Completion,
+            streams=Completion,
+        ),
+        Endpoint(
+            "POST",
+            "/v1/chat/completions",
+            api.chat,
+            tag,
+            "Answer a conversation.",
+            takes=ChatRequest,
+            answers=ChatCompletion,
+            streams=ChatChunk,
+        ),
+    ]
+
+
+def _tokenizing(api: Texts) -> list[Endpoint]:
+    tag = "Tokens"
+    return [
+        Endpoint(
+            "POST",
+            "/tokenize",
+            api.tokenize,
+            tag,
+            "Token ids of a prompt or a chat.",
+            takes=TokenizeRequest,
+            answers=Tokens,
+        ),
+        Endpoint(
+            "POST",
+            "/detokenize",
+            api.detokenize,
+            tag,
+            "The text of token ids.",
+            takes=DetokenizeRequest,
+            answers=DetokenizeReply,
+        ),
+    ]
+
+
+def _telling(api: About) -> list[Endpoint]:
+    models, server, public = "Models", "Server", Access.PUBLIC
+    return [
+        Endpoint("GET", "/v1/models", api.models, models, "The served model.", answers=ModelList),
+        Endpoint(
+            "GET", "/v1/models/{name:path}", api.model, models, "A model by name.", answers=Model
+        ),
+        Endpoint("GET", "/health", api.health, server, "Whether it lives.", public, answers=Health),
+        Endpoint(
+            "GET", "/ready", api.ready, server, "Whether it takes requests.", public, answers=Ready
+        ),
+        Endpoint("GET", "/version", api.version, server, "Its version.", answers=Version),
+        Endpoint(
+            "GET", "/metrics", api.metrics, server, "Numbers for Prometheus.", media=PROMETHEUS
+        ),
+        Endpoint(
+            "GET",
+            "/morph/v1/state",
+            api.state,
+            server,
+            "Layers, memory, queue, latency and the latest events at one moment.",
+            answers=State,
+        ),
+    ]
