@@ -1,5 +1,6 @@
 """Frozen dataclasses of a run's settings, with units and checks."""
 
+import re
 from dataclasses import dataclass, field
 
 from morphserve.configs.errors import ConfigError
@@ -97,3 +98,21 @@ class ServerConfig:
     port: int = 8000
     max_queued: int = 512  # prompts in flight; more are told to come again
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any opens the API; (): no key asked
+    admin_key: str | None = field(default=None, repr=False)  # None: no admin routes
+    allowed_origins: tuple[str, ...] = ()  # web pages of other hosts that may call; * is all
+    sse_keep_alive_s: float = 15.0  # silence on a stream before a comment says that it lives
+
+    def __post_init__(self) -> None:
+        for key in (*self.api_keys, *([] if self.admin_key is None else [self.admin_key])):
+            if not re.fullmatch(r"[!-~]{1,4096}", key):  # what a header can carry
+                raise ConfigError("a key must be 1 to 4096 visible ASCII characters, no spaces")
+        if self.admin_key in self.api_keys:
+            raise ConfigError("the admin key must not be an API key, too")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#@\s*]+", origin):
+                raise ConfigError(
+                    f"an allowed origin is like https://chat.example.com:8443, or *; not {origin!r}"
+                )
+        if self.sse_keep_alive_s <= 0:
+            raise ConfigError(f"sse_keep_alive_s must be above 0, not {self.sse_keep_alive_s}")

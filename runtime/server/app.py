@@ -1,21 +1,36 @@
 """The HTTP API put together: the table of routes behind what guards it."""
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from morphserve.configs.errors import MorphError
+from morphserve.configs.schema import ServerConfig
+from morphserve.runtime.server.endpoint import Access, Endpoint
 from morphserve.runtime.server.errors import ApiError, on_crash, on_http_error, on_known_error
+from morphserve.runtime.server.keys import KeyCheck, Keys
 from morphserve.runtime.server.middleware import Gate, RequestIds
+from morphserve.runtime.server.origins import Origins
 from morphserve.runtime.server.routes import endpoints
 from morphserve.runtime.server.serving import Serving
 
 
-def make_app(serving: Serving) -> Starlette:
-    """The ASGI application for one served model."""
+def make_app(
+    serving: Serving, server: ServerConfig | None = None, *, on_loopback: bool = False
+) -> Starlette:
+    """The ASGI application for one served model.
+
+    `server` gives keys, origins and times (None: the defaults), `on_loopback` says that only this
+    machine can connect.
+    """
+    server = server or ServerConfig(serving.model_name)
+    table = endpoints(serving)
     app = Starlette(
-        routes=[endpoint.route() for endpoint in endpoints(serving)],
-        middleware=[Middleware(RequestIds), Middleware(Gate, serving=serving)],
+        routes=[endpoint.route() for endpoint in table],
+        middleware=_guards(serving, server, table, on_loopback),
         exception_handlers={
             ApiError: on_known_error,
             MorphError: on_known_error,
@@ -25,3 +40,28 @@ def make_app(serving: Serving) -> Starlette:
     )
     app.router.redirect_slashes = False  # a redirect would lose the body; 404 says what is wrong
     return app
+
+
+def _guards(
+    serving: Serving, server: ServerConfig, table: Sequence[Endpoint], on_loopback: bool
+) -> list[Middleware]:
+    """In the order in which a request meets them."""
+    keys = Keys(server.api_keys, server.admin_key)
+    access = {endpoint.path: endpoint.access for endpoint in table}
+    counted = frozenset(e.path for e in table if e.takes and e.access is not Access.ADMIN)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=server.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
+    return [
+        Middleware(RequestIds),
+        Middleware(
+            Origins, allowed=server.allowed_origins, host=server.host, on_loopback=on_loopback
+        ),
+        *([cors] if server.allowed_origins else []),
+        Middleware(KeyCheck, keys=keys, access=access),
+        Middleware(Gate, serving=serving, counted=counted),
+    ]

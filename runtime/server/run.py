@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
+from starlette.applications import Starlette
 
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import EngineConfig, ServerConfig
@@ -150,13 +151,14 @@ async def _serve(
     interrupts: Interrupts,
 ) -> int:
     serving.url = _listen(listener)
-    http = _Http(_http_config(serving))
+    on_loopback = _is_loopback(listener)
+    http = _Http(_http_config(serving, make_app(serving, server, on_loopback=on_loopback)))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
     _say(
         f"""try: curl {serving.url}/v1/completions -d '{{"prompt": "import ", "max_tokens": 16}}'"""
     )
-    if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+    if not on_loopback and not server.api_keys:
         _say("warning: other machines can reach this server, and it checks no key")
     watching = asyncio.create_task(_watch(watch, serving))
     died = serving.engine.died
@@ -208,9 +210,14 @@ async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> No
     serving.engine.abort_all()
 
 
-def _http_config(serving: Serving) -> uvicorn.Config:
+def _is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _http_config(serving: Serving, app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
-        make_app(serving),
+        app,
         http="httptools",
         ws="none",
         lifespan="off",

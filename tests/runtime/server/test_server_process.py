@@ -48,7 +48,7 @@ class Server:
         length = len(body) if announced is None else announced
         head = [
             "POST /v1/completions HTTP/1.1",
-            "Host: x",
+            "Host: localhost",
             "Connection: close",
             f"Content-Length: {length}",
         ]
