@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
-from starlette.applications import Starlette
 
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import EngineConfig, ServerConfig
@@ -21,12 +20,11 @@ from morphserve.runtime.engine_client import ENGINE_COMMAND, EngineClient, launc
 from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.app import make_app
+from morphserve.runtime.server.connections import http_config, limits_here
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.tokenizer import Tokenizer
 
-KEEP_ALIVE_S = 30
 _BACKLOG = 2048
-_SPARE_CONNECTIONS = 128  # for probes, metrics and idle clients
 _ABORT_GRACE_S = 0.5  # for sending the last words of requests that were ended
 _ENGINE_EXIT_S = 5.0
 
@@ -152,7 +150,8 @@ async def _serve(
 ) -> int:
     serving.url = _listen(listener)
     on_loopback = _is_loopback(listener)
-    http = _Http(_http_config(serving, make_app(serving, server, on_loopback=on_loopback)))
+    app = make_app(serving, server, on_loopback=on_loopback)
+    http = _Http(http_config(app, limits_here()))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
     _say(
@@ -213,23 +212,6 @@ async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> No
 def _is_loopback(listener: socket.socket) -> bool:
     """Whether only this machine can connect."""
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
-
-
-def _http_config(serving: Serving, app: Starlette) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        # Over this, uvicorn refuses without an envelope; the queue is full long before.
-        limit_concurrency=2 * serving.max_queued + _SPARE_CONNECTIONS,
-        timeout_graceful_shutdown=1,  # responses are complete by then; a stuck reader is cut off
-    )
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
