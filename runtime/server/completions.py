@@ -26,8 +26,10 @@ from morphserve.runtime.server.streaming import DONE, EventStream, event, unless
 class Completions:
     """The endpoints that generate."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, keep_alive_s: float) -> None:
+        """`keep_alive_s`: silence on a stream before a comment is sent."""
         self._serving = serving
+        self._keep_alive_s = keep_alive_s
         self._generator = Generator(serving.engine, serving.tokenizer)
 
     async def completions(self, request: Request, fields: CompletionRequest) -> Response:
@@ -79,19 +81,11 @@ class Completions:
         if not fields.stream:
             body = await unless_disconnected(request.receive, _whole(pieces, job, reply))
             return _client_left() if body is None else Response(body, media_type=JSON)
-        # The status is sent only when the engine has taken the request.
-        first = await unless_disconnected(request.receive, _first(pieces))
-        if first is None:
-            return _client_left()
-        return EventStream(_events(first, pieces, job, reply, fields.wants_usage))
+        return EventStream(_events(pieces, job, reply, fields.wants_usage), self._keep_alive_s)
 
 
 def _client_left() -> Response:
     return Response(status_code=499)  # nobody reads it
-
-
-async def _first(pieces: AsyncGenerator[Piece]) -> Piece:
-    return await anext(pieces)
 
 
 async def _whole(pieces: AsyncGenerator[Piece], job: Job, reply: Reply) -> bytes:
@@ -106,9 +100,10 @@ async def _whole(pieces: AsyncGenerator[Piece], job: Job, reply: Reply) -> bytes
 
 
 async def _events(
-    first: Piece, pieces: AsyncGenerator[Piece], job: Job, reply: Reply, wants_usage: bool
+    pieces: AsyncGenerator[Piece], job: Job, reply: Reply, wants_usage: bool
 ) -> AsyncGenerator[bytes]:
     async with aclosing(pieces):
+        first = await anext(pieces)  # before anything is said, the engine has taken the request
         for chunk in reply.opening():
             yield event(chunk)
         yield event(reply.chunk(first))

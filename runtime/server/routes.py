@@ -21,10 +21,10 @@ from morphserve.runtime.server.state import State
 from morphserve.runtime.server.texts import Texts
 
 
-def endpoints(serving: Serving) -> list[Endpoint]:
+def endpoints(serving: Serving, sse_keep_alive_s: float) -> list[Endpoint]:
     """Every endpoint, in the order of the documentation."""
     return [
-        *_generating(Completions(serving)),
+        *_generating(Completions(serving, sse_keep_alive_s)),
         *_tokenizing(Texts(serving)),
         *_telling(About(serving)),
     ]
