@@ -105,6 +105,7 @@ class EngineClient:
         """`exit_code` waits so many seconds for the process to end."""
         self.died = asyncio.Event()
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self.news = asyncio.Event()  # set when events come, and replaced by a fresh one
         self.failure = "the engine process ended unexpectedly"
         self._sock = sock
         self._exit_code = exit_code
@@ -217,6 +218,8 @@ class EngineClient:
                     self._greeted.set_result(None)
             case Events():
                 self.events.extend(message.events)
+                self.news.set()
+                self.news = asyncio.Event()
             case Refused():
                 if queue := self._queues.pop(message.request_id, None):
                     queue.put_nowait(RequestRefused(message.message))

@@ -1,8 +1,11 @@
 """The table of routes: what is served, to whom, with which bodies."""
 
+from morphserve.runtime.messages import Event
 from morphserve.runtime.server.about import PROMETHEUS, About, Health, Ready, Version
+from morphserve.runtime.server.admin import Admin, PinRequest, StepRequest, Target
 from morphserve.runtime.server.completions import Completions
 from morphserve.runtime.server.endpoint import Access, Endpoint
+from morphserve.runtime.server.events import EventLog
 from morphserve.runtime.server.protocol import (
     ChatChunk,
     ChatCompletion,
@@ -27,6 +30,8 @@ def endpoints(serving: Serving, sse_keep_alive_s: float) -> list[Endpoint]:
         *_generating(Completions(serving, sse_keep_alive_s)),
         *_tokenizing(Texts(serving)),
         *_telling(About(serving)),
+        *_following(EventLog(serving, sse_keep_alive_s)),
+        *_administering(Admin(serving)),
     ]
 
 
@@ -102,5 +107,53 @@ def _telling(api: About) -> list[Endpoint]:
             server,
             "Layers, memory, queue, latency and the latest events at one moment.",
             answers=State,
+        ),
+    ]
+
+
+def _following(api: EventLog) -> list[Endpoint]:
+    return [
+        Endpoint(
+            "GET",
+            "/morph/v1/events",
+            api.events,
+            "Server",
+            "Swaps, decisions, preemptions and errors as they happen.",
+            streams=Event,
+        )
+    ]
+
+
+def _administering(api: Admin) -> list[Endpoint]:
+    tag, admin = "Administration", Access.ADMIN
+    return [
+        Endpoint(
+            "POST",
+            "/morph/v1/pin",
+            api.pin,
+            tag,
+            "Hold a rung, whatever the traffic.",
+            admin,
+            takes=PinRequest,
+            answers=Target,
+        ),
+        Endpoint(
+            "POST",
+            "/morph/v1/step",
+            api.step,
+            tag,
+            "Hold the rung beside the one that is wanted now.",
+            admin,
+            takes=StepRequest,
+            answers=Target,
+        ),
+        Endpoint(
+            "POST",
+            "/morph/v1/free",
+            api.free,
+            tag,
+            "Leave the rung to the controller again.",
+            admin,
+            answers=Target,
         ),
     ]
