@@ -27,7 +27,7 @@ def make_app(
     machine can connect.
     """
     server = server or ServerConfig(serving.model_name)
-    table = endpoints(serving, server.sse_keep_alive_s)
+    table = endpoints(serving, server.sse_keep_alive_s, keys_wanted=bool(server.api_keys))
     app = Starlette(
         routes=[endpoint.route() for endpoint in table],
         middleware=_guards(serving, server, table, on_loopback),

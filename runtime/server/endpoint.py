@@ -1,6 +1,6 @@
 """One endpoint as the table of routes has it: served, guarded and documented from that."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -25,6 +25,15 @@ class Access(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Header:
+    """A header that an endpoint reads; `schema` is JSON Schema."""
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """One method of one path.
 
@@ -41,6 +50,8 @@ class Endpoint:
     answers: Any = None  # type of the JSON answer
     streams: Any = None  # type of a server-sent event's JSON
     media: str = JSON  # of the answer, where it is not JSON
+    headers: Sequence[Header] = ()
+    errors: Sequence[int] = ()  # statuses beside those that such an endpoint can always have
 
     def route(self) -> Route:
         if self.takes is None:

@@ -1,11 +1,13 @@
 """The table of routes: what is served, to whom, with which bodies."""
 
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.messages import Event
 from morphserve.runtime.server.about import PROMETHEUS, About, Health, Ready, Version
 from morphserve.runtime.server.admin import Admin, PinRequest, StepRequest, Target
 from morphserve.runtime.server.completions import Completions
-from morphserve.runtime.server.endpoint import Access, Endpoint
-from morphserve.runtime.server.events import EventLog
+from morphserve.runtime.server.documentation import HTML, Documentation
+from morphserve.runtime.server.endpoint import Access, Endpoint, Header
+from morphserve.runtime.server.events import LAST_EVENT_ID, EventLog
 from morphserve.runtime.server.protocol import (
     ChatChunk,
     ChatCompletion,
@@ -23,16 +25,30 @@ from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.server.state import State
 from morphserve.runtime.server.texts import Texts
 
+_MILLISECONDS = {"type": "number", "exclusiveMinimum": 0}
+_DEMANDS = (
+    Header(
+        "x-morph-min-precision",
+        {"enum": [variant.value for variant in Variant]},
+        "The lowest precision of any layer that may serve this request; it waits for it.",
+    ),
+    Header("x-slo-ttft-ms", _MILLISECONDS, "Milliseconds to the first token that are fine."),
+    Header("x-slo-tpot-ms", _MILLISECONDS, "Milliseconds per further token that are fine."),
+)
 
-def endpoints(serving: Serving, sse_keep_alive_s: float) -> list[Endpoint]:
+
+def endpoints(serving: Serving, sse_keep_alive_s: float, *, keys_wanted: bool) -> list[Endpoint]:
     """Every endpoint, in the order of the documentation."""
-    return [
+    documentation = Documentation(keys_wanted=keys_wanted)
+    documentation.table = table = [
         *_generating(Completions(serving, sse_keep_alive_s)),
         *_tokenizing(Texts(serving)),
         *_telling(About(serving)),
         *_following(EventLog(serving, sse_keep_alive_s)),
         *_administering(Admin(serving)),
+        *_describing(documentation),
     ]
+    return table
 
 
 def _generating(api: Completions) -> list[Endpoint]:
@@ -47,6 +63,8 @@ def _generating(api: Completions) -> list[Endpoint]:
             takes=CompletionRequest,
             answers=Completion,
             streams=Completion,
+            headers=_DEMANDS,
+            errors=[404],
         ),
         Endpoint(
             "POST",
@@ -57,6 +75,8 @@ def _generating(api: Completions) -> list[Endpoint]:
             takes=ChatRequest,
             answers=ChatCompletion,
             streams=ChatChunk,
+            headers=_DEMANDS,
+            errors=[404],
         ),
     ]
 
@@ -72,6 +92,7 @@ def _tokenizing(api: Texts) -> list[Endpoint]:
             "Token ids of a prompt or a chat.",
             takes=TokenizeRequest,
             answers=Tokens,
+            errors=[404],
         ),
         Endpoint(
             "POST",
@@ -81,6 +102,7 @@ def _tokenizing(api: Texts) -> list[Endpoint]:
             "The text of token ids.",
             takes=DetokenizeRequest,
             answers=DetokenizeReply,
+            errors=[404],
         ),
     ]
 
@@ -90,11 +112,24 @@ def _telling(api: About) -> list[Endpoint]:
     return [
         Endpoint("GET", "/v1/models", api.models, models, "The served model.", answers=ModelList),
         Endpoint(
-            "GET", "/v1/models/{name:path}", api.model, models, "A model by name.", answers=Model
+            "GET",
+            "/v1/models/{name:path}",
+            api.model,
+            models,
+            "A model by name.",
+            answers=Model,
+            errors=[404],
         ),
         Endpoint("GET", "/health", api.health, server, "Whether it lives.", public, answers=Health),
         Endpoint(
-            "GET", "/ready", api.ready, server, "Whether it takes requests.", public, answers=Ready
+            "GET",
+            "/ready",
+            api.ready,
+            server,
+            "Whether it takes requests.",
+            public,
+            answers=Ready,
+            errors=[503],
         ),
         Endpoint("GET", "/version", api.version, server, "Its version.", answers=Version),
         Endpoint(
@@ -120,6 +155,14 @@ def _following(api: EventLog) -> list[Endpoint]:
             "Server",
             "Swaps, decisions, preemptions and errors as they happen.",
             streams=Event,
+            headers=[
+                Header(
+                    LAST_EVENT_ID,
+                    {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+                    "Events after this one are sent, as far as they are kept.",
+                )
+            ],
+            errors=[400],
         )
     ]
 
@@ -156,4 +199,12 @@ def _administering(api: Admin) -> list[Endpoint]:
             admin,
             answers=Target,
         ),
+    ]
+
+
+def _describing(api: Documentation) -> list[Endpoint]:
+    tag = "Documentation"
+    return [
+        Endpoint("GET", "/docs", api.page, tag, "This page.", media=HTML),
+        Endpoint("GET", "/openapi.json", api.openapi, tag, "This document."),
     ]

@@ -53,9 +53,11 @@ def error_of(answer: httpx.Response, status: int) -> Any:
 async def test_every_route_but_the_public_ones_wants_a_key(
     guarded: httpx.AsyncClient, serving: Serving
 ) -> None:
-    public = {e.path for e in endpoints(serving, 15.0) if e.access is Access.PUBLIC}
+    public = {
+        e.path for e in endpoints(serving, 15.0, keys_wanted=True) if e.access is Access.PUBLIC
+    }
     assert {"/health", "/ready"} <= public <= {"/", "/page.js", "/health", "/ready"}
-    for endpoint in endpoints(serving, 15.0):
+    for endpoint in endpoints(serving, 15.0, keys_wanted=True):
         answer = await guarded.request(endpoint.method, endpoint.path)
         if endpoint.path in public:
             assert answer.status_code == 200, endpoint.path
