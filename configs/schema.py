@@ -1,5 +1,6 @@
 """Frozen dataclasses of a run's settings, with units and checks."""
 
+import re
 from dataclasses import dataclass, field
 
 import msgspec
@@ -132,9 +133,10 @@ class ServerConfig:
     engine_timeout_s: float = 300.0  # an engine that says nothing for so long is replaced
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
     log_format: str = "text"  # text or json
-    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any of them opens; none: no check
-    admin_key: str | None = field(default=None, repr=False)  # None: no administration over HTTP
-    allowed_origins: tuple[str, ...] = ()  # of pages whose scripts may call; "*": any
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any opens the API; (): no key asked
+    admin_key: str | None = field(default=None, repr=False)  # None: no admin routes
+    allowed_origins: tuple[str, ...] = ()  # web pages of other hosts that may call; * is all
+    sse_keep_alive_s: float = 15.0  # silence on a stream before a comment says that it lives
 
     def __post_init__(self) -> None:
         if self.max_queued < 1:
@@ -143,9 +145,21 @@ class ServerConfig:
             raise ConfigError(f"max_queued_tokens must be at least 1, not {self.max_queued_tokens}")
         if self.overload_status not in (429, 503):
             raise ConfigError(f"overload_status must be 503 or 429, not {self.overload_status}")
-        if self.engine_timeout_s <= 0:
-            raise ConfigError(f"engine_timeout_s must be above 0, not {self.engine_timeout_s}")
+        for name in ("engine_timeout_s", "sse_keep_alive_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
-        if "" in self.api_keys or self.admin_key == "":
-            raise ConfigError("an API key or admin key must not be empty")
+        self._check_access()
+
+    def _check_access(self) -> None:
+        for key in (*self.api_keys, *([] if self.admin_key is None else [self.admin_key])):
+            if not re.fullmatch(r"[!-~]{1,4096}", key):  # what a header can carry
+                raise ConfigError("a key must be 1 to 4096 visible ASCII characters, no spaces")
+        if self.admin_key in self.api_keys:
+            raise ConfigError("the admin key must not be an API key, too")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#@\s*]+", origin):
+                raise ConfigError(
+                    f"an allowed origin is like https://chat.example.com:8443, or *; not {origin!r}"
+                )

@@ -86,6 +86,7 @@ class EngineClient:
         self.died = asyncio.Event()  # set until the engine, or the next one, serves
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self.snapshots: deque[Snapshot] = deque(maxlen=KEPT_SNAPSHOTS)  # the latest, oldest first
+        self.news = asyncio.Event()  # set when events come, and replaced by a fresh one
         self.failure = "the engine process ended unexpectedly"
         self.num_starts = 0
         self.num_heard = 0  # messages from the engine
@@ -198,6 +199,8 @@ class EngineClient:
         # Numbered here: ids go on counting when the next engine begins with 1 again.
         self._num_events += 1
         self.events.append(msgspec.structs.replace(event, id=self._num_events))
+        self.news.set()
+        self.news = asyncio.Event()
 
     def _send(self, message: ToEngine) -> None:
         if self._writer is not None and not self.died.is_set():

@@ -20,13 +20,13 @@ from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.admission import QUEUED_CACHES, Admission
 from morphserve.runtime.server.app import make_app
-from morphserve.runtime.server.files import allow_many_files, bind, listen, open_standard_files
+from morphserve.runtime.server.connections import http_config, limits_here
+from morphserve.runtime.server.files import bind, listen, open_standard_files
 from morphserve.runtime.server.logs import say, start_logging
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.supervisor import ENGINE_COMMAND, Supervisor
 from morphserve.runtime.tokenizer import Tokenizer
 
-KEEP_ALIVE_S = 30
 _ABORT_GRACE_S = 0.5  # for sending the last words of requests that were ended
 
 T = TypeVar("T")
@@ -72,7 +72,6 @@ def run_server(
     beside the server once it serves. Raises MorphError if it cannot start.
     """
     open_standard_files()
-    allow_many_files()
     start_logging(server.log_format)
     engine = replace(engine, log_format=server.log_format)
     listener = bind(server.host, server.port)
@@ -152,13 +151,15 @@ async def _serve(
     interrupts: Interrupts,
 ) -> int:
     serving.url = listen(listener)
-    http = _Http(_http_config(serving))
+    on_loopback = _is_loopback(listener)
+    app = make_app(serving, server, on_loopback=on_loopback)
+    http = _Http(http_config(app, limits_here()))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
     _say(
         f"""try: curl {serving.url}/v1/completions -d '{{"prompt": "import ", "max_tokens": 16}}'"""
     )
-    if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+    if not on_loopback and not server.api_keys:
         _say("warning: other machines can reach this server, and it checks no key")
     watching = asyncio.create_task(_watch(watch, serving))
     try:
@@ -199,20 +200,9 @@ async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> No
     serving.engine.abort_all()
 
 
-def _http_config(serving: Serving) -> uvicorn.Config:
-    return uvicorn.Config(
-        make_app(serving),
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        limit_concurrency=None,  # uvicorn would refuse without an envelope, and count nothing
-        timeout_graceful_shutdown=1,  # responses are complete by then; a stuck reader is cut off
-    )
+def _is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

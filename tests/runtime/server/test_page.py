@@ -1,5 +1,6 @@
 """The page at `/`: what it may load, what it reads of the state, and what it shows in a browser."""
 
+import asyncio
 import re
 import shutil
 import subprocess
@@ -36,6 +37,8 @@ async def test_no_text_becomes_markup() -> None:
 
 
 async def test_the_script_reads_fields_that_the_state_has(serving: Serving) -> None:
+    while not serving.engine.events:
+        await asyncio.sleep(0.001)
     state = msgspec.to_builtins(state_of(serving))
     read = set(re.findall(r"\bstate\.(\w+)", SCRIPT))
     assert len(read) > 20
