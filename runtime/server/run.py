@@ -22,6 +22,7 @@ from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, Admiss
 from morphserve.runtime.server.app import make_app
 from morphserve.runtime.server.files import allow_many_files, bind, listen, open_standard_files
 from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.server.watchdog import LoopWatchdog
 from morphserve.runtime.supervisor import ENGINE_COMMAND, Supervisor
 from morphserve.runtime.tokenizer import Tokenizer
 
@@ -94,7 +95,10 @@ async def _run(
         engine = supervisor.client
         _say(start_line(engine.hello, engine.snapshot, config.cache.memory_budget))
         serving = _serving(engine, tokenizer, config, server)
-        return await _serve(serving, supervisor, server, watch, listener, interrupts)
+        watchdog = LoopWatchdog()
+        serving.metrics.register(watchdog.stalls)
+        async with watchdog.watching():
+            return await _serve(serving, supervisor, server, watch, listener, interrupts)
     finally:
         await supervisor.close()
 
