@@ -19,8 +19,14 @@ class Refusal(Response):
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start"} | start)
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):
-                while (await receive()).get("more_body"):
-                    pass
+        if not scope.get("state", {}).get("body_is_read"):
+            await _discard(receive)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Receive) -> None:
+    """What is left of the body."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
