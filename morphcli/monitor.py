@@ -38,7 +38,7 @@ async def _log_events(serving: Serving) -> None:
     told: Event | None = None
     while True:
         for event in _after(told, serving.engine.events):
-            say("event", f"{event.kind}: {event.text}", {"event": msgspec.to_builtins(event)})
+            say("event", event_line(event), {"event": msgspec.to_builtins(event)})
             told = event
         await asyncio.sleep(_EVENTS_S)
 
@@ -51,6 +51,12 @@ def _after(told: Event | None, events: deque[Event]) -> list[Event]:
             break
         new.append(event)
     return new[::-1]
+
+
+def event_line(event: Event) -> str:
+    """What happened, with the numbers behind it."""
+    numbers = " ".join(f"{name}={value:.6g}" for name, value in event.numbers.items())
+    return f"{event.kind}: {event.text}" + (f" ({numbers})" if numbers else "")
 
 
 def log_line(now: Snapshot, rates: Rates) -> str:

@@ -35,6 +35,7 @@ class Server:
     startup_s: Mapping[str, float] = field(default_factory=dict)  # seconds per phase
     refused: Mapping[str, int] = field(default_factory=dict)  # requests by reason
     engine_restarts: int = 0
+    loop_stalls: int = 0  # times that the HTTP process stood still
 
 
 def expose(requests: Collector, snapshot: Snapshot, server: Server) -> bytes:
@@ -114,6 +115,11 @@ def _server(server: Server) -> Iterator[Metric]:
     for reason, count in server.refused.items():
         refused.add_metric([reason], count)
     yield refused
+    yield CounterMetricFamily(
+        "morph:event_loop_stalls",
+        "Times the HTTP process stood still for seconds.",
+        value=server.loop_stalls,
+    )
     yield CounterMetricFamily(
         "morph:engine_restarts",
         "Times the engine was started again.",

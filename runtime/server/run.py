@@ -96,7 +96,8 @@ async def _run(
         engine = supervisor.client
         _say(start_line(engine.hello, engine.snapshot, config.cache.memory_budget))
         serving = _serving(engine, tokenizer, config, server)
-        return await _serve(serving, supervisor, server, watch, listener, interrupts)
+        async with serving.watchdog.watching():
+            return await _serve(serving, supervisor, server, watch, listener, interrupts)
     finally:
         await supervisor.close()
 

@@ -14,6 +14,7 @@ from morphserve.runtime.messages import Hello
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.admission import Admission, Ticket
 from morphserve.runtime.server.errors import ApiError, bad_request
+from morphserve.runtime.server.watchdog import LoopWatchdog
 from morphserve.runtime.tokenizer import PromptTooLong, TemplateError, Tokenizer
 
 _TOO_LONG = "context_length_exceeded"
@@ -34,6 +35,7 @@ class Serving:
     url: str = ""  # once it listens
     created: int = field(default_factory=lambda: int(time.time()))
     slo: Slo = Slo()  # that the server promises
+    watchdog: LoopWatchdog = field(default_factory=LoopWatchdog)
     draining: bool = False  # no new requests are taken
 
     @property
@@ -53,8 +55,13 @@ class Serving:
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
-        startup_s = self.engine.hello.startup_s
-        server = Server(self.model_name, startup_s, self.refused, self.engine_restarts)
+        server = Server(
+            model=self.model_name,
+            startup_s=self.engine.hello.startup_s,
+            refused=self.refused,
+            engine_restarts=self.engine_restarts,
+            loop_stalls=self.watchdog.num_stalls,
+        )
         return self.metrics.exposition(server)
 
     def why_not(self) -> str | None:

@@ -350,6 +350,11 @@ def test_a_huge_body_is_refused_before_it_is_sent(server: Server) -> None:
     assert server.get("/health")[0] == 200
 
 
+def test_a_refusal_reaches_a_client_that_is_still_sending(server: Server) -> None:
+    answer = read_all(server.send(b" " * (32 << 20)))
+    assert answer.startswith("HTTP/1.1 413")
+
+
 @pytest.mark.parametrize(
     "request_bytes",
     [
