@@ -71,5 +71,6 @@ class Admin:
         return json_answer(Target(rung, pinned=True))
 
     def _check_engine(self) -> None:
-        if self._serving.engine.died.is_set():
-            raise unavailable(self._serving.engine.failure)
+        engine = self._serving.engine
+        if engine.died.is_set():
+            raise unavailable(engine.failure, engine.retry_after_s)

@@ -14,22 +14,25 @@ Json = dict[str, Any]
 
 _REFERENCE = "#/components/schemas/{name}"
 _ERRORS = {
-    400: "The request is wrong: `param` names the field, `message` says why.",
+    400: "The request is wrong: param names the field, message says why.",
     401: "No key, or one that is not known.",
     403: "Not allowed: the page's origin, the name the server was called by, or the key.",
     404: "There is no such path or model.",
     408: "The request did not arrive in time.",
     413: "The body is too large.",
-    429: "Too many requests; `Retry-After` says in how many seconds to come again.",
+    429: "Too many requests; Retry-After says in how many seconds to come again.",
     431: "The head is too large.",
     500: "A fault of the server; its log has the details.",
-    503: "Not now; `Retry-After` says in how many seconds to come again.",
+    503: "Not now; Retry-After says in how many seconds to come again.",
 }
 _DESCRIPTION = """\
 OpenAI's API with vLLM's additions, and under /morph/v1 what concerns morphing. Unknown fields of a
 body are ignored; null means the default. Every error has the same envelope, and every response
 X-Request-Id: the request's own, or a new one. A stream is server-sent events; one that is silent
 for a while carries comments, and an error after its beginning is an event with the envelope."""
+_REQUEST_ID = (
+    "Comes back with the response. One that is no 1 to 128 visible ASCII characters is replaced."
+)
 NOT_DONE = "x-not-done"  # marks fields of a schema that are refused unless they ask for nothing
 
 
@@ -87,9 +90,7 @@ def _parameters(endpoint: Endpoint, path: str) -> list[Json]:
     found: list[Json] = [
         {"name": name, "in": "path", "required": True, "schema": text} for name in names
     ]
-    request_id = {"type": "string", "pattern": "^[!-~]{1,128}$"}
-    about = "Comes back with the response; another is made up for one that does not fit."
-    found.append(_header("X-Request-Id", request_id, about))
+    found.append(_header("X-Request-Id", text, _REQUEST_ID))
     return found + [_header(h.name, h.schema, h.description) for h in endpoint.headers]
 
 
@@ -103,8 +104,8 @@ def _responses(endpoint: Endpoint, *, keys_wanted: bool) -> dict[str, Json]:
         content[JSON] = {"schema": _reference(endpoint.answers)}
     if endpoint.streams is not None:
         name = endpoint.streams.__name__
-        about = f"Server-sent events; `data` is a {name}" + (
-            ", the last is `[DONE]`." if endpoint.answers else "."
+        about = f"Server-sent events; data is a {name}" + (
+            ", the last is [DONE]." if endpoint.answers else "."
         )
         content[EVENTS] = {"schema": {"type": "string", "description": about}}
     if not content:

@@ -5,6 +5,7 @@ from morphserve.runtime.messages import Event
 from morphserve.runtime.server.about import PROMETHEUS, About, Health, Ready, Version
 from morphserve.runtime.server.admin import Admin, PinRequest, StepRequest, Target
 from morphserve.runtime.server.completions import Completions
+from morphserve.runtime.server.demands import MIN_PRECISION, SLO_TPOT, SLO_TTFT
 from morphserve.runtime.server.documentation import HTML, Documentation
 from morphserve.runtime.server.endpoint import Access, Endpoint, Header
 from morphserve.runtime.server.events import LAST_EVENT_ID, EventLog
@@ -31,12 +32,12 @@ from morphserve.runtime.server.texts import Texts
 _MILLISECONDS = {"type": "number", "exclusiveMinimum": 0}
 _DEMANDS = (
     Header(
-        "x-morph-min-precision",
+        MIN_PRECISION,
         {"enum": [variant.value for variant in Variant]},
         "The lowest precision of any layer that may serve this request; it waits for it.",
     ),
-    Header("x-slo-ttft-ms", _MILLISECONDS, "Milliseconds to the first token that are fine."),
-    Header("x-slo-tpot-ms", _MILLISECONDS, "Milliseconds per further token that are fine."),
+    Header(SLO_TTFT, _MILLISECONDS, "Milliseconds to the first token that are fine."),
+    Header(SLO_TPOT, _MILLISECONDS, "Milliseconds per further token that are fine."),
 )
 
 

@@ -55,7 +55,8 @@ class Unsupported(Struct, kw_only=True):
 
 def refuse(name: str, value: Any, neutral: Any = None) -> None:
     """Raises ApiError naming the field, unless its value asks for nothing."""
-    if value is None or value == neutral:
+    is_neutral = value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+    if value is None or is_neutral:  # 0 is no false here, nor 1 a true
         return
     only = "" if not neutral else f"only {name}={msgspec.json.encode(neutral).decode()}, or "
     raise bad_request(

@@ -55,6 +55,8 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"echo": 1}, "echo", "got `int`"),
     ({"echo": True, "logprobs": 1}, "echo", "echo with logprobs is not supported"),
     ({"suffix": "end"}, "suffix", "not supported"),
+    ({"use_beam_search": 0}, "use_beam_search", "not supported"),
+    ({"length_penalty": True}, "length_penalty", "not supported"),
     ({"logprobs": 10**6}, "logprobs", "<= 20"),
     ({"logprobs": 21}, "logprobs", "<= 20"),
     ({"logprobs": -1}, "logprobs", ">= 0"),
