@@ -23,9 +23,9 @@ from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.machine import device_name
-from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import budget_for_tokens, foretell
 from morphserve.runtime.costs import cost_model
+from morphserve.runtime.ladder import Ladder
 from morphserve.runtime.measure import measure_costs
 from morphserve.runtime.sizing import outline_model
 
@@ -70,8 +70,8 @@ def demo_budget(settings: DemoSettings, bundle: Path) -> str:
 def fit_load(settings: DemoSettings, bundle: Path, budget: str) -> DemoSettings:
     """The settings with the highest request rate that a morphed server bears on this machine.
 
-    By the measured costs, it then keeps the target for nearly all requests with as many layers at
-    INT4 as its policy allows; at full precision it would not.
+    By the measured costs, it then keeps the target for nearly all requests at the deepest rung of
+    its policy; at full precision it would not.
     """
     server, trace = _morphed(settings, bundle, budget), read_azure(_TRACE)
     low, high = _RATE_SCALES
@@ -83,18 +83,18 @@ def fit_load(settings: DemoSettings, bundle: Path, budget: str) -> DemoSettings:
 
 
 def _morphed(settings: DemoSettings, bundle: Path, budget: str) -> Server:
-    """The server under test with as many layers at INT4 as its policy allows."""
+    """The server under test at the deepest rung of its policy."""
     policy, limits = load_policy("balanced"), SchedulerConfig(max_model_len=settings.max_model_len)
     cache = CacheConfig(memory_budget=parse_bytes(budget))
     config = EngineConfig(DEMO_MODEL, policy, str(bundle), cache=cache, scheduler=limits)
-    opened = read_bundle(str(bundle))
-    costs = _costs_here(opened)
+    costs = _costs_here(read_bundle(str(bundle)))
     assert costs is not None, "prepare_bundle has measured them"
-    demoted = policy.max_demoted(opened.num_layers)
+    hello = foretell(config, outline_model(config))
+    ladder = Ladder(tuple(hello.ladder), hello.num_layers)
     return Server(
         costs=cost_model(costs),
-        variants=[Variant.INT4] * demoted + [Variant.FULL] * (opened.num_layers - demoted),
-        num_blocks=foretell(config, outline_model(config)).capacities[-1],
+        variants=ladder.variants_at(len(hello.capacities) - 1),
+        num_blocks=hello.capacities[-1],
         block_tokens=cache.block_tokens,
         max_model_len=settings.max_model_len,
         limits=limits,
@@ -144,7 +144,7 @@ def prepare_bundle(
         build_bundle(
             checkpoint,
             folder,
-            QuantizeSettings("gptq", size),
+            QuantizeSettings("gptq", size, int8=True),
             draw_windows(checkpoint, None, Part.CALIBRATION, *shape),
             force=True,
             on_layer=lambda i: on_step("quantising layers", i + 1, total),
