@@ -1,6 +1,9 @@
 """Frozen dataclasses of a run's settings, with units and checks."""
 
+import re
 from dataclasses import dataclass, field
+
+import msgspec
 
 from morphserve.configs.errors import ConfigError
 
@@ -15,6 +18,10 @@ class CacheConfig:
     min_run_bytes: int = 64 * 1024  # shortest wanted run of one layer's pages in a chunk
     enable_prefix_caching: bool = True  # keep KV for requests with the same beginning
 
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1:
+            raise ConfigError(f"block_tokens must be at least 1, not {self.block_tokens}")
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -23,11 +30,9 @@ class SchedulerConfig:
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens per step, prefill and decode together
     max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
-    queue_timeout_s: float | None = None  # longest wait to be admitted; None: no end
+    queue_timeout_s: float | None = None  # longest wait to be admitted; None: no limit
 
     def __post_init__(self) -> None:
-        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
-            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -35,6 +40,15 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): each running request needs one per step"
             )
+        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
+            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """What a request needs, or a server promises; None: nothing."""
+
+    ttft_s: float | None = None  # request received to first token
+    tpot_s: float | None = None  # per output token after the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +62,16 @@ class Policy:
     entry_windows: int  # consecutive pressed windows before the first demotion
     demote_above: float  # KV demand over capacity that counts as pressure, and what depth aims for
     max_queue_delay_s: float  # age of the oldest request waiting for memory that counts as pressure
+    slo_share: float  # share of a TTFT target that a prediction may reach before it is pressure
     horizon_tokens: int  # output tokens per request that demand looks ahead
     promote_below: float  # demand over the shallower rung's capacity that allows promotion
     quiet_s: float  # time without a preemption before promotion
     dwell_s: float  # time that calm must have lasted before promotion
     cooldown_s: float  # time between opposite actions
     max_flips_per_minute: int  # changes of direction
+    tail_s: float  # time without an arrival, nothing waiting, after which nothing is demoted
+    max_demoted_token_share: float  # of generated tokens, made with INT4 layers; 1: no limit
+    quality_window_s: float  # latest seconds over which that share is counted
 
     def __post_init__(self) -> None:
         if not 0 < self.promote_below < self.demote_above <= 1:
@@ -63,6 +81,14 @@ class Policy:
             )
         if not 0 <= self.max_demoted_share <= 1:
             raise ConfigError(f"policy {self.name}: max_demoted_share must lie between 0 and 1")
+        if not 0 <= self.max_demoted_token_share <= 1:
+            raise ConfigError(
+                f"policy {self.name}: max_demoted_token_share must lie between 0 and 1"
+            )
+        if not 0 < self.slo_share <= 1:
+            raise ConfigError(f"policy {self.name}: slo_share must lie above 0, at most 1")
+        if self.quality_window_s <= 0:
+            raise ConfigError(f"policy {self.name}: quality_window_s must lie above 0")
 
     @property
     def swaps(self) -> bool:
@@ -88,8 +114,10 @@ class EngineConfig:
     threads: int | None = None  # compute threads; None: one per core
     order: str = "bundle"  # bundle (its ranking), front-to-back, back-to-front, random
     seed: int = 0  # of the random order and of unseeded sampling
+    log_format: str = "text"  # as the server's
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    slo: Slo = Slo()  # of requests that name no targets of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,5 +127,39 @@ class ServerConfig:
     served_model_name: str
     host: str = "127.0.0.1"
     port: int = 8000
-    max_queued: int = 512  # prompts in flight; more are told to come again
+    max_queued: int = 512  # prompts that wait beside max_num_seqs; more are told to come again
+    max_queued_tokens: int | None = None  # of prompts without a first token; None: 8 KV caches
+    overload_status: int = 503  # what they are told: 503 or 429
+    engine_timeout_s: float = 300.0  # an engine that says nothing for so long is replaced
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
+    log_format: str = "text"  # text or json
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any opens the API; (): no key asked
+    admin_key: str | None = field(default=None, repr=False)  # None: no admin routes
+    allowed_origins: tuple[str, ...] = ()  # web pages of other hosts that may call; * is all
+    sse_keep_alive_s: float = 15.0  # silence on a stream before a comment says that it lives
+
+    def __post_init__(self) -> None:
+        if self.max_queued < 1:
+            raise ConfigError(f"max_queued must be at least 1, not {self.max_queued}")
+        if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
+            raise ConfigError(f"max_queued_tokens must be at least 1, not {self.max_queued_tokens}")
+        if self.overload_status not in (429, 503):
+            raise ConfigError(f"overload_status must be 503 or 429, not {self.overload_status}")
+        for name in ("engine_timeout_s", "sse_keep_alive_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
+        self._check_access()
+
+    def _check_access(self) -> None:
+        for key in (*self.api_keys, *([] if self.admin_key is None else [self.admin_key])):
+            if not re.fullmatch(r"[!-~]{1,4096}", key):  # what a header can carry
+                raise ConfigError("a key must be 1 to 4096 visible ASCII characters, no spaces")
+        if self.admin_key in self.api_keys:
+            raise ConfigError("the admin key must not be an API key, too")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#@\s*]+", origin):
+                raise ConfigError(
+                    f"an allowed origin is like https://chat.example.com:8443, or *; not {origin!r}"
+                )

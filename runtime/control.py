@@ -1,9 +1,36 @@
 """What steers the rung from look to look: the controller, an administrator's pin, failed swaps."""
 
+import json
+import logging
+from dataclasses import dataclass, replace
+
+import msgspec
+
 from morphserve.configs.schema import Policy
-from morphserve.runtime.controller import ControlState, Decision, Signals, decide
+from morphserve.runtime.controller import decide
+from morphserve.runtime.signals import ControlState, Decision, Signals
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A decision and all that it was made from: `decide` on it gives the same again."""
+
+    signals: Signals
+    state: ControlState  # before
+    decision: Decision
+
+
+def write_record(record: Record) -> str:
+    """One line of JSON; times that never were are -Infinity, as Python's json has it."""
+    return json.dumps(msgspec.to_builtins(record))
+
+
+def read_record(line: str) -> Record:
+    return msgspec.convert(json.loads(line), Record)
 
 
 class Control:
@@ -26,16 +53,20 @@ class Control:
     def look(self, signals: Signals) -> Decision | None:
         """Shows the controller the signals; its decision, if it made one, is the new target."""
         self._looked_s = signals.now_s
-        decision, self._state = decide(signals, self._state, self._policy)
-        if decision is None or self.pinned:
+        if self.pinned:
             return None
-        self.target = decision.rung
+        before = self._state
+        decision, self._state = decide(signals, before, self._policy)
+        if decision is not None:
+            self.target = decision.rung
+            _log(Record(signals, before, decision))
         return decision
 
     def pin(self, rung: int | None, deepest: int) -> str | None:
         """Holds a rung, or none any more; says what has changed, or None if nothing has."""
         if rung is None:
             was, self.pinned = self.pinned, False
+            self._state = replace(self._state, pressed_windows=0, calm_since_s=None)
             return "the controller decides again" if was else None
         self.pinned, self.target = True, min(max(rung, 0), deepest)
         return f"held at rung {self.target}"
@@ -48,3 +79,8 @@ class Control:
         self._failed_swaps += 1
         self.target = rung
         self._held_until_s = now_s + min(_LONGEST_PAUSE_S, 2.0**self._failed_swaps)
+
+
+def _log(record: Record) -> None:
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s", write_record(record))

@@ -28,7 +28,11 @@ class AttentionCost:
         if not spans:
             return 0.0
         queries = sum(end - start for start, end in spans)
-        return self.per_call + self.per_pair * _pairs(spans) + self.per_query * queries
+        return self.of(queries, _pairs(spans))
+
+    def of(self, queries: int, pairs: float) -> float:
+        """So many queries, and pairs of a query and a token it looks at, together."""
+        return self.per_call + self.per_pair * pairs + self.per_query * queries
 
 
 @dataclass(frozen=True, slots=True)

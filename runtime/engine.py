@@ -10,11 +10,23 @@ from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import Parts, build
 from morphserve.runtime.control import Control
+from morphserve.runtime.forecast import forecaster
 from morphserve.runtime.ladder import DEPTH, lowest
-from morphserve.runtime.messages import Event, Hello, Refused, Snapshot, Step, Submit, TokenOutput
-from morphserve.runtime.monitor import Monitor
+from morphserve.runtime.messages import (
+    Event,
+    Hello,
+    Refused,
+    Snapshot,
+    Step,
+    Submit,
+    TokenLogprobs,
+    TokenOutput,
+)
+from morphserve.runtime.monitor import Facts, Monitor
 from morphserve.runtime.request import FinishReason, Request, SamplingParams
+from morphserve.runtime.sampler import Sampled
 from morphserve.runtime.scheduler import Batch
+from morphserve.runtime.signals import numbers
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +40,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self._policy = config.policy
         self._parts: Parts = build(config)
-        self._monitor = Monitor()
+        self._monitor = _monitor(config, self._parts)
         self._seeds = random.Random(config.seed)  # for requests that bring none
         self._control = Control(self._policy, target=self._rung)
 
@@ -42,16 +54,13 @@ class Engine:
         if reason := self._never(len(prompt), params.max_tokens, max_rung):
             return Refused(message.request_id, reason)
         vocab = self._parts.architecture.vocab_size
-        if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids)):
+        if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids, *params.logit_bias)):
             return Refused(message.request_id, f"token ids must lie between 0 and {vocab - 1}")
+        now_s = time.monotonic()
+        self._monitor.arrived(now_s)
         self._parts.scheduler.add(
             Request(
-                message.request_id,
-                prompt,
-                self._seeded(params),
-                time.monotonic(),
-                message.demands,
-                max_rung,
+                message.request_id, prompt, self._seeded(params), now_s, message.demands, max_rung
             )
         )
         return None
@@ -79,6 +88,7 @@ class Engine:
         self._commit_swaps()
         self._decide(started)
         self._start_swaps()
+        self._limit_admission()
         variants = self._parts.layers.variants
         outputs = [_output(r, []) for r in self._parts.scheduler.expire(started)]
         batch = self._parts.scheduler.schedule(self._parts.ladder.rung_of(variants))
@@ -90,6 +100,7 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         parts, monitor, scheduler = self._parts, self._monitor, self._parts.scheduler
+        now_s = time.monotonic()
         waiting = (*scheduler.waiting, *scheduler.held)
         oldest = min((r.arrival_s for r in waiting), default=None)
         return Snapshot(
@@ -109,7 +120,8 @@ class Engine:
             demand=scheduler.demand(self._policy.horizon_tokens),
             running=len(scheduler.running),
             waiting=len(waiting),
-            oldest_wait_s=0.0 if oldest is None else time.monotonic() - oldest,
+            held=scheduler.num_held,
+            oldest_wait_s=0.0 if oldest is None else now_s - oldest,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=monitor.prompt_tokens,
             generated_tokens=dict(monitor.generated_tokens),
@@ -118,8 +130,12 @@ class Engine:
             swaps=monitor.swaps,
             steps=monitor.steps,
             step_s=monitor.step_s,
-            predicted_step_s=None,
-            held=scheduler.num_held,
+            predicted_step_s=monitor.predicted_step_s(),
+            slowdown=monitor.slowdown,
+            arrivals_per_s=monitor.arrivals.per_second(now_s),
+            prompt_tokens_per_s=monitor.prompts.per_second(now_s),
+            generated_tokens_per_s=monitor.generated.per_second(now_s),
+            int4_token_share=monitor.token_share(now_s),
         )
 
     def _max_rung(self, min_precision: Variant) -> int | None:
@@ -175,13 +191,15 @@ class Engine:
     def _decide(self, now_s: float) -> None:
         if not self._control.is_due(now_s):
             return
-        demand = self._parts.scheduler.demand(self._policy.horizon_tokens)
-        settled = self._rung == self._control.target and not self._parts.swapper.in_flight
-        signals = self._monitor.signals(
-            now_s, demand, self._control.target, self._parts.hello.capacities, settled
-        )
+        parts, target = self._parts, self._control.target
+        settled = self._rung == target and not parts.swapper.in_flight
+        signals = self._monitor.signals(now_s, parts.scheduler, target, settled)
         if decision := self._control.look(signals):
-            self._monitor.event("decision", decision.reason)
+            self._monitor.event("decision", decision.reason, numbers(signals, decision.rung))
+
+    def _limit_admission(self) -> None:
+        """Requests are admitted as if the target rung were reached, where that has less room."""
+        self._parts.scheduler.max_blocks = self._parts.hello.capacities[self._control.target]
 
     def _start_swaps(self) -> None:
         """Starts what leads to the target rung, never both directions at once."""
@@ -198,16 +216,17 @@ class Engine:
                 return
 
     def _run(self, batch: Batch, started: float) -> list[TokenOutput]:
-        done, tokens, lost = self._forward(batch)
+        done, sampled, lost = self._forward(batch)
         outputs = [_output(request, []) for request in self._parts.scheduler.fail(lost)]
         if done:
-            precision = lowest(self._parts.layers.variants)
-            self._monitor.stepped(done, precision, time.monotonic() - started)
-            ran = self._parts.scheduler.update(done, tokens)
-            outputs += [_output(request, new) for request, new in ran]
+            ended = time.monotonic()
+            self._monitor.stepped(done, self._parts.layers.variants, ended, ended - started)
+            ran = self._parts.scheduler.update(done, [got.token for got in sampled])
+            told = zip(ran, sampled, strict=True)
+            outputs += [_output(request, new, got.logprobs) for (request, new), got in told]
         return outputs
 
-    def _forward(self, batch: Batch) -> tuple[Batch, list[int | None], Batch]:
+    def _forward(self, batch: Batch) -> tuple[Batch, list[Sampled], Batch]:
         """(the slices that could be computed, what the runner gave for them, the other slices)
 
         Of a step that fails each slice is run alone, so that only those at fault are lost. A step
@@ -220,25 +239,53 @@ class Engine:
             cause = f"{type(error).__name__}: {error}"
         done: Batch = []
         lost: Batch = []
-        tokens: list[int | None] = []
+        sampled: list[Sampled] = []
         for piece in batch:
             try:
-                tokens += self._parts.runner.run([piece])
+                sampled += self._parts.runner.run([piece])
                 done.append(piece)
             except Exception as error:
                 logger.error("request %s ends with an error: %s", piece.request.id, error)
                 lost.append(piece)
         text = f"a step failed ({cause}): {len(lost)} of {len(batch)} requests ended with an error"
         self._monitor.event("error", text, {"requests": len(batch), "lost": len(lost)})
-        return done, tokens, lost
+        return done, sampled, lost
 
 
-def _output(request: Request, tokens: list[int]) -> TokenOutput:
+def _monitor(config: EngineConfig, parts: Parts) -> Monitor:
+    capacities, ladder = parts.hello.capacities, parts.ladder
+    max_step_tokens = config.scheduler.max_num_batched_tokens
+    facts = Facts(
+        capacities=capacities,
+        int8_rung=min(ladder.deepest(Variant.INT8), len(capacities) - 1),
+        block_tokens=parts.hello.block_tokens,
+        max_step_tokens=max_step_tokens,
+    )
+    forecasts = forecaster(parts.cost_model, ladder, len(capacities), max_step_tokens)
+    monitor = Monitor(config.policy, config.slo, facts, forecasts)
+    if forecasts is None and config.policy.static_layers < 0 and len(capacities) > 1:
+        text = (
+            "no measured costs for this device, so that no step times are predicted: run "
+            f"`morph profile {config.model} --bundle {config.bundle}`"
+        )
+        logger.info(text)
+        monitor.event("costs", text)
+    return monitor
+
+
+def _output(
+    request: Request, tokens: list[int], logprobs: TokenLogprobs | None = None
+) -> TokenOutput:
     reason: FinishReason | None = request.finish_reason
     is_first = bool(tokens) and len(request.output) == len(tokens)
+    queued_s = 0.0
+    if is_first and request.scheduled_s is not None:
+        queued_s = request.scheduled_s - request.arrival_s
     return TokenOutput(
         request.id,
         tokens,
         None if reason is None else reason.value,
+        None if logprobs is None else [logprobs],
         cached_tokens=request.num_cached_tokens if is_first else 0,
+        queued_s=queued_s,
     )

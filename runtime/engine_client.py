@@ -1,13 +1,11 @@
 """The HTTP process's side of the engine: requests out, tokens back, and news of its health."""
 
 import asyncio
-import os
 import signal
 import socket
-import subprocess
-import sys
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +13,7 @@ import msgspec
 from morphserve.configs.errors import MorphError
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.frames import FrameSplitter, encode_frame
+from morphserve.runtime.frames import FrameSplitter, FrameTooLarge, encode_frame
 from morphserve.runtime.messages import (
     Abort,
     Event,
@@ -35,9 +33,9 @@ from morphserve.runtime.messages import (
 )
 from morphserve.runtime.request import Demands, FinishReason, SamplingParams
 
-# -P: a file in the user's folder named like a module of ours must not be imported.
-ENGINE_COMMAND = (sys.executable, "-P", "-m", "morphserve.runtime.engine_process")
 KEPT_EVENTS = 1000
+MAX_UNREAD_BYTES = 16 << 20  # towards the engine; a step later it has read them
+KEPT_SNAPSHOTS = 32  # the last three seconds
 _READ_BYTES = 1 << 18
 _NO_DEMANDS = Demands()
 _EXIT_S = 1.0  # from closing its socket to the engine's end
@@ -45,6 +43,14 @@ _EXIT_S = 1.0  # from closing its socket to the engine's end
 
 class EngineDead(MorphError):
     """The engine process is gone; no request can be served."""
+
+
+class StartRefused(EngineDead):
+    """The engine cannot start, and says why: starting it again would not help."""
+
+
+class QueueTimeout(MorphError):
+    """The engine has given up a request that waited too long; nothing of it was computed."""
 
 
 class RequestRefused(MorphError):
@@ -60,41 +66,15 @@ class Chunk:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
-
-
-@dataclass(frozen=True, slots=True)
-class EngineProcess:
-    """A started engine process and our end of the socket to it."""
-
-    sock: socket.socket
-    process: subprocess.Popen[bytes]
-
-    async def wait(self, timeout_s: float) -> int:
-        """Its exit code; killed if it does not end by itself in time."""
-        try:
-            return await asyncio.to_thread(self.process.wait, timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-
-
-def launch_engine(command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
-    """Starts the engine process; it loads nothing before EngineClient.start() sends its config."""
-    ours, theirs = socket.socketpair()
-    # Own session: Ctrl-C on the terminal reaches the HTTP process only, which decides.
-    with theirs:
-        process = subprocess.Popen(
-            [*command, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            # Idle OpenMP threads must sleep: the HTTP process needs the cores too.
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
-            start_new_session=True,
-        )
-    return EngineProcess(ours, process)
+    queued_s: float = 0.0  # submitted to first scheduled; told with the first token
 
 
 class EngineClient:
-    """Talks to one engine. Lives in one event loop."""
+    """Talks to one engine, and after its death to the next. Lives in one event loop.
+
+    What waits here is bounded: for each request in flight at most its max_tokens chunks, and
+    towards the engine what `is_behind` looks at.
+    """
 
     snapshot: Snapshot  # the latest; there is one once start() has returned
     hello: Hello
@@ -103,14 +83,38 @@ class EngineClient:
         self, sock: socket.socket, exit_code: Callable[[float], Awaitable[int]] | None = None
     ) -> None:
         """`exit_code` waits so many seconds for the process to end."""
-        self.died = asyncio.Event()
+        self.died = asyncio.Event()  # set until the engine, or the next one, serves
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self.snapshots: deque[Snapshot] = deque(maxlen=KEPT_SNAPSHOTS)  # the latest, oldest first
+        self.news = asyncio.Event()  # set when events come, and replaced by a fresh one
         self.failure = "the engine process ended unexpectedly"
+        self.num_starts = 0
+        self.num_heard = 0  # messages from the engine
+        self.retry_after_s = 1.0  # what a client should wait while the engine is dead
+        self._num_events = 0
+        self._queues: dict[str, asyncio.Queue[Chunk | RequestRefused]] = {}
+        self.attach(sock, exit_code)
+
+    def attach(
+        self, sock: socket.socket, exit_code: Callable[[float], Awaitable[int]] | None = None
+    ) -> None:
+        """Turns to a new engine process, which start() then waits for."""
         self._sock = sock
         self._exit_code = exit_code
-        self._queues: dict[str, asyncio.Queue[Chunk | RequestRefused]] = {}
         self._writer: asyncio.StreamWriter | None = None  # before start()
         self._greeted: asyncio.Future[None] | None = None
+
+    @property
+    def restarts(self) -> int:
+        """Times that an engine serves or served in a dead one's place."""
+        return max(0, self.num_starts - 1)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the engine has left too much unread to be sent more requests."""
+        return self._writer is not None and (
+            self._writer.transport.get_write_buffer_size() > MAX_UNREAD_BYTES
+        )
 
     @property
     def num_requests(self) -> int:
@@ -138,8 +142,8 @@ class EngineClient:
     ) -> AsyncGenerator[Chunk]:
         """The request's chunks as the engine makes them; leaving early aborts it.
 
-        Raises EngineDead or RequestRefused before the first chunk. If the engine dies later, the
-        last chunk has finish reason `error`.
+        Raises EngineDead, RequestRefused or QueueTimeout before the first chunk. If the engine
+        dies later, the last chunk has finish reason `error`.
         """
         if self.died.is_set():
             raise EngineDead(self.failure)
@@ -147,11 +151,14 @@ class EngineClient:
         self._queues[request_id] = queue
         try:
             self._send(Submit(request_id, prompt, params, demands))
-            finished = False
+            submitted, finished = time.monotonic(), False
             while not finished:
                 chunk = await queue.get()
                 if isinstance(chunk, RequestRefused):
                     raise chunk
+                if chunk.finish_reason is FinishReason.TIMEOUT:
+                    wait_s = time.monotonic() - submitted
+                    raise QueueTimeout(f"the request waited {wait_s:.1f} s in the queue")
                 finished = chunk.finish_reason is not None
                 yield chunk
         finally:
@@ -176,20 +183,34 @@ class EngineClient:
         self._send(Shutdown())
         self._listener.cancel()
         self._writer.close()
-        await asyncio.gather(self._listener, self._writer.wait_closed(), return_exceptions=True)
+        await asyncio.gather(self._listener, return_exceptions=True)
+
+    def condemn(self, why: str) -> None:
+        """Treats the engine as dead, whatever it may still say."""
+        self._listener.cancel()
+        self.failure = why
+        self._end(None)
+
+    def note(self, text: str) -> None:
+        """Adds an event of kind `engine`."""
+        self._keep(Event(0, time.time(), "engine", text))
+
+    def _keep(self, event: Event) -> None:
+        # Numbered here: ids go on counting when the next engine begins with 1 again.
+        self._num_events += 1
+        self.events.append(msgspec.structs.replace(event, id=self._num_events))
+        self.news.set()
+        self.news = asyncio.Event()
 
     def _send(self, message: ToEngine) -> None:
         if self._writer is not None and not self.died.is_set():
             self._writer.write(encode_frame(message))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        failed: Failed | None = None
-        try:
-            failed = await self._receive_all(reader)
-            if failed is None and self._exit_code is not None:
-                self.failure = f"the engine process {_ending(await self._exit_code(_EXIT_S))}"
-        finally:
-            self._end(failed)
+        failed = await self._receive_all(reader)
+        if failed is None and self._exit_code is not None:
+            self.failure = f"the engine process {_ending(await self._exit_code(_EXIT_S))}"
+        self._end(failed)
 
     async def _receive_all(self, reader: asyncio.StreamReader) -> Failed | None:
         """Takes messages until the engine hangs up; its last words, if there are any."""
@@ -200,10 +221,13 @@ class EngineClient:
             while data := await reader.read(_READ_BYTES):
                 for body in splitter.feed(data):
                     message = decoder.decode(body)
+                    self.num_heard += 1
                     failed = message if isinstance(message, Failed) else failed
                     self._receive(message)
         except OSError:
             pass  # a reset is the end, like a close
+        except (FrameTooLarge, msgspec.MsgspecError) as error:
+            failed = Failed(f"the engine sent what cannot be read: {error}", 1)
         return failed
 
     def _receive(self, message: FromEngine) -> None:
@@ -213,15 +237,23 @@ class EngineClient:
                     self._deliver(output, message.precision)
             case Snapshot():
                 self.snapshot = message
+                self.snapshots.append(message)
                 if self._greeted is not None and not self._greeted.done():
-                    self._greeted.set_result(None)
+                    self._serve()
             case Events():
-                self.events.extend(message.events)
+                for event in message.events:
+                    self._keep(event)
             case Refused():
                 if queue := self._queues.pop(message.request_id, None):
                     queue.put_nowait(RequestRefused(message.message))
             case Hello():
                 self.hello = message
+
+    def _serve(self) -> None:
+        assert self._greeted is not None
+        self.died.clear()
+        self.num_starts += 1
+        self._greeted.set_result(None)
 
     def _deliver(self, output: TokenOutput, precision: Variant) -> None:
         queue = self._queues.get(output.request_id)
@@ -231,7 +263,14 @@ class EngineClient:
         if reason is not None:
             del self._queues[output.request_id]
         queue.put_nowait(
-            Chunk(output.tokens, precision, reason, output.logprobs, output.cached_tokens)
+            Chunk(
+                output.tokens,
+                precision,
+                reason,
+                output.logprobs,
+                output.cached_tokens,
+                output.queued_s,
+            )
         )
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:
@@ -242,12 +281,23 @@ class EngineClient:
         if failed is not None:
             self.failure = failed.message
         self.died.set()
+        if self._writer is not None:
+            self._writer.close()
         if self._greeted is not None and not self._greeted.done():
-            error = EngineDead(self.failure)
+            error = StartRefused(self.failure) if failed else EngineDead(self.failure)
             error.exit_code = failed.exit_code if failed else 1
             self._greeted.set_exception(error)
+        elif self.num_starts:
+            self.snapshot = _after_death(self.snapshot)
         for request_id in list(self._queues):
             self._finish(request_id, FinishReason.ERROR)
+
+
+def _after_death(last: Snapshot) -> Snapshot:
+    """What is left of an engine's numbers when its process has gone."""
+    return msgspec.structs.replace(
+        last, running=0, waiting=0, oldest_wait_s=0.0, demand=0, blocks_used=0, swapping={}
+    )
 
 
 def _ending(exit_code: int) -> str:

@@ -1,5 +1,6 @@
 """The engine's own process: messages in, steps and snapshots out, over one local socket."""
 
+import faulthandler
 import logging
 import select
 import signal
@@ -32,6 +33,7 @@ from morphserve.runtime.messages import (
 
 IDLE_WAIT_S = 0.02  # between steps without work, so that the controller can restore layers
 SNAPSHOT_INTERVAL_S = 0.1
+MAX_UNSENT_BYTES = 4 << 20  # tokens that the HTTP process has not read; then steps wait
 _READ_BYTES = 1 << 20
 _LAST_WORDS_S = 1.0  # for sending why the engine ends
 
@@ -60,7 +62,10 @@ class Disconnected(Exception):
 
 
 class Link:
-    """The engine's end of the socket; sending never blocks, what does not fit waits here."""
+    """The engine's end of the socket; sending never blocks, what does not fit waits here.
+
+    Whoever sends looks at `is_full` first, which bounds what waits.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -72,6 +77,11 @@ class Link:
     def is_behind(self) -> bool:
         """Whether the HTTP process has not yet read what was sent."""
         return bool(self._unsent)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the HTTP process stalls: nothing more should be made for it."""
+        return len(self._unsent) > MAX_UNSENT_BYTES
 
     def send(self, message: FromEngine) -> None:
         self._unsent += encode_frame(message)
@@ -157,6 +167,9 @@ def _loop(link: Link, engine: EngineLike, bodies: list[bytes]) -> None:
             if isinstance(message, Shutdown):
                 return
             _handle(link, engine, message)
+        if link.is_full:
+            bodies = link.receive(IDLE_WAIT_S)
+            continue
         if step := engine.step():
             link.send(step)
         if events := engine.take_events():
@@ -190,7 +203,9 @@ def _fail(link: Link, message: str, exit_code: int) -> int:
 
 def _make_engine(config: EngineConfig) -> EngineLike:
     from morphserve.runtime.engine import Engine
+    from morphserve.runtime.server.logs import start_logging
 
+    start_logging(config.log_format)
     return Engine(config)
 
 
@@ -198,6 +213,9 @@ def main(make_engine: EngineFactory = _make_engine) -> int:
     """Entry point: the socket's descriptor is the last argument; signals are for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to stop
+    if sys.stderr is not None:
+        faulthandler.enable()  # SIGABRT, which the supervisor sends to a stuck engine, tells where
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     return run_engine(socket.socket(fileno=int(sys.argv[-1])), make_engine)
 

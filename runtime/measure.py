@@ -165,7 +165,7 @@ def _rest(parts: Parts, rows: int) -> Iterator[Run]:
 
     def step() -> None:
         batch = parts.scheduler.schedule()
-        parts.scheduler.update(batch, runner.run(batch))
+        parts.scheduler.update(batch, [got.token for got in runner.run(batch)])
 
     with _layers(parts, rows) as run_layers:
 

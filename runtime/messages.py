@@ -55,7 +55,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     kernels: str
     dtype: str  # of full-precision weights and KV
     memory: MemoryBytes
-    startup_s: dict[str, float]  # seconds per phase: import, load, arena
+    startup_s: dict[str, float]  # seconds per phase: import, kernels, checkpoint, bundle, arena
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -73,6 +73,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
     finish_reason: str | None = None  # stop, length, abort, error, timeout
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
+    queued_s: float = 0.0  # submitted to first scheduled; told with the first token
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
@@ -99,7 +100,7 @@ class Event(msgspec.Struct, frozen=True):
 
     id: int  # counts up from 1
     time: float  # seconds since the epoch
-    kind: str  # demote, promote, decision, pin, preempt, swap_failed, error
+    kind: str  # demote, promote, decision, pin, preempt, swap_failed, costs, error
     text: str
     numbers: dict[str, float] = {}  # what the decision was made from; a swap's bytes and seconds
 
@@ -139,6 +140,11 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
     steps: int
     step_s: float  # duration of the latest step
     predicted_step_s: float | None  # what the cost model said of it; None without measured costs
+    slowdown: float | None = None  # of the latest steps over what the cost model said of them
+    arrivals_per_s: float = 0.0  # over the latest ten seconds, like the next two
+    prompt_tokens_per_s: float = 0.0
+    generated_tokens_per_s: float = 0.0
+    int4_token_share: float = 0.0  # of the tokens generated in the policy's quality window
     held: int = 0  # requests that wait for precision, with their blocks if they were running
 
     @property

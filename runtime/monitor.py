@@ -3,18 +3,47 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from morphserve.configs.schema import Policy, Slo
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.controller import Signals
-from morphserve.runtime.ladder import DEPTH
+from morphserve.runtime.forecast import Forecaster
+from morphserve.runtime.ladder import DEPTH, lowest
+from morphserve.runtime.load import Load, most_urgent, running_load
 from morphserve.runtime.messages import Event
 from morphserve.runtime.scheduler import Batch, Scheduler, Slice
+from morphserve.runtime.signals import NEVER, Signals
+from morphserve.runtime.windows import Rolling
+
+_RATE_S = 10.0  # over which arrivals and tokens per second are counted
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What does not change while an engine lives."""
+
+    capacities: Sequence[int]  # blocks at rung 0, 1, ... the deepest allowed
+    int8_rung: int  # the deepest of these without an INT4 layer
+    block_tokens: int
+    max_step_tokens: int
 
 
 class Monitor:
     """Every update is O(1); counters count from the engine's start."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, policy: Policy, slo: Slo, facts: Facts, forecaster: Forecaster | None
+    ) -> None:
+        self._policy, self._slo, self._facts = policy, slo, facts
+        self._forecaster = forecaster
+        self.arrivals = Rolling(_RATE_S)
+        self.prompts = Rolling(_RATE_S)  # tokens
+        self.generated = Rolling(_RATE_S)  # tokens
+        self._made = Rolling(policy.quality_window_s)  # tokens
+        self._made_int4 = Rolling(policy.quality_window_s)  # of these, with an INT4 layer
+        self._arrived_s = NEVER
+        self._latest: Batch = []
+        self._latest_variants: tuple[Variant, ...] = ()
         self.prompt_tokens = 0
         self.generated_tokens: Counter[Variant] = Counter()  # by the lowest precision of the step
         self.steps = 0
@@ -24,7 +53,7 @@ class Monitor:
         self._num_events = 0
         self._num_preemptions = 0
         self._preemptions_told = 0  # before the latest event that tells of some
-        self._preempted_s = float("-inf")
+        self._preempted_s = NEVER
         self._blocked_since_s: float | None = None
 
     def event(self, kind: str, text: str, numbers: dict[str, float] | None = None) -> None:
@@ -58,26 +87,94 @@ class Monitor:
         elif self._blocked_since_s is None:
             self._blocked_since_s = now_s
 
-    def stepped(self, batch: Batch, precision: Variant, step_s: float) -> None:
-        """Notes a step that was carried out."""
-        self.generated_tokens[precision] += sum(piece.samples for piece in batch)
-        self.prompt_tokens += sum(map(_new_prompt_tokens, batch))
+    def arrived(self, now_s: float) -> None:
+        """Notes a request that was taken."""
+        self._arrived_s = now_s
+        self.arrivals.add(now_s, 1)
+
+    def stepped(
+        self, batch: Batch, variants: Sequence[Variant], now_s: float, step_s: float
+    ) -> None:
+        """Notes a step that was carried out through layers of these variants."""
+        precision = lowest(variants)
+        generated = sum(piece.samples for piece in batch)
+        prompt = sum(map(_new_prompt_tokens, batch))
+        self.generated_tokens[precision] += generated
+        self.prompt_tokens += prompt
+        self.generated.add(now_s, generated)
+        self.prompts.add(now_s, prompt)
+        self._made.add(now_s, generated)
+        self._made_int4.add(now_s, generated if precision is Variant.INT4 else 0)
         self.steps += 1
         self.step_s = step_s
+        self._latest, self._latest_variants = batch, tuple(variants)
 
     def signals(
-        self, now_s: float, demand: int, rung: int, capacities: Sequence[int], settled: bool
+        self,
+        now_s: float,
+        scheduler: Scheduler,
+        rung: int,
+        settled: bool,
     ) -> Signals:
+        """What the controller is to see."""
+        policy, facts = self._policy, self._facts
+        load = running_load(scheduler.running, policy.horizon_tokens, facts.block_tokens, self._slo)
+        busy = bool(scheduler.running or scheduler.waiting)
+        decode_s, chunk_s = self._forecasts(load) if busy else ((), ())
+        urgent = most_urgent(
+            scheduler.waiting,
+            load,
+            self._slo,
+            max(1, facts.max_step_tokens - load.num_decodes),
+            chunk_s[rung] if chunk_s else 0.0,
+            now_s,
+        )
         blocked = self._blocked_since_s
         return Signals(
             now_s=now_s,
             rung=rung,
-            demand=demand,
-            capacities=capacities,
+            demand=scheduler.demand(policy.horizon_tokens),
+            running_demand=scheduler.num_used + load.growth,
+            capacities=facts.capacities,
             settled=settled,
             memory_wait_s=0.0 if blocked is None else now_s - blocked,
             preemption_age_s=now_s - self._preempted_s,
+            arrival_age_s=now_s - self._arrived_s,
+            waiting=len(scheduler.waiting) + len(scheduler.held),
+            held=scheduler.num_held,
+            int8_rung=facts.int8_rung,
+            token_share=self.token_share(now_s),
+            tpot_target_s=load.tpot_target_s,
+            urgent=urgent if chunk_s else None,
+            decode_s=decode_s,
+            chunk_s=chunk_s,
         )
+
+    def token_share(self, now_s: float) -> float:
+        """Of the tokens generated in the quality window, those made with INT4 layers."""
+        made = self._made.total(now_s)
+        return self._made_int4.total(now_s) / made if made else 0.0
+
+    @property
+    def slowdown(self) -> float | None:
+        return None if self._forecaster is None else self._forecaster.slowdown
+
+    def predicted_step_s(self) -> float | None:
+        """What the cost model says of the latest step; None without measured costs."""
+        if self._forecaster is None or not self._latest:
+            return None
+        spans = [(piece.start, piece.end) for piece in self._latest]
+        return self._forecaster.step_seconds(self._latest_variants, spans)
+
+    def _forecasts(self, load: Load) -> tuple[Sequence[float], Sequence[float]]:
+        """Decode steps and steps with a chunk of prefill, at each rung."""
+        forecaster = self._forecaster
+        if forecaster is None:
+            return (), ()
+        if predicted := self.predicted_step_s():
+            forecaster.observe(self.step_s, predicted)
+        batch = max(1, load.num_decodes), load.context_tokens
+        return forecaster.decode_s(*batch), forecaster.chunk_s(*batch)
 
 
 def _new_prompt_tokens(piece: Slice) -> int:

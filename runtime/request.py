@@ -6,6 +6,7 @@ from enum import Enum
 
 import msgspec
 
+from morphserve.configs.schema import Slo as Slo
 from morphserve.quantize.manifest import Variant
 
 
@@ -26,13 +27,6 @@ class SamplingParams(msgspec.Struct, frozen=True):
     min_tokens: int = 0  # end-of-sequence is not allowed before
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-
-
-class Slo(msgspec.Struct, frozen=True):
-    """What a request needs, or a server promises; None: nothing."""
-
-    ttft_s: float | None = None  # request received to first token
-    tpot_s: float | None = None  # per output token after the first
 
 
 class Demands(msgspec.Struct, frozen=True):
@@ -77,6 +71,7 @@ class Request:
     num_registered: int = 0  # of its blocks, those that the prefix cache was shown
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
     num_preemptions: int = 0
+    scheduled_s: float | None = None  # when it first ran, monotonic clock
 
     @property
     def num_tokens(self) -> int:

@@ -8,22 +8,22 @@ from torch import Tensor
 
 from morphserve.runtime.kernels import BatchMeta
 from morphserve.runtime.model import Model
-from morphserve.runtime.sampler import sample
+from morphserve.runtime.sampler import Sampled, Sampler
 from morphserve.runtime.scheduler import Batch
 
 
 class Runner:
     def __init__(self, model: Model, eos_token_ids: Sequence[int]) -> None:
         self._model = model
-        self._eos = eos_token_ids
+        self._sampler = Sampler(eos_token_ids)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int | None]:
-        """One forward pass; returns a token, or None, for each sampling slice."""
+    def run(self, batch: Batch) -> list[Sampled]:
+        """One forward pass; what each sampling slice gets from it, in batch order."""
         tokens, meta, ends = pack(batch, self._model.shape.block_tokens)
         sampling = [i for i, piece in enumerate(batch) if piece.samples]
         logits = self._model.forward(tokens, meta, ends[sampling])
-        return sample(logits, [batch[i].request for i in sampling], self._eos)
+        return self._sampler.sample(logits, [batch[i].request for i in sampling])
 
 
 def pack(batch: Batch, block_tokens: int) -> tuple[Tensor, BatchMeta, Tensor]:

@@ -1,5 +1,6 @@
 """Who runs in this step and with how many tokens; the only writer of requests."""
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Scheduler:
         self._rung = 0  # of the latest step
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
+        self.max_blocks: int | None = None  # that admission may fill; None: all there are
         self.memory_blocked = False  # requests wait for blocks, nothing else, that morphing gives
 
     @property
@@ -71,6 +73,11 @@ class Scheduler:
     def num_held(self) -> int:
         """Requests, running ones included, that wait for a shallower rung."""
         return len(self.held) + sum(not r.runs_at(self._rung) for r in self.running)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that requests hold, shared ones once."""
+        return self._pool.num_used
 
     @property
     def has_work(self) -> bool:
@@ -229,6 +236,8 @@ class Scheduler:
         missing = self._blocks_for(request.num_tokens + 1) - len(request.blocks)
         request.blocks += self._pool.allocate(missing)
         request.status = Status.RUNNING
+        if request.scheduled_s is None:
+            request.scheduled_s = time.monotonic()
         self.running.append(request)
         return request
 
@@ -244,7 +253,10 @@ class Scheduler:
         found = self.reuse.find(request, self._rung)
         idle = sum(not self._pool.is_used(block) for block in found.blocks)
         new = self._blocks_for(request.num_tokens + 1) - len(found.blocks)
-        return found if new + idle + len(self.running) <= self._pool.num_free else None
+        room = self._pool.num_free
+        if self.max_blocks is not None:
+            room = min(room, self.max_blocks - self._pool.num_used)
+        return found if new + idle + len(self.running) <= room else None
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's blocks away; it waits first in line and is computed again."""

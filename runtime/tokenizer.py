@@ -2,8 +2,10 @@
 
 import codecs
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -15,6 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from morphserve.configs.errors import MorphError, UnsupportedModel
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # of SentencePiece vocabularies, as is:
+_SPACE = "\u2581"
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 5  # of the prompt; enough to hold the bytes of a whole character
 
@@ -42,8 +46,8 @@ class Detokenizer(Protocol):
 class ByteDetokenizer:
     """For byte-level vocabularies: each token is a run of UTF-8 bytes."""
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
-        self._token_bytes = tokenizer.token_bytes
+    def __init__(self, tokenizer: "Tokenizer", special_tokens: bool) -> None:
+        self._token_bytes = partial(tokenizer.token_bytes, special_tokens=special_tokens)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -60,8 +64,10 @@ class WindowDetokenizer:
     `context` holds the prompt's last ones.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", context: Sequence[int]) -> None:
-        self._decode = tokenizer.decode
+    def __init__(
+        self, tokenizer: "Tokenizer", context: Sequence[int], special_tokens: bool
+    ) -> None:
+        self._decode = partial(tokenizer.decode, special_tokens=special_tokens)
         self._tokens = list(context)
         self._num_context = len(context)  # leading tokens whose text is known to the client
 
@@ -91,6 +97,7 @@ class Tokenizer:
         self._named = {name: _token_text(config.get(name)) for name in _NAMED_TOKENS}
         self._template = _compile_template(folder, config)
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(added)
         self._special = {token for token, entry in added.items() if entry.special}
         vocab = self._tokenizer.get_vocab()
         self._longest = max(map(len, vocab), default=1)
@@ -112,25 +119,30 @@ class Tokenizer:
         # As a batch of one: unlike encode, this lets other threads run meanwhile.
         return self._tokenizer.encode_batch([text], add_special_tokens=special_tokens)[0].ids
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of these tokens, special ones left out."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+    def decode(self, tokens: Sequence[int], *, special_tokens: bool = False) -> str:
+        """The text of these tokens; special ones are left out unless wanted."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=not special_tokens)
 
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes of a byte-level token; none for a special or unknown one."""
+    def token_bytes(self, token: int, *, special_tokens: bool = False) -> bytes:
+        """UTF-8 bytes of a token; none for an unknown one, or a special one that is not wanted."""
         text = self._tokenizer.id_to_token(token)
-        if text is None or token in self._special:
+        if text is None or token in self._special and not special_tokens:
             return b""
+        if token in self._added:
+            return text.encode()  # stored as it reads
+        if not self._is_byte_level:
+            byte = _BYTE_TOKEN.fullmatch(text)
+            return bytes([int(byte[1], 16)]) if byte else text.replace(_SPACE, " ").encode()
         try:
             return bytes(_BYTE_OF[char] for char in text)
         except KeyError:
-            return text.encode()  # an added token, which is stored as it reads
+            return text.encode()
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+    def detokenizer(self, prompt: Sequence[int], *, special_tokens: bool = False) -> Detokenizer:
         """A fresh one, for what follows this prompt."""
         if self._is_byte_level:
-            return ByteDetokenizer(self)
-        return WindowDetokenizer(self, prompt[-_CONTEXT_TOKENS:])
+            return ByteDetokenizer(self, special_tokens)
+        return WindowDetokenizer(self, prompt[-_CONTEXT_TOKENS:], special_tokens)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins to speak.

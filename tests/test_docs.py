@@ -16,7 +16,7 @@ FOLDERS = ("configs", "morphcli", "profile", "quantize", "runtime")
 PRESETS = ("accuracy", "balanced", "performance", "off")
 PAGES = (
     *("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md"),
-    *("docs/bundle-format.md", "docs/formats.md"),
+    *("docs/bundle-format.md", "docs/configuration.md", "docs/controller.md", "docs/formats.md"),
 )
 
 
@@ -77,3 +77,11 @@ def test_readme_uses_commands_and_options_that_exist() -> None:
         options = {option for param in known[line[1]].params for option in param.opts}
         used = {word for word in line if word.startswith("-")}
         assert used <= options, line
+
+
+def test_the_controllers_page_has_every_key_of_balanced() -> None:
+    preset = tomllib.loads(read("configs/balanced.toml"))
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\S+) \|$", read("docs/controller.md"), re.MULTILINE)
+    assert {key: float(value) for key, value in rows} == {
+        key: value for key, value in preset.items() if key != "name"
+    }

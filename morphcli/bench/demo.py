@@ -2,36 +2,49 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from morphserve.configs.errors import MorphError
-from morphserve.configs.load import DEMO_MODEL, load_policy
-from morphserve.configs.schema import EngineConfig
+from morphserve.configs.load import DEMO_MODEL, load_policy, parse_bytes
+from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig, Slo
+from morphserve.morphcli.bench.forecast import Server, first_tokens
 from morphserve.morphcli.bench.run import BenchRequest
-from morphserve.morphcli.bench.schedule import Shape
-from morphserve.morphcli.bench.summary import Slo
+from morphserve.morphcli.bench.schedule import Schedule, Shape, shape_trace
+from morphserve.morphcli.bench.traces import read_azure
 from morphserve.profile.mixes import Model
 from morphserve.profile.orders import RankSettings
 from morphserve.profile.ranking import draw_texts, rank
 from morphserve.quantize.build import QuantizeSettings, build_bundle, default_group_size
-from morphserve.quantize.bundle import Bundle, open_bundle
+from morphserve.quantize.bundle import Bundle, open_bundle, read_bundle
 from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
-from morphserve.runtime.build import budget_for_tokens
+from morphserve.quantize.costs import DeviceCosts
+from morphserve.quantize.machine import device_name
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.build import budget_for_tokens, foretell
+from morphserve.runtime.costs import cost_model
+from morphserve.runtime.measure import measure_costs
+from morphserve.runtime.sizing import outline_model
 
-TRACE = "azure2023_burst.csv"
 WINDOW_S = 6.0, 54.0
+_TRACE = Path(__file__).with_name("azure2023_burst.csv")
+_RATE_SCALES = 0.02, 4.0  # between which the rate of the trace is scaled
+_RATE_STEP = 1.02  # how finely
+_KEPT_SHARE = 0.99  # of requests within the target: a rate that a server bears
+_MARGIN = 0.5  # of the target that they may take in the forecast
+_SLOWDOWN = 1.17  # by HTTP and the clients, which share the cores; fitted to a run on two cores
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """Every number of the demonstration, chosen for two CPU cores and a few minutes."""
+    """Every number of the demonstration but the request rate, which `fit_load` finds."""
 
     shape: Shape = field(
         default_factory=lambda: Shape(
             window_s=WINDOW_S,
-            rate_scale=0.22,
             length_scale=0.1,
             output_scale=10.0,
             max_prompt=384,
@@ -39,7 +52,7 @@ class DemoSettings:
         )
     )
     policies: tuple[str, ...] = ("full", "static:all", "morph")
-    kv_tokens: int = 1400  # that the memory budget leaves room for at full precision
+    kv_tokens: int = 880  # that the memory budget leaves room for at full precision
     max_model_len: int = 640
     slo: Slo = field(default_factory=lambda: Slo(ttft_s=1.0, tpot_s=0.1))
     timeout_s: float = 30.0
@@ -54,11 +67,54 @@ def demo_budget(settings: DemoSettings, bundle: Path) -> str:
     return f"{math.ceil(budget_for_tokens(config, settings.kv_tokens) / 2**20)}MiB"
 
 
+def fit_load(settings: DemoSettings, bundle: Path, budget: str) -> DemoSettings:
+    """The settings with the highest request rate that a morphed server bears on this machine.
+
+    By the measured costs, it then keeps the target for nearly all requests with as many layers at
+    INT4 as its policy allows; at full precision it would not.
+    """
+    server, trace = _morphed(settings, bundle, budget), read_azure(_TRACE)
+    low, high = _RATE_SCALES
+    while high / low > _RATE_STEP:
+        middle = math.sqrt(low * high)
+        schedule = shape_trace(trace, replace(settings.shape, rate_scale=middle))
+        low, high = (middle, high) if _bears(server, schedule, settings) else (low, middle)
+    return replace(settings, shape=replace(settings.shape, rate_scale=round(low, 3)))
+
+
+def _morphed(settings: DemoSettings, bundle: Path, budget: str) -> Server:
+    """The server under test with as many layers at INT4 as its policy allows."""
+    policy, limits = load_policy("balanced"), SchedulerConfig(max_model_len=settings.max_model_len)
+    cache = CacheConfig(memory_budget=parse_bytes(budget))
+    config = EngineConfig(DEMO_MODEL, policy, str(bundle), cache=cache, scheduler=limits)
+    opened = read_bundle(str(bundle))
+    costs = _costs_here(opened)
+    assert costs is not None, "prepare_bundle has measured them"
+    demoted = policy.max_demoted(opened.num_layers)
+    return Server(
+        costs=cost_model(costs),
+        variants=[Variant.INT4] * demoted + [Variant.FULL] * (opened.num_layers - demoted),
+        num_blocks=foretell(config, outline_model(config)).capacities[-1],
+        block_tokens=cache.block_tokens,
+        max_model_len=settings.max_model_len,
+        limits=limits,
+        slowdown=_SLOWDOWN,
+    )
+
+
+def _bears(server: Server, schedule: Schedule, settings: DemoSettings) -> bool:
+    assert settings.slo.ttft_s is not None
+    limit_s = _MARGIN * settings.slo.ttft_s
+    found = first_tokens(server, schedule, patience_s=settings.slo.ttft_s)
+    kept = sum(ttft_s <= limit_s for ttft_s in found)
+    return kept >= _KEPT_SHARE * len(schedule.arrivals)
+
+
 def demo_request(settings: DemoSettings, folder: Path, bundle: Path, budget: str) -> BenchRequest:
     """The comparison that the demonstration runs."""
     return BenchRequest(
         model=DEMO_MODEL,
-        trace=Path(__file__).with_name(TRACE),
+        trace=_TRACE,
         shape=settings.shape,
         policies=settings.policies,
         slo=settings.slo,
@@ -74,8 +130,9 @@ def demo_request(settings: DemoSettings, folder: Path, bundle: Path, budget: str
 def prepare_bundle(
     folder: Path, settings: DemoSettings, on_step: Callable[[str, int, int], None]
 ) -> Path:
-    """A ranked bundle of the shipped model in `folder`; one that is there and sound is kept.
+    """A ranked bundle of the shipped model, with the costs of this machine, in `folder`.
 
+    What is there already and sound is kept.
     `on_step` is told the phase, the steps done and the steps in all.
     """
     checkpoint = open_checkpoint(DEMO_MODEL)
@@ -97,7 +154,11 @@ def prepare_bundle(
         shape = settings.profile_windows, settings.window_tokens
         texts = draw_texts(checkpoint, None, *shape)
         model = Model(checkpoint, bundle)
-        bundle.with_ranking(rank(model, texts, RankSettings(num_random=1), on_step))
+        bundle = bundle.with_ranking(rank(model, texts, RankSettings(num_random=1), on_step))
+    if _costs_here(bundle) is None:
+        on_step("timing layers", 0, 1)
+        bundle.with_costs(measure_costs(checkpoint, bundle, "cpu", torch.get_num_threads()))
+        on_step("timing layers", 1, 1)
     return folder
 
 
@@ -106,3 +167,10 @@ def _existing(folder: Path, checkpoint: Checkpoint) -> Bundle | None:
         return open_bundle(str(folder), checkpoint)
     except MorphError:
         return None  # missing, unfinished or of another version: it is built anew
+
+
+def _costs_here(bundle: Bundle) -> DeviceCosts | None:
+    """What was measured on this machine, as the demonstration's servers run on it."""
+    here = device_name(), torch.get_num_threads()
+    found = (costs for costs in bundle.manifest.costs if (costs.device, costs.threads) == here)
+    return next(found, None)

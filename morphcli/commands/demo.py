@@ -20,17 +20,25 @@ def demo(
     """Show morphing under a burst; takes a few minutes."""
     from rich.console import Console
 
-    from morphserve.morphcli.bench.demo import WINDOW_S, DemoSettings, demo_budget, demo_request
+    from morphserve.morphcli.bench.demo import (
+        WINDOW_S,
+        DemoSettings,
+        demo_budget,
+        demo_request,
+        fit_load,
+    )
     from morphserve.morphcli.bench.run import REPORT, print_table, run_bench
     from morphserve.morphcli.bench.verdict import verdict
 
     settings, console = DemoSettings(), Console(highlight=False)
     bundle = _prepare(output, settings, console)
     budget = demo_budget(settings, bundle)
+    settings = fit_load(settings, bundle, budget)
     start_s, end_s = WINDOW_S
     console.print(
-        f"{end_s - start_s:g} seconds of real traffic, thinned and shortened, "
-        f"against three servers of {budget} each: full precision, INT4 all the time, and morph"
+        f"{end_s - start_s:g} seconds of real traffic, shortened and thinned to what this machine "
+        f"can bear, against three servers of {budget} each: full precision, INT4 all the time, and "
+        "morph"
     )
     summary = run_bench(demo_request(settings, output, bundle, budget), console)
     console.print()

@@ -1,5 +1,6 @@
 """Refusals and failures as the API tells them: one envelope, OpenAI's."""
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -10,8 +11,9 @@ from starlette.responses import Response
 from morphserve.configs.errors import MorphError
 from morphserve.runtime.engine_client import EngineDead
 from morphserve.runtime.request import FinishReason
+from morphserve.runtime.server.refusal import Refusal
 
-_RETRY_AFTER_S = "1"
+_MAX_RETRY_AFTER_S = 60
 
 
 class ErrorDetail(msgspec.Struct):
@@ -46,16 +48,21 @@ class ApiError(Exception):
         return msgspec.json.encode(ErrorEnvelope(self.detail))
 
     def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, "application/json")
+        return Refusal(self.body(), self.status, self.headers, "application/json")
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
-def unavailable(message: str) -> ApiError:
+def unavailable(message: str, retry_after_s: float = 1.0) -> ApiError:
     """Not now; the client may try again."""
-    return ApiError(503, message, headers={"Retry-After": _RETRY_AFTER_S})
+    return ApiError(503, message, headers={"Retry-After": whole_seconds(retry_after_s)})
+
+
+def whole_seconds(seconds: float) -> str:
+    """As `Retry-After` has it: at least 1, at most a minute."""
+    return str(min(_MAX_RETRY_AFTER_S, max(1, math.ceil(seconds))))
 
 
 def broken_off(reason: FinishReason) -> ApiError:
@@ -69,7 +76,7 @@ def _type_of(status: int) -> str:
     match status:
         case 404:
             return "not_found_error"
-        case 503:
+        case 429 | 503:
             return "service_unavailable_error"
         case _:
             return "invalid_request_error" if status < 500 else "server_error"

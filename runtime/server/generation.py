@@ -1,16 +1,25 @@
 """From prompts to pieces of text: the engine's tokens, detokenised, stopped, counted and timed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import msgspec
+
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.engine_client import Chunk, EngineClient, EngineDead, RequestRefused
+from morphserve.runtime.engine_client import (
+    Chunk,
+    EngineClient,
+    EngineDead,
+    QueueTimeout,
+    RequestRefused,
+)
 from morphserve.runtime.metrics import RequestTimer
-from morphserve.runtime.request import FinishReason, SamplingParams
+from morphserve.runtime.request import Demands, FinishReason, SamplingParams
 from morphserve.runtime.server.errors import broken_off
-from morphserve.runtime.server.protocol import MorphUsage, Usage
+from morphserve.runtime.server.logprobs import Scored, score
+from morphserve.runtime.server.responses import MorphUsage, PromptTokensDetails, Usage
 from morphserve.runtime.server.stop import StopFinder
 from morphserve.runtime.tokenizer import Tokenizer
 
@@ -22,20 +31,61 @@ class Piece:
     index: int
     text: str
     finish_reason: str | None = None
+    scored: Sequence[Scored] | None = None  # tokens since the last piece, if asked for
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How the text of a choice is made from its tokens."""
+
+    stops: Sequence[str] = ()
+    include_stop: bool = False  # what ended it, a stop string or token, is part of the text
+    special_tokens: bool = False  # have a text
+
+
+def _nobody_asks(_choice: int) -> None:
+    pass
 
 
 @dataclass(slots=True)
 class Job:
-    """One API request: prompts of token ids, and what has been spent on them."""
+    """One API request: prompts of token ids, and what has been spent on them.
+
+    Choices are numbered prompt by prompt: those of the first one come first.
+    """
 
     id: str
     prompts: Sequence[list[int]]
     params: SamplingParams
-    stops: Sequence[str]
-    timers: Sequence[RequestTimer]  # one for each prompt
+    rules: TextRules
+    timers: Sequence[RequestTimer]  # one for each choice
+    choices_per_prompt: int = 1
+    demands: Demands = Demands()
+    echo: Sequence[str] = ()  # texts of the prompts, if each choice is to begin with its prompt's
     tokens: MorphUsage = field(default_factory=MorphUsage)
+    cached_tokens: int = 0
+    on_first_token: Callable[[int], None] = _nobody_asks  # told with each chunk of a choice
 
-    def count(self, chunk: Chunk) -> None:
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.choices_per_prompt
+
+    def prompt_of(self, choice: int) -> list[int]:
+        return self.prompts[choice // self.choices_per_prompt]
+
+    def params_of(self, choice: int) -> SamplingParams:
+        """A seeded request's choices have the seeds seed, seed + 1, ... for each prompt."""
+        more = choice % self.choices_per_prompt
+        if self.params.seed is None or not more:
+            return self.params
+        return msgspec.structs.replace(self.params, seed=self.params.seed + more)
+
+    def opening_of(self, choice: int) -> str:
+        return self.echo[choice // self.choices_per_prompt] if self.echo else ""
+
+    def count(self, choice: int, chunk: Chunk) -> None:
+        if choice % self.choices_per_prompt == 0:  # a prompt counts once, as in prompt_tokens
+            self.cached_tokens += chunk.cached_tokens
         match chunk.precision:
             case Variant.FULL:
                 self.tokens.full += len(chunk.tokens)
@@ -47,7 +97,13 @@ class Job:
     def usage(self) -> Usage:
         prompt = sum(map(len, self.prompts))
         completion = self.tokens.full + self.tokens.int8 + self.tokens.int4
-        return Usage(prompt, completion, prompt + completion, self.tokens)
+        return Usage(
+            prompt,
+            completion,
+            prompt + completion,
+            PromptTokensDetails(self.cached_tokens),
+            self.tokens,
+        )
 
 
 class Generator:
@@ -60,61 +116,108 @@ class Generator:
     def run(self, job: Job) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come; closing it early aborts what still runs.
 
-        Raises EngineDead or RequestRefused before the first piece, and ApiError if the server
-        breaks a choice off.
+        Raises EngineDead, RequestRefused or QueueTimeout before the first piece, and ApiError if
+        the server breaks a choice off.
         """
-        choices = [self._choice(job, index) for index in range(len(job.prompts))]
+        choices = [self._choice(job, index) for index in range(job.num_choices)]
         return choices[0] if len(choices) == 1 else _merge(choices)
 
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece]:
         timer, text = job.timers[index], TextStream(self._tokenizer, job, index)
         reason: FinishReason | None = FinishReason.ABORT  # unless it comes to an end
-        chunks = self._engine.generate(f"{job.id}-{index}", job.prompts[index], job.params)
         try:
-            async with aclosing(chunks):  # a stop string ends the request in the engine, too
+            async with aclosing(self._chunks(job, index)) as chunks:  # a stop string aborts, too
                 async for chunk in chunks:
-                    job.count(chunk)
-                    timer.tokens(len(chunk.tokens))
+                    job.count(index, chunk)
+                    job.on_first_token(index)
+                    timer.tokens(len(chunk.tokens), chunk.precision, chunk.queued_s)
                     piece = text.add(chunk)
                     if text.finish_reason is not None:
                         break
-                    if piece:
-                        yield Piece(index, piece)
+                    if piece.text or piece.scored:
+                        yield piece
             reason = text.finish_reason
             assert reason is not None, "the engine client ends every request"
-            if reason in (FinishReason.ABORT, FinishReason.ERROR):
+            if reason not in (FinishReason.STOP, FinishReason.LENGTH):
                 raise broken_off(reason)
-            yield Piece(index, piece, reason.value)
-        except (EngineDead, RequestRefused):
+            yield piece
+        except (EngineDead, QueueTimeout, RequestRefused):
             reason = None
             raise
         finally:
             if reason is not None:
-                timer.finish(reason.value)
+                timer.finish(reason.value, f"{job.id}-{index}", len(job.prompt_of(index)))
+
+    def _chunks(self, job: Job, index: int) -> AsyncGenerator[Chunk]:
+        return self._engine.generate(
+            f"{job.id}-{index}", job.prompt_of(index), job.params_of(index), job.demands
+        )
 
 
 class TextStream:
     """Text of one choice, cut at its stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, job: Job, index: int) -> None:
-        self._detokenizer = tokenizer.detokenizer(job.prompts[index])
-        self._stop = StopFinder(job.stops)
-        self._silent = frozenset(job.params.stop_token_ids)
+        self._index = index
+        self._tokenizer = tokenizer
+        self._rules = job.rules
+        self._detokenizer = tokenizer.detokenizer(
+            job.prompt_of(index), special_tokens=job.rules.special_tokens
+        )
+        self._stop = StopFinder(job.rules.stops, include=job.rules.include_stop)
+        self._opening = job.opening_of(index)
+        self._num_chars = 0  # of the tokens so far, sent or held back
         self.finish_reason: FinishReason | None = None
 
-    def add(self, chunk: Chunk) -> str:
-        """The text to send for this chunk; sets `finish_reason` when it is the last."""
-        tokens = chunk.tokens
-        if chunk.finish_reason is FinishReason.STOP and tokens and tokens[-1] in self._silent:
-            tokens = tokens[:-1]
-        text = self._stop.add(self._detokenizer.add(tokens))
-        if chunk.finish_reason is not None and not self._stop.found:
+    def add(self, chunk: Chunk) -> Piece:
+        """What to send for this chunk; sets `finish_reason` when it is the last."""
+        offsets: list[int] = []
+        text = self._opening + self._text(chunk, offsets)
+        self._opening = ""
+        reason = self.finish_reason
+        scored = None
+        if chunk.logprobs is not None:
+            told = zip(chunk.tokens, chunk.logprobs, offsets, strict=True)
+            scored = [score(self._tokenizer, *entry) for entry in told]
+        return Piece(self._index, text, None if reason is None else reason.value, scored)
+
+    def _text(self, chunk: Chunk, offsets: list[int]) -> str:
+        """Appends to `offsets` where in the text each token of the chunk begins."""
+        ended = chunk.finish_reason is FinishReason.STOP
+        silent = len(chunk.tokens) - 1 if ended and not self._rules.include_stop else None
+        new = ""
+        for place, token in enumerate(chunk.tokens):
+            offsets.append(self._num_chars)
+            if place != silent:
+                read = self._detokenizer.add([token])
+                self._num_chars += len(read)
+                new += read
+        return self._cut(new, chunk.finish_reason)
+
+    def _cut(self, new: str, reason: FinishReason | None) -> str:
+        text = self._stop.add(new)
+        if reason is not None and not self._stop.found:
             text += self._stop.add(self._detokenizer.finish())
         if self._stop.found:
             self.finish_reason = FinishReason.STOP
             return text
-        self.finish_reason = chunk.finish_reason
-        return text if chunk.finish_reason is None else text + self._stop.finish()
+        self.finish_reason = reason
+        return text if reason is None else text + self._stop.finish()
+
+
+async def joined(pieces: AsyncGenerator[Piece], num_choices: int) -> list[Piece]:
+    """All pieces of each choice as one."""
+    texts = [""] * num_choices
+    reasons: list[str | None] = [None] * num_choices
+    scored: list[list[Scored] | None] = [None] * num_choices
+    async with aclosing(pieces):
+        async for piece in pieces:
+            texts[piece.index] += piece.text
+            reasons[piece.index] = piece.finish_reason
+            if piece.scored is not None:
+                scored[piece.index] = tokens = scored[piece.index] or []
+                tokens += piece.scored
+    return [Piece(i, *choice) for i, choice in enumerate(zip(texts, reasons, scored, strict=True))]
 
 
 async def _merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from morphserve.runtime.server.generation import Piece
-from morphserve.runtime.server.protocol import (
+from morphserve.runtime.server.logprobs import chat_logprobs, completion_logprobs
+from morphserve.runtime.server.responses import (
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -22,11 +23,11 @@ from morphserve.runtime.server.protocol import (
 class Reply(Protocol):
     """One kind of answer; all results are JSON."""
 
-    def opening(self) -> list[bytes]:
+    def opening(self, num_choices: int, usage: Usage | None) -> list[bytes]:
         """Chunks before the first piece."""
         ...
 
-    def chunk(self, piece: Piece) -> bytes: ...
+    def chunk(self, piece: Piece, usage: Usage | None) -> bytes: ...
 
     def closing(self, usage: Usage) -> bytes:
         """The chunk that says what the stream has cost."""
@@ -41,11 +42,11 @@ class CompletionReply:
     created: int  # seconds since the epoch
     model: str
 
-    def opening(self) -> list[bytes]:
+    def opening(self, num_choices: int, usage: Usage | None) -> list[bytes]:
         return []
 
-    def chunk(self, piece: Piece) -> bytes:
-        return self._encode([piece], None)
+    def chunk(self, piece: Piece, usage: Usage | None) -> bytes:
+        return self._encode([piece], usage)
 
     def closing(self, usage: Usage) -> bytes:
         return self._encode([], usage)
@@ -55,7 +56,10 @@ class CompletionReply:
 
     def _encode(self, pieces: Sequence[Piece], usage: Usage | None) -> bytes:
         choices = [
-            CompletionChoice(piece.index, piece.text, piece.finish_reason) for piece in pieces
+            CompletionChoice(
+                piece.index, piece.text, piece.finish_reason, completion_logprobs(piece.scored)
+            )
+            for piece in pieces
         ]
         return encode(Completion(self.id, self.created, self.model, choices, usage))
 
@@ -66,19 +70,26 @@ class ChatReply:
     created: int  # seconds since the epoch
     model: str
 
-    def opening(self) -> list[bytes]:
-        return [self._encode([ChatChunkChoice(0, ChatDelta(role="assistant", content=""))], None)]
+    def opening(self, num_choices: int, usage: Usage | None) -> list[bytes]:
+        delta = ChatDelta(role="assistant", content="")
+        return [self._encode([ChatChunkChoice(i, delta)], usage) for i in range(num_choices)]
 
-    def chunk(self, piece: Piece) -> bytes:
-        delta = ChatDelta(content=piece.text or None)
-        return self._encode([ChatChunkChoice(piece.index, delta, piece.finish_reason)], None)
+    def chunk(self, piece: Piece, usage: Usage | None) -> bytes:
+        delta, logprobs = ChatDelta(content=piece.text or None), chat_logprobs(piece.scored)
+        choice = ChatChunkChoice(piece.index, delta, piece.finish_reason, logprobs)
+        return self._encode([choice], usage)
 
     def closing(self, usage: Usage) -> bytes:
         return self._encode([], usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes:
         answers = [
-            ChatChoice(piece.index, AssistantMessage(piece.text), piece.finish_reason)
+            ChatChoice(
+                piece.index,
+                AssistantMessage(piece.text),
+                piece.finish_reason,
+                chat_logprobs(piece.scored),
+            )
             for piece in choices
         ]
         return encode(ChatCompletion(self.id, self.created, self.model, answers, usage))

@@ -6,28 +6,28 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
 
-from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import EngineConfig, ServerConfig
-from morphserve.runtime.engine_client import ENGINE_COMMAND, EngineClient, launch_engine
+from morphserve.runtime.engine_client import EngineClient
 from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
+from morphserve.runtime.server.admission import QUEUED_CACHES, Admission
 from morphserve.runtime.server.app import make_app
+from morphserve.runtime.server.connections import http_config, limits_here
+from morphserve.runtime.server.files import bind, listen, open_standard_files
+from morphserve.runtime.server.logs import say, start_logging
 from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.supervisor import ENGINE_COMMAND, Supervisor
 from morphserve.runtime.tokenizer import Tokenizer
 
-KEEP_ALIVE_S = 30
-_BACKLOG = 2048
-_SPARE_CONNECTIONS = 128  # for probes, metrics and idle clients
 _ABORT_GRACE_S = 0.5  # for sending the last words of requests that were ended
-_ENGINE_EXIT_S = 5.0
 
 T = TypeVar("T")
 Watch = Callable[[Serving], Coroutine[Any, Any, None]]
@@ -45,14 +45,14 @@ class _Http(uvicorn.Server):
 
 
 class Interrupts:
-    """SIGINT and SIGTERM: the first asks for an end, the second for an end at once."""
+    """SIGINT, SIGTERM, SIGHUP: the first asks for an end, the second for an end at once."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         self.signal_number = 0
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: int) -> None:
@@ -66,33 +66,17 @@ def run_server(
     watch: Watch,
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
-    """Serves until a signal or the engine's death; returns the exit code (0, 1, 128 + signal).
+    """Serves until a signal, or until the engine cannot be kept alive.
 
-    `watch` runs beside the server once it serves. Raises MorphError if it cannot start.
+    Returns the exit code: 0, 1 for the engine, 128 + signal while it still loads. `watch` runs
+    beside the server once it serves. Raises MorphError if it cannot start.
     """
-    listener = _bind(server.host, server.port)
+    open_standard_files()
+    start_logging(server.log_format)
+    engine = replace(engine, log_format=server.log_format)
+    listener = bind(server.host, server.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(engine, server, watch, command, listener))
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Port 0: a free one."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot listen on host {host!r}: {error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error}; choose another with --port (0: any free one)"
-        ) from error
-    return listener
 
 
 async def _run(
@@ -104,19 +88,34 @@ async def _run(
 ) -> int:
     interrupts = Interrupts()
     _say(f"loading {server.served_model_name} ...")
-    process = launch_engine(command)
-    engine = EngineClient(process.sock, process.wait)
+    supervisor = Supervisor(config, server.engine_timeout_s, command)
     try:
-        tokenizer = await _unless(interrupts.first, _start(engine, config))
+        tokenizer = await _unless(interrupts.first, _start(supervisor, config))
         if tokenizer is None:
             return 128 + interrupts.signal_number
+        engine = supervisor.client
         _say(start_line(engine.hello, engine.snapshot, config.cache.memory_budget))
-        metrics = Metrics(lambda: engine.snapshot)
-        serving = Serving(engine, tokenizer, metrics, server.served_model_name, server.max_queued)
-        return await _serve(serving, server, watch, listener, interrupts)
+        serving = _serving(engine, tokenizer, config, server)
+        async with serving.watchdog.watching():
+            return await _serve(serving, supervisor, server, watch, listener, interrupts)
     finally:
-        await engine.close()
-        await process.wait(_ENGINE_EXIT_S)
+        await supervisor.close()
+
+
+def _serving(
+    engine: EngineClient, tokenizer: Tokenizer, config: EngineConfig, server: ServerConfig
+) -> Serving:
+    max_requests = config.scheduler.max_num_seqs + server.max_queued
+    # Morph first, refuse last: what may wait is measured by the cache of the deepest rung.
+    cache_tokens = engine.hello.capacities[-1] * engine.hello.block_tokens
+    admission = Admission(
+        max_requests,
+        server.max_queued_tokens or QUEUED_CACHES * cache_tokens,
+        server.overload_status,
+    )
+    metrics = Metrics(lambda: engine.snapshot)
+    name = server.served_model_name
+    return Serving(engine, tokenizer, metrics, name, admission, slo=config.slo)
 
 
 def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> str:
@@ -131,59 +130,53 @@ def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> s
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Tells the terminal or the log; without either, serving goes on."""
+    with contextlib.suppress(OSError):
+        say("start", line)
 
 
-async def _start(engine: EngineClient, config: EngineConfig) -> Tokenizer:
+async def _start(supervisor: Supervisor, config: EngineConfig) -> Tokenizer:
     """The tokenizer, once the engine serves; the two load at the same time."""
     tokenizer, _ = await asyncio.gather(
-        asyncio.to_thread(Tokenizer, Path(config.model)), engine.start(config)
+        asyncio.to_thread(Tokenizer, Path(config.model)), supervisor.start()
     )
     return tokenizer
 
 
 async def _serve(
     serving: Serving,
+    supervisor: Supervisor,
     server: ServerConfig,
     watch: Watch,
     listener: socket.socket,
     interrupts: Interrupts,
 ) -> int:
-    serving.url = _listen(listener)
-    http = _Http(_http_config(serving))
+    serving.url = listen(listener)
+    on_loopback = _is_loopback(listener)
+    app = make_app(serving, server, on_loopback=on_loopback)
+    http = _Http(http_config(app, limits_here()))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
     _say(
         f"""try: curl {serving.url}/v1/completions -d '{{"prompt": "import ", "max_tokens": 16}}'"""
     )
-    if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+    if not on_loopback and not server.api_keys:
         _say("warning: other machines can reach this server, and it checks no key")
     watching = asyncio.create_task(_watch(watch, serving))
-    died = serving.engine.died
     try:
-        await _first_of(interrupts.first.wait(), died.wait())
+        await _first_of(interrupts.first.wait(), supervisor.run())
         serving.draining = True
         await _end(watching)  # a live view would hide the words that follow
-        if died.is_set():
+        if not interrupts.first.is_set():
             logger.error("stopping: %s", serving.engine.failure)
-        else:
-            await _drain(serving, server.shutdown_timeout_s, interrupts.second)
-        await _first_of(serving.idle(), asyncio.sleep(_ABORT_GRACE_S))
-        return 1 if died.is_set() else 0
+            return 1
+        await _drain(serving, server.shutdown_timeout_s, interrupts.second)
+        return 0
     finally:
+        await _first_of(serving.idle(), asyncio.sleep(_ABORT_GRACE_S))
         http.should_exit = True
         await _end(watching)
         await asyncio.gather(listening, return_exceptions=True)
-
-
-def _listen(listener: socket.socket) -> str:
-    """Lets clients connect; returns the server's URL."""
-    host, port = listener.getsockname()[:2]
-    try:
-        listener.listen(_BACKLOG)
-    except OSError as error:  # another process has taken the port since it was bound
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def _watch(watch: Watch, serving: Serving) -> None:
@@ -200,7 +193,7 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> None:
     """Lets running requests finish; what is left after the timeout, or a hurry, is aborted."""
-    count = serving.num_active
+    count = serving.admission.num_calls
     _say(f"stopping: {count} request{'' if count == 1 else 's'} to finish")
     await _first_of(
         serving.idle(), hurry.wait(), serving.engine.died.wait(), asyncio.sleep(timeout_s)
@@ -208,21 +201,9 @@ async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> No
     serving.engine.abort_all()
 
 
-def _http_config(serving: Serving) -> uvicorn.Config:
-    return uvicorn.Config(
-        make_app(serving),
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        # Over this, uvicorn refuses without an envelope; the queue is full long before.
-        limit_concurrency=2 * serving.max_queued + _SPARE_CONNECTIONS,
-        timeout_graceful_shutdown=1,  # responses are complete by then; a stuck reader is cut off
-    )
+def _is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

@@ -2,24 +2,25 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from morphserve.runtime.engine_client import EngineClient
+from morphserve.configs.schema import Slo
+from morphserve.runtime.engine_client import EngineClient, EngineDead, QueueTimeout
+from morphserve.runtime.exposition import Server
 from morphserve.runtime.messages import Hello
 from morphserve.runtime.metrics import Metrics
-from morphserve.runtime.server.errors import ApiError, bad_request, unavailable
+from morphserve.runtime.server.admission import Admission, Ticket
+from morphserve.runtime.server.errors import ApiError, bad_request
+from morphserve.runtime.server.watchdog import LoopWatchdog
 from morphserve.runtime.tokenizer import PromptTooLong, TemplateError, Tokenizer
 
 _TOO_LONG = "context_length_exceeded"
+T = TypeVar("T")
+_DRAINING = "the server is shutting down"
 _LONG_TEXT = 4096  # characters; tokenising more would hold up other streams for milliseconds
-
-
-@dataclass(slots=True)
-class Ticket:
-    """What one API call takes of the queue."""
-
-    num_prompts: int = 1  # more once its body has been read
 
 
 @dataclass(slots=True)
@@ -30,55 +31,77 @@ class Serving:
     tokenizer: Tokenizer
     metrics: Metrics
     model_name: str
-    max_queued: int  # prompts in flight
+    admission: Admission
     url: str = ""  # once it listens
     created: int = field(default_factory=lambda: int(time.time()))
+    slo: Slo = Slo()  # that the server promises
+    watchdog: LoopWatchdog = field(default_factory=LoopWatchdog)
     draining: bool = False  # no new requests are taken
-    num_active: int = 0  # API calls not yet answered to the end
-    num_prompts: int = 0  # in flight
 
     @property
     def max_tokens(self) -> int:
         """Most tokens a request can come to hold, prompt included."""
         return self.engine.hello.max_model_len
 
-    def why_not(self) -> ApiError | None:
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Requests that were not taken, by reason."""
+        return self.admission.refused
+
+    @property
+    def engine_restarts(self) -> int:
+        """Engines started in a dead one's place."""
+        return self.engine.restarts
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        server = Server(
+            model=self.model_name,
+            startup_s=self.engine.hello.startup_s,
+            refused=self.refused,
+            engine_restarts=self.engine_restarts,
+            loop_stalls=self.watchdog.num_stalls,
+        )
+        return self.metrics.exposition(server)
+
+    def why_not(self) -> str | None:
         """Why no new request is taken, whatever it asks for."""
-        if self.engine.died.is_set():
-            return unavailable(self.engine.failure)
-        return unavailable("the server is shutting down") if self.draining else None
+        if self.draining:
+            return _DRAINING
+        return self.engine.failure if self.engine.died.is_set() else None
 
     def enter(self) -> Ticket:
-        """Admits an API call. Raises ApiError (503) if the queue is full."""
-        if self.num_prompts >= self.max_queued:
-            raise self._full()
-        self.num_active += 1
-        self.num_prompts += 1
-        return Ticket()
+        """Admits an API call. Raises ApiError, which is counted, if it cannot be served now."""
+        if self.draining:
+            raise self._leaving()
+        if self.engine.died.is_set():
+            raise self._dead(self.engine.failure)
+        if self.engine.is_behind:
+            raise self.admission.refusal("queue_full", "the engine has not read what it was sent")
+        return self.admission.enter()
 
-    def widen(self, ticket: Ticket, num_prompts: int) -> None:
-        """Counts the prompts of a call. Raises ApiError if so many do not fit the queue."""
-        if num_prompts > self.max_queued:
-            raise bad_request(f"this server takes at most {self.max_queued} prompts", "prompt")
-        more = num_prompts - ticket.num_prompts
-        if self.num_prompts + more > self.max_queued:
-            raise self._full()
-        self.num_prompts += more
-        ticket.num_prompts = num_prompts
+    def _leaving(self) -> ApiError:
+        error = self.admission.unavailable("draining", _DRAINING, 1.0)
+        error.headers["Connection"] = "close"
+        return error
 
-    def leave(self, ticket: Ticket) -> None:
-        """The call has been answered to the end."""
-        self.num_active -= 1
-        self.num_prompts -= ticket.num_prompts
+    def _dead(self, failure: str) -> ApiError:
+        return self.admission.unavailable("engine_down", failure, self.engine.retry_after_s)
 
-    def _full(self) -> ApiError:
-        return unavailable(
-            f"the queue is full: {self.num_prompts} of {self.max_queued} prompts are in flight"
-        )
+    async def honest(self, pieces: AsyncGenerator[T]) -> AsyncGenerator[T]:
+        """The pieces; what the engine did not even begin ends in a refusal, which is counted."""
+        async with aclosing(pieces):
+            try:
+                async for piece in pieces:
+                    yield piece
+            except QueueTimeout as error:
+                raise self.admission.refusal("queue_timeout", str(error)) from error
+            except EngineDead as error:
+                raise self._dead(str(error)) from error
 
     async def idle(self) -> None:
         """Returns when every API call has been answered."""
-        while self.num_active:
+        while self.admission.num_calls:
             await asyncio.sleep(0.01)
 
     def check_model(self, name: str | None) -> None:

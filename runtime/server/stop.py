@@ -6,19 +6,22 @@ from collections.abc import Sequence
 class StopFinder:
     """Passes text on, except what could be the beginning of a stop string."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """`include`: the stop string that was met is part of the text."""
         self._stops = stops
+        self._include = include
         self._held = ""
         self.found = False  # nothing follows once a stop string has been met
 
     def add(self, text: str) -> str:
-        """The text that is safe to send now, cut before the first stop string."""
+        """The text that is safe to send now, cut at the first stop string."""
         text = self._held + text
-        hits = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        hits = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
             self.found = True
             self._held = ""
-            return text[: min(hits)]
+            at, stop = min(hits, key=lambda hit: hit[0])
+            return text[: at + len(stop)] if self._include else text[:at]
         safe = len(text) - self._num_held(text)
         self._held = text[safe:]
         return text[:safe]

@@ -1,10 +1,10 @@
 """Fields that OpenAI's and vLLM's clients know and this server does not do."""
 
 from functools import cache
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Struct, field
 
 from morphserve.runtime.server.errors import bad_request
 
@@ -15,20 +15,10 @@ class Unsupported(Struct, kw_only=True):
     The default of a field asks for nothing, and so does null; every other value is refused.
     """
 
-    n: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = 1
-    best_of: Any = 1
-    echo: Any = False
-    logprobs: Any = None
-    top_logprobs: Any = 0
     prompt_logprobs: Any = None
     suffix: Any = ""
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = 0
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = 0
-    repetition_penalty: Any = 1
     length_penalty: Any = 1
-    min_p: Any = 0
     use_beam_search: Any = False
-    logit_bias: dict[str, float] | None = {}
     logits_processors: Any = []
     bad_words: Any = []
     allowed_token_ids: Any = None
@@ -38,8 +28,6 @@ class Unsupported(Struct, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    skip_special_tokens: Any = True
-    include_stop_str_in_output: Any = False
     return_token_ids: Any = False
     truncate_prompt_tokens: Any = None
     prompt_embeds: Any = None
@@ -50,7 +38,6 @@ class Unsupported(Struct, kw_only=True):
     function_call: Any = "none"
     add_generation_prompt: Any = True
     continue_final_message: Any = False
-    add_special_tokens: Any = None
     chat_template: Any = None
     chat_template_kwargs: Any = {}
     documents: Any = []
@@ -62,7 +49,7 @@ class Unsupported(Struct, kw_only=True):
 
     def refuse_unsupported(self) -> None:
         """Raises ApiError naming the first field that asks for something not done here."""
-        for name, neutral in _neutral_values(type(self)).items():
+        for name, neutral in neutral_values(type(self)).items():
             refuse(name, getattr(self, name), neutral)
 
 
@@ -77,7 +64,7 @@ def refuse(name: str, value: Any, neutral: Any = None) -> None:
 
 
 @cache
-def _neutral_values(kind: type[Unsupported]) -> dict[str, Any]:
+def neutral_values(kind: type[Unsupported]) -> dict[str, Any]:
     """By name; a kind of request may take another default than the one above."""
     defaults = {
         entry.name: entry.default

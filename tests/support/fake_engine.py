@@ -1,6 +1,8 @@
 """An engine that repeats each prompt, one token per step, and does on command what engines do."""
 
+import math
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -16,11 +18,12 @@ from morphserve.runtime.messages import (
     Snapshot,
     Step,
     Submit,
+    TokenLogprobs,
     TokenOutput,
 )
 
 # A prompt that begins with one of these ids:
-CRASH, REFUSE, INT4, STOP, MUTE = 4000, 4001, 4002, 4003, 4004
+CRASH, REFUSE, INT4, STOP, MUTE, STUCK, CACHED = 4000, 4001, 4002, 4003, 4004, 4005, 4006
 NUM_LAYERS = 4
 MAX_MODEL_LEN = 2048
 HELLO = Hello(
@@ -49,10 +52,16 @@ class Running:
     prompt: list[int]
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    logprobs: int | None = None
     produced: int = 0
 
     def next_token(self) -> int:
         return self.prompt[self.produced % len(self.prompt)]
+
+    def told(self, token: int) -> TokenLogprobs:
+        """Half for the token, a quarter for the next id, and so on."""
+        top = [(token + i, -math.log(2) * (i + 1)) for i in range(self.logprobs or 0)]
+        return TokenLogprobs(-math.log(2), top)
 
 
 class FakeEngine:
@@ -61,9 +70,11 @@ class FakeEngine:
             raise OutOfBudget("the budget of 1 B is too small: at least 42 MiB are needed")
         self.config = config
         self.requests: dict[str, Running] = {}
+        self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.generated = 0
         self.pinned: int | None = None
+        self.time_out = False  # whether requests that get no token are given up
         self.events = [Event(1, time.time(), "demote", "layer 1 to INT4: demand 50 of 40 blocks")]
         self.steps = 0
 
@@ -75,8 +86,9 @@ class FakeEngine:
             return Refused(message.request_id, "it would need 99 blocks, there are 42")
         params = message.params
         self.requests[message.request_id] = Running(
-            message.prompt, params.max_tokens, params.stop_token_ids
+            message.prompt, params.max_tokens, params.stop_token_ids, params.logprobs
         )
+        self.submitted.append(message)
         return None
 
     def abort(self, request_id: str) -> None:
@@ -103,11 +115,16 @@ class FakeEngine:
         firsts = {running.prompt[0] for running in self.requests.values()}
         if CRASH in firsts:
             raise RuntimeError("told to crash")
+        if STUCK in firsts:
+            threading.Event().wait()
         outputs = [
             self._advance(request_id, running)
             for request_id, running in list(self.requests.items())
             if running.prompt[0] != MUTE
         ]
+        if self.time_out:
+            outputs += [TokenOutput(request_id, [], "timeout") for request_id in self.requests]
+            self.requests.clear()
         return Step(Variant.INT4 if INT4 in firsts else Variant.FULL, outputs)
 
     def _advance(self, request_id: str, running: Running) -> TokenOutput:
@@ -121,7 +138,14 @@ class FakeEngine:
             reason = "stop"
         if reason:
             del self.requests[request_id]
-        return TokenOutput(request_id, [token], reason)
+        cached = len(running.prompt) - 1 if running.prompt[0] == CACHED else 0
+        return TokenOutput(
+            request_id,
+            [token],
+            reason,
+            None if running.logprobs is None else [running.told(token)],
+            cached if running.produced == 1 else 0,
+        )
 
     def snapshot(self) -> Snapshot:
         return make_snapshot(

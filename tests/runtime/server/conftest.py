@@ -12,6 +12,7 @@ from morphserve.configs.load import load_policy
 from morphserve.configs.schema import EngineConfig
 from morphserve.runtime.engine_client import EngineClient
 from morphserve.runtime.metrics import Metrics
+from morphserve.runtime.server.admission import Admission
 from morphserve.runtime.server.app import make_app
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.tokenizer import Tokenizer
@@ -53,7 +54,9 @@ async def client(
 
 @pytest.fixture
 def serving(client: EngineClient, tokenizer: Tokenizer) -> Serving:
-    return Serving(client, tokenizer, Metrics(lambda: client.snapshot), "demo", MAX_QUEUED)
+    return Serving(
+        client, tokenizer, Metrics(lambda: client.snapshot), "demo", Admission(MAX_QUEUED, 10**6)
+    )
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import httpx
 import pytest
 from engine_thread import EngineThread
 
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.request import Demands, Slo
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.tokenizer import Tokenizer
 
@@ -40,6 +42,7 @@ async def test_a_completion_has_text_reason_and_usage(api: httpx.AsyncClient) ->
         "prompt_tokens": 3,
         "completion_tokens": 6,
         "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "morph": {"full": 6, "int8": 0, "int4": 0},
     }
 
@@ -193,7 +196,7 @@ async def test_a_draining_server_finishes_and_takes_nothing_new(
 async def test_a_full_queue_is_a_503_and_counts_every_prompt(
     api: httpx.AsyncClient, serving: Serving
 ) -> None:
-    serving.max_queued = 4
+    serving.admission.max_requests = 4
     running = asyncio.create_task(
         post(api, "/v1/completions", prompt=[[fake_engine.MUTE]] * 3, max_tokens=5)
     )
@@ -204,12 +207,12 @@ async def test_a_full_queue_is_a_503_and_counts_every_prompt(
     message = refused.json()["error"]["message"]
     assert message == "the queue is full: 4 of 4 prompts are in flight"
     assert (await post(api, "/v1/completions", prompt="a")).status_code == 200
-    serving.max_queued = 3
+    serving.admission.max_requests = 3
     assert (await api.post("/v1/completions", content=b"not read")).status_code == 503
     assert (await api.get("/ready")).status_code == 200
     serving.engine.abort_all()
     await running
-    assert serving.num_prompts == serving.num_active == 0
+    assert serving.admission.num_prompts == serving.admission.num_calls == 0
     assert (await post(api, "/v1/completions", prompt=["a", "b", "c", "d"])).status_code == 400
 
 
@@ -278,3 +281,41 @@ async def test_request_ids_are_echoed_if_they_are_clean(api: httpx.AsyncClient) 
     for bad in ("a b", "x" * 200):
         replaced = await api.get("/nowhere", headers={"x-request-id": bad})
         assert len(replaced.headers["x-request-id"]) == 32
+
+
+async def test_cached_tokens_and_prompts_count_once_per_prompt(api: httpx.AsyncClient) -> None:
+    usage = (await complete(api, prompt=[fake_engine.CACHED, 5, 6], n=3, max_tokens=2))["usage"]
+    assert usage["prompt_tokens"] == 3 and usage["completion_tokens"] == 6
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+async def test_the_engine_is_told_what_was_asked(
+    api: httpx.AsyncClient, engine_thread: EngineThread
+) -> None:
+    headers = {"x-morph-min-precision": "int8", "x-slo-ttft-ms": "250", "x-slo-tpot-ms": "40"}
+    body = {"prompt": [5], "n": 2, "seed": 7, "cache_salt": "mine", "logit_bias": {"9": -1}}
+    assert (await api.post("/v1/completions", json=body, headers=headers)).status_code == 200
+    first, second = engine_thread.engine.submitted
+    assert first.demands == second.demands == Demands(Variant.INT8, Slo(0.25, 0.04), "mine")
+    assert (first.params.seed, second.params.seed) == (7, 8)
+    assert first.params.logit_bias == {9: -1}
+    await complete(api, prompt="a")
+    assert engine_thread.engine.submitted[-1].demands == Demands()
+
+
+async def test_logprobs_tell_the_bytes_of_a_part_of_a_character(
+    api: httpx.AsyncClient, tokenizer: Tokenizer
+) -> None:
+    owl = tokenizer.encode("🦉", 10)
+    assert len(owl) > 1
+    answer = await complete(api, prompt=owl, max_tokens=len(owl), logprobs=1)
+    told = answer["choices"][0]["logprobs"]
+    assert answer["choices"][0]["text"] == "🦉" and told["tokens"][0].startswith("\ufffd")
+    assert told["text_offset"] == [0] * len(owl)
+    fields = {"max_tokens": 8, "logprobs": True, "top_logprobs": 2}
+    messages = [{"role": "user", "content": "hi"}]
+    chat = (await post(api, "/v1/chat/completions", messages=messages, **fields)).json()
+    content = chat["choices"][0]["logprobs"]["content"]
+    told_bytes = b"".join(bytes(entry["bytes"]) for entry in content)
+    assert told_bytes.decode() == chat["choices"][0]["message"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in content] == [2] * 8

@@ -44,29 +44,59 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": 7}, "stop", "got `int`"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]", ">= 0"),
     ({"min_tokens": 17}, "min_tokens", "larger than max_tokens (16)"),
-    ({"n": 10**6}, "n", "only n=1"),
-    ({"n": 100}, "n", "only n=1"),
+    ({"n": 10**6}, "n", "<= 16"),
+    ({"n": 100}, "n", "<= 16"),
+    ({"n": 17}, "n", "<= 16"),
     ({"n": 0}, "n", ">= 1"),
-    ({"best_of": 2}, "best_of", "not supported"),
-    ({"echo": True}, "echo", "not supported"),
+    ({"n": 1.5}, "n", "got `float`"),
+    ({"n": 2, "prompt": ["a"] * 33}, "n", "33 prompts with n=2 choices each are more than the 64"),
+    ({"best_of": 2}, "best_of", "only best_of=1, or leave"),
+    ({"best_of": 3, "n": 2}, "best_of", "only best_of=2, or leave"),
+    ({"echo": 1}, "echo", "got `int`"),
+    ({"echo": True, "logprobs": 1}, "echo", "echo with logprobs is not supported"),
     ({"suffix": "end"}, "suffix", "not supported"),
-    ({"logprobs": 10**6}, "logprobs", "not supported"),
+    ({"logprobs": 10**6}, "logprobs", "<= 20"),
+    ({"logprobs": 21}, "logprobs", "<= 20"),
     ({"logprobs": -1}, "logprobs", ">= 0"),
-    ({"logit_bias": {"1": 100.0}}, "logit_bias", "not supported"),
+    ({"logprobs": True}, "logprobs", "got `bool`"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
+    ({"logit_bias": {"1": 100.5}}, "logit_bias", "100.5 for token 1 must lie between -100 and"),
+    ({"logit_bias": {"1": -1e308}}, "logit_bias", "for token 1 must lie between -100 and 100"),
+    ({"logit_bias": {"4096": 1}}, "logit_bias", "'4096' is no token id of this model, which are"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1' is no token id"),
+    ({"logit_bias": {"the": 1}}, "logit_bias", "'the' is no token id"),
+    ({"logit_bias": {"\u0661": 1}}, "logit_bias", "is no token id"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "is no token id"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "length <= 1024"),
+    ({"logit_bias": {"1": "2"}}, "logit_bias[...]", "got `str`"),
     ({"logit_bias": [1]}, "logit_bias", "got `array`"),
-    ({"presence_penalty": 1.0}, "presence_penalty", "not supported"),
+    ({"presence_penalty": 2.1}, "presence_penalty", "<= 2"),
+    ({"presence_penalty": -2.1}, "presence_penalty", ">= -2"),
+    ({"presence_penalty": "1"}, "presence_penalty", "got `str`"),
+    ({"frequency_penalty": 2.1}, "frequency_penalty", "<= 2"),
+    ({"frequency_penalty": -1e308}, "frequency_penalty", ">= -2"),
+    ({"frequency_penalty": []}, "frequency_penalty", "got `array`"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "not supported"),
-    ({"repetition_penalty": 1.3}, "repetition_penalty", "only repetition_penalty=1, or leave"),
-    ({"min_p": 0.1}, "min_p", "not supported"),
+    ({"repetition_penalty": 0}, "repetition_penalty", ">= 0.01"),
+    ({"repetition_penalty": -1}, "repetition_penalty", ">= 0.01"),
+    ({"repetition_penalty": 10.5}, "repetition_penalty", "<= 10"),
+    ({"repetition_penalty": True}, "repetition_penalty", "got `bool`"),
+    ({"min_p": -0.1}, "min_p", ">= 0"),
+    ({"min_p": 1.1}, "min_p", "<= 1"),
+    ({"min_p": "a"}, "min_p", "got `str`"),
     ({"guided_json": {}}, "guided_json", "not supported"),
     ({"use_beam_search": True}, "use_beam_search", "not supported"),
-    ({"skip_special_tokens": False}, "skip_special_tokens", "only skip_special_tokens=true"),
-    ({"add_special_tokens": False}, "add_special_tokens", "only add_special_tokens=true"),
+    ({"skip_special_tokens": 0}, "skip_special_tokens", "got `int`"),
+    ({"add_special_tokens": "no"}, "add_special_tokens", "got `str`"),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output", "got `int`"),
     (
-        {"stream_options": {"continuous_usage_stats": True}},
+        {"stream_options": {"continuous_usage_stats": 1}},
         "stream_options.continuous_usage_stats",
-        "not supported",
+        "got `int`",
     ),
+    ({"cache_salt": "x" * 257}, "cache_salt", "length <= 256"),
+    ({"cache_salt": 5}, "cache_salt", "got `int`"),
+    ({"length_penalty": 2}, "length_penalty", "not supported"),
     ({"stream": "x"}, "stream", "got `str`"),
     ({"stream_options": {"include_usage": 3}}, "stream_options.include_usage", "got `int`"),
     ({"model": 3}, "model", "got `int`"),
@@ -104,7 +134,15 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ({"chat_template": "x"}, "chat_template"),
     ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
     ({"add_special_tokens": True}, "add_special_tokens"),
-    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 5}, "logprobs"),
+    ({"top_logprobs": 5}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ({"n": 17}, "n"),
+    ({"best_of": 2}, "best_of"),
+    ({"logit_bias": {"4096": 1}}, "logit_bias"),
+    ({"min_p": 2}, "min_p"),
+    ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
 ]
 
@@ -154,6 +192,30 @@ async def test_a_wrong_chat_is_refused_by_field(
     await assert_still_serving(api)
 
 
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("x-morph-min-precision", "best"),
+        ("x-morph-min-precision", ""),
+        ("x-slo-ttft-ms", "0"),
+        ("x-slo-ttft-ms", "-5"),
+        ("x-slo-ttft-ms", "fast"),
+        ("x-slo-tpot-ms", "nan"),
+        ("x-slo-tpot-ms", "inf"),
+        ("x-slo-tpot-ms", "1e999"),
+        ("x-slo-tpot-ms", ""),
+    ],
+)
+async def test_a_wrong_header_is_named(api: httpx.AsyncClient, header: str, value: str) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        error = error_of(await api.post(path, json=body, headers={header: value}))
+        assert error["param"] == header and header in error["message"]
+    await assert_still_serving(api)
+
+
 @pytest.mark.parametrize("model", ["gpt-4", "../../etc/passwd", "a\r\nb", "", "x" * 10_000])
 async def test_an_unknown_model_is_a_404(api: httpx.AsyncClient, model: str) -> None:
     error = error_of(await api.post("/v1/completions", json={"prompt": "a", "model": model}), 404)
@@ -165,7 +227,7 @@ async def test_an_unknown_model_is_a_404(api: httpx.AsyncClient, model: str) -> 
     [
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/v1/../../etc/passwd", 404),
         ("GET", "//v1/models", 404),
         ("POST", "/v1/completions/", 404),
@@ -219,6 +281,10 @@ async def test_a_prompt_that_is_too_long_is_told_the_same_way_before_and_after_t
 async def test_what_is_odd_but_right_is_served(api: httpx.AsyncClient) -> None:
     for fields in (
         {"prompt": "a\x00b"},
+        {"logit_bias": {"0": 100, "4095": -100}, "min_p": 1, "repetition_penalty": 10},
+        {"logit_bias": None, "min_p": None, "repetition_penalty": None, "echo": None},
+        {"presence_penalty": -2, "frequency_penalty": 2, "logprobs": 20, "n": 16, "best_of": 16},
+        {"cache_salt": "x" * 256, "skip_special_tokens": None, "add_special_tokens": None},
         {"temperature": 1e-300},
         {"temperature": 1, "top_k": -1, "unknown_field": {"deep": [1]}},
         {"logit_bias": {}, "n": 1, "presence_penalty": 0, "stop": []},

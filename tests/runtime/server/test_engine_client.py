@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 from morphserve.configs.errors import MorphError
 from morphserve.configs.schema import CacheConfig, EngineConfig
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime import engine_process
 from morphserve.runtime.engine_client import (
     Chunk,
     EngineClient,
     EngineDead,
     RequestRefused,
-    launch_engine,
 )
-from morphserve.runtime.frames import FrameSplitter, encode_frame
+from morphserve.runtime.frames import FrameSplitter, FrameTooLarge, encode_frame
+from morphserve.runtime.messages import Submit
 from morphserve.runtime.request import FinishReason, SamplingParams
+from morphserve.runtime.supervisor import launch_engine
 
 pytestmark = pytest.mark.anyio
 COMMAND = (sys.executable, str(Path(fake_engine.__file__)))
@@ -38,6 +40,36 @@ def test_frames_survive_any_cutting(bodies: list[bytes], size: int) -> None:
     splitter = FrameSplitter()
     pieces = [stream[i : i + size] for i in range(0, len(stream), size)]
     assert [body for piece in pieces for body in splitter.feed(piece)] == bodies
+
+
+def test_a_frame_that_is_too_large_is_no_frame_of_ours() -> None:
+    with pytest.raises(FrameTooLarge, match="4294967295 bytes"):
+        FrameSplitter().feed(b"\xff\xff\xff\xff")
+
+
+async def test_an_engine_waits_for_an_http_process_that_stalls(
+    engine_thread: EngineThread, engine_config: EngineConfig
+) -> None:
+    sock = engine_thread.sock
+    sock.setblocking(True)
+    params = SamplingParams(10**6)
+    prompt = [5] * 100
+    sock.sendall(encode_frame(engine_config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_process, "MAX_UNSENT_BYTES", 10_000)
+        patch.setattr(fake_engine.time, "sleep", lambda _: None)
+        for i in range(50):
+            sock.sendall(encode_frame(Submit(f"request-{i}", prompt, params)))
+        steps = -1
+        while not engine_thread.engines or engine_thread.engine.steps != steps:
+            steps = engine_thread.engine.steps if engine_thread.engines else -1
+            assert steps < 100_000, "it goes on and on"
+            await asyncio.sleep(0.5)
+        splitter, bodies = FrameSplitter(), 0
+        while bodies <= steps:  # all that was made arrives, and then more is made
+            bodies += len(splitter.feed(sock.recv(1 << 16)))
+        while engine_thread.engine.steps == steps:
+            sock.recv(1 << 16)
 
 
 def test_a_frame_is_its_length_and_msgpack() -> None:

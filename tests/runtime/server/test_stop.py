@@ -42,3 +42,8 @@ def test_pieces_give_what_the_whole_text_gives(pieces: list[str], stops: list[st
         assert stop.found and text.startswith(sent)
         assert not any(s in sent for s in stops)
         assert any(text.startswith(s, len(sent)) for s in stops)
+
+
+def test_a_stop_string_is_part_of_the_text_if_wanted() -> None:
+    finder = StopFinder(["END", "zz"], include=True)
+    assert finder.add("one E") + finder.add("ND two zz") == "one END" and finder.found

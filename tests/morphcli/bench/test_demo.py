@@ -1,0 +1,47 @@
+"""The demonstration finds the load that presses the machine it runs on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from morphserve.configs.schema import SchedulerConfig
+from morphserve.morphcli.bench import demo
+from morphserve.morphcli.bench.demo import DemoSettings, fit_load
+from morphserve.morphcli.bench.forecast import Server, first_tokens
+from morphserve.morphcli.bench.schedule import shape_trace
+from morphserve.morphcli.bench.traces import read_azure
+from morphserve.quantize.costs import Curve
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.costs import AttentionCost, CostModel
+
+FREE = AttentionCost(0.0, 0.0, 0.0, error=0.0)
+
+
+def server(token_s: float) -> Server:
+    """One layer, `token_s` seconds per token of a step."""
+    curve = Curve([1, 2], [token_s, 2 * token_s])
+    costs = CostModel({Variant.FULL: curve}, FREE, FREE, Curve([1, 2], [1e-12, 1e-12]))
+    return Server(costs, [Variant.FULL], 120, 16, 640, SchedulerConfig())
+
+
+def fitted(monkeypatch: pytest.MonkeyPatch, token_s: float) -> DemoSettings:
+    monkeypatch.setattr(demo, "_morphed", lambda *_: server(token_s))
+    return fit_load(DemoSettings(), Path("unused"), "27MiB")
+
+
+def test_a_faster_machine_is_given_more_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = fitted(monkeypatch, 2e-3), fitted(monkeypatch, 4e-4)
+    assert 2 * slow.shape.rate_scale < fast.shape.rate_scale
+
+
+def test_the_load_is_borne_and_a_third_more_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = fitted(monkeypatch, 4e-4)
+    trace = read_azure(Path(demo.__file__).with_name("azure2023_burst.csv"))
+
+    def late(scale: float) -> float:
+        shape = replace(settings.shape, rate_scale=scale * settings.shape.rate_scale)
+        found = first_tokens(server(4e-4), shape_trace(trace, shape), patience_s=100.0)
+        return sum(ttft_s > 0.5 for ttft_s in found) / len(found)
+
+    assert late(1.0) <= 0.01 < late(1.34)
