@@ -112,9 +112,10 @@ class BlockPool:
     def is_used(self, block: int) -> bool:
         return block in self._holders
 
-    def is_writable(self, block: int) -> bool:
-        """Whether one request holds it and nobody else can find it."""
-        return self._holders[block] == 1 and not self._cache.has(block)
+    def are_writable(self, blocks: Iterable[int]) -> bool:
+        """Whether one request holds each of them and nobody else can find it."""
+        holders, cache = self._holders, self._cache
+        return all(holders[block] == 1 and not cache.has(block) for block in blocks)
 
     def evacuate(self, region: Region) -> dict[int, int] | None:
         """Takes a region out of the capacity and says where its used blocks go: old -> new.

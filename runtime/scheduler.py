@@ -110,9 +110,8 @@ class Scheduler:
         preemptions = self.num_preemptions
         batch = self._decodes()
         budget = self._config.max_num_batched_tokens - len(batch)
-        for request in self.running:
-            if self._has_chunk(request) and budget > 0:
-                budget -= self._take_chunk(batch, request, budget)
+        if len(batch) < len(self.running):
+            budget -= self._take_chunks(batch, budget)
         if self.num_preemptions == preemptions:  # else the preempted would come straight back
             budget -= self._take_new(batch, budget)
         while not batch and self.waiting and self.running:  # which all wait for precision
@@ -189,15 +188,22 @@ class Scheduler:
                 self._take_chunk(batch, request, 1)
         return [s for s in batch if s.request.status is Status.RUNNING]  # not preempted since
 
-    def _has_chunk(self, request: Request) -> bool:
-        """Whether the request runs with more than its latest token to be computed."""
-        return request.num_tokens - request.num_computed > 1 and request.runs_at(self._rung)
+    def _take_chunks(self, batch: Batch, budget: int) -> int:
+        """Goes on with prompts of requests that run already; returns the tokens taken."""
+        taken = 0
+        for request in self.running:
+            more = request.num_tokens - request.num_computed > 1 and request.runs_at(self._rung)
+            if more and taken < budget:
+                taken += self._take_chunk(batch, request, budget - taken)
+        return taken
 
     def _grow(self, request: Request) -> bool:
         """Makes room for the request's next token, preempting the youngest if need be."""
         if request.status is not Status.RUNNING or not request.runs_at(self._rung):
             return False
-        needed = max(0, self._blocks_for(request.num_tokens) - len(request.blocks))
+        needed = self._blocks_for(request.num_tokens) - len(request.blocks)
+        if needed <= 0:
+            return True
         while needed > self._pool.num_free:
             youngest = self.running[-1]
             self._preempt(youngest)
@@ -209,8 +215,8 @@ class Scheduler:
     def _take_chunk(self, batch: Batch, request: Request, budget: int) -> int:
         start = request.num_computed
         count = min(request.num_tokens - start, budget)
-        written = request.blocks[start // self._block_tokens : self._blocks_for(start + count)]
-        assert all(map(self._pool.is_writable, written)), "a shared block would be written"
+        first, end = start // self._block_tokens, self._blocks_for(start + count)
+        assert self._pool.are_writable(request.blocks[first:end]), "a shared block would be written"
         batch.append(Slice(request, start, start + count))
         return count
 

@@ -1,5 +1,6 @@
 """The engine as a whole on the demo model: it morphs under pressure, returns, and loses nothing."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, Schedul
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.build import Parts
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.messages import Submit, TokenOutput
-from morphserve.runtime.request import SamplingParams
+from morphserve.runtime.request import Demands, SamplingParams
+from morphserve.runtime.runner import Runner
+from morphserve.runtime.scheduler import Batch
 
 QUICK = replace(
     load_policy("performance"),
@@ -122,20 +124,158 @@ def test_seeded_sampling_repeats_alone_and_in_company(bundle: str) -> None:
     assert first(1, seed=3) != first(1, seed=4)
 
 
-def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
-    bundle: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Breaking:
+    """A runner that fails in one step, whenever it is given one of these requests."""
+
+    def __init__(self, runner: Runner, nth: int, guilty: set[str]) -> None:
+        self._runner, self._nth, self._guilty = runner, nth, guilty
+        self.steps = 0
+
+    def run(self, batch: Batch) -> Any:
+        self.steps += self.steps < self._nth
+        if self.steps == self._nth and self._guilty & {piece.request.id for piece in batch}:
+            raise RuntimeError("injected")
+        return self._runner.run(batch)
+
+
+def break_step(engine: Engine, nth: int, guilty: set[str]) -> None:
+    runner = Breaking(engine._parts.runner, nth, guilty)
+    engine._parts = replace(engine._parts, runner=runner)  # type: ignore[arg-type]
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on() -> None:
     engine = Engine(config(None, load_policy("off")))
-    parts: Parts = engine._parts
-    submit(engine, 2, max_tokens=4, temperature=0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(parts.runner), "run", lambda self, batch: 1 / 0)
-        step = engine.step()
-    assert step is not None
-    assert {o.finish_reason for o in step.outputs} == {"error"}
-    assert engine.snapshot().blocks_used == 0
+    parts = engine._parts
+    for nth in (1, 2, 5):
+        submit(engine, 2, max_tokens=8, temperature=0.0)
+        break_step(engine, nth, {"r0", "r1"})
+        steps = [engine.step() for _ in range(nth)]
+        last = steps[-1]
+        assert last is not None
+        assert [(o.tokens, o.finish_reason) for o in last.outputs] == [([], "error")] * 2
+        assert not engine.has_work
+        assert engine.snapshot().blocks_used == 0
+        (event,) = [e for e in engine.take_events() if e.kind == "error"]
+        assert "injected" in event.text
+        assert event.numbers == {"requests": 2, "lost": 2}
+        engine._parts = parts
     submit(engine, 1, max_tokens=4, temperature=0.0)
     assert len(drain(engine)["r0"]) == 4
+
+
+def test_of_a_step_that_fails_for_one_request_the_others_get_their_tokens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Engine(replace(config(None, load_policy("off")), kernels="cpu"))
+    parts = engine._parts
+    submit(engine, 3, max_tokens=22, temperature=0.0)
+    undisturbed = drain(engine)
+    for nth in range(1, 21):
+        submit(engine, 3, max_tokens=nth + 2, temperature=0.0)
+        break_step(engine, nth, {"r1"})
+        caplog.clear()
+        tokens = drain(engine)
+        assert tokens.keys() == undisturbed.keys()
+        assert tokens["r0"] == undisturbed["r0"][: nth + 2]
+        assert tokens["r2"] == undisturbed["r2"][: nth + 2]
+        assert tokens["r1"] == undisturbed["r1"][: nth - 1]
+        assert len([record for record in caplog.records if record.exc_info]) == 1
+        parts.pool.check([])
+        engine._parts = parts
+
+
+def test_a_failure_that_does_not_repeat_costs_nobody_anything() -> None:
+    engine = Engine(replace(config(None, load_policy("off")), kernels="cpu"))
+    submit(engine, 3, max_tokens=6, temperature=0.0)
+    undisturbed = drain(engine)
+    submit(engine, 3, max_tokens=6, temperature=0.0)
+    runner, failures = engine._parts.runner, [RuntimeError("once")]
+
+    class Once:
+        def run(self, batch: Batch) -> Any:
+            if failures:
+                raise failures.pop()
+            return runner.run(batch)
+
+    engine._parts = replace(engine._parts, runner=Once())  # type: ignore[arg-type]
+    assert drain(engine) == undisturbed
+
+
+def test_a_first_token_tells_how_much_of_the_prompt_was_cached() -> None:
+    engine = Engine(config(None, load_policy("off")))
+    submit(engine, 1, max_tokens=4, temperature=0.0)
+    drain(engine)
+    submit(engine, 1, max_tokens=4, temperature=0.0)
+    first, second = engine.step(), engine.step()
+    assert first is not None and second is not None
+    assert [output.cached_tokens for output in (*first.outputs, *second.outputs)] == [48, 0]
+    drain(engine)
+    state = engine.snapshot()
+    assert (state.prefix_queries, state.prefix_hits) == (120, 48)
+    assert (state.blocks_used, state.blocks_cached) == (0, 3)
+
+
+def test_the_cache_is_off_when_it_is_told_so() -> None:
+    plain = config(None, load_policy("off"))
+    off = replace(plain, cache=replace(plain.cache, enable_prefix_caching=False))
+    engine = Engine(off)
+    for _ in range(2):
+        submit(engine, 1, max_tokens=4, temperature=0.0)
+        drain(engine)
+    state = engine.snapshot()
+    assert (state.prefix_queries, state.prefix_hits, state.blocks_cached) == (0, 0, 0)
+
+
+def test_a_request_for_full_precision_waits_until_it_is_back(bundle: str) -> None:
+    engine = Engine(config(bundle, QUICK))
+    engine.pin(3)
+    while engine.step() is None and engine.snapshot().layers.count(Variant.INT4) < 3:
+        pass
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    demands = Demands(min_precision=Variant.FULL)
+    assert engine.submit(Submit("strict", PROMPT, params, demands)) is None
+    assert engine.submit(Submit("any", PROMPT, params)) is None
+    while engine.has_work:
+        step = engine.step()
+        assert step is not None
+        assert {output.request_id for output in step.outputs} == {"any"}
+    state = engine.snapshot()
+    assert (state.held, state.waiting, state.running, state.demand) == (1, 1, 0, 0)
+    engine.pin(None)
+    outputs: list[TokenOutput] = []
+    while not outputs or outputs[-1].finish_reason is None:
+        if step := engine.step():
+            assert step.precision is Variant.FULL
+            outputs += step.outputs
+    assert [output.request_id for output in outputs] == ["strict"] * 3
+    assert engine.snapshot().held == 0
+
+
+def test_a_precision_that_a_static_policy_never_has_is_refused(bundle: str) -> None:
+    engine = Engine(config(bundle, load_policy("static:5")))
+    demands = Demands(min_precision=Variant.FULL)
+    refused = engine.submit(Submit("x", PROMPT, SamplingParams(max_tokens=3), demands))
+    assert refused is not None
+    assert "policy static:5 keeps layers at a lower precision" in refused.message
+    off = Engine(config(bundle, load_policy("off")))
+    assert off.submit(Submit("x", PROMPT, SamplingParams(max_tokens=3), demands)) is None
+
+
+def test_a_request_that_waits_too_long_is_reported_like_any_other_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = config(None, load_policy("off"))
+    limits = replace(plain.scheduler, max_num_seqs=1, queue_timeout_s=1000.0)
+    engine = Engine(replace(plain, scheduler=limits))
+    submit(engine, 2, max_tokens=4, temperature=0.0)
+    engine.step()
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 1001.0)
+    step = engine.step()
+    assert step is not None
+    ends = {output.request_id: output.finish_reason for output in step.outputs}
+    assert ends == {"r0": None, "r1": "timeout"}
+    assert engine.snapshot().waiting == 0
 
 
 def test_a_prompt_longer_than_a_step_is_served_alone() -> None:

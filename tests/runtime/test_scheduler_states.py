@@ -23,7 +23,10 @@ def greedy(tokens: list[int]) -> int:
 
 
 class Machine(RuleBasedStateMachine):
-    """Each block's content is kept as (token, deepest rung of what it was computed from)."""
+    """Each place in a block holds a token, its request's salt, and what rung it was computed at.
+
+    That is the deepest of all rungs that had a part in it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class Machine(RuleBasedStateMachine):
         self.scheduler = Scheduler(config, self.pool, BLOCK, 40, eos_token_ids=[])
         self.requests: list[Request] = []
         self.ends: Counter[str] = Counter()
-        self.content: dict[tuple[int, int], tuple[int, int]] = {}
+        self.content: dict[tuple[int, int], tuple[int, str, int]] = {}
         self.open: set[int] = set()
         self.rung = 0
         self.now_s = 0.0
@@ -132,8 +135,8 @@ class Machine(RuleBasedStateMachine):
     def computed_tokens_are_still_there_at_no_deeper_rung_than_is_known(self) -> None:
         for request in self.scheduler.running:
             for place, token in enumerate(request.tokens(0, request.num_computed)):
-                kept, rung = self.content[self._slot(request, place)]
-                assert kept == token
+                kept, salt, rung = self.content[self._slot(request, place)]
+                assert (kept, salt) == (token, request.demands.cache_salt)
                 assert rung <= request.kv_rung
 
     @invariant()
@@ -153,7 +156,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Back at full precision everything that is left is served, and all blocks are free."""
         self.rung = 0
-        for _ in range(1000):
+        for _ in range(40 * len(self.requests)):  # as if one after the other, twice over
             if not self._active():
                 break
             self.step(1)
@@ -190,13 +193,14 @@ class Machine(RuleBasedStateMachine):
             for place in range(piece.start, piece.end):
                 (token,) = piece.request.tokens(place, place + 1)
                 rung = max(piece.request.kv_rung, self.rung)
-                self.content[self._slot(piece.request, place)] = token, rung
+                salt = piece.request.demands.cache_salt
+                self.content[self._slot(piece.request, place)] = token, salt, rung
         return batch
 
     def _check_inherited(self, piece: Slice) -> None:
         assert piece.start < piece.request.num_tokens
         for place in range(piece.start):
-            assert self.content[self._slot(piece.request, place)][1] <= self.rung
+            assert self.content[self._slot(piece.request, place)][2] <= self.rung
 
     def _token(self, piece: Slice) -> int:
         return greedy(piece.request.tokens(0, piece.end))
