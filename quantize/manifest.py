@@ -233,6 +233,11 @@ def _check_ranking(manifest: Manifest) -> None:
     ladder = ranking.ladder
     if ladder and not _all_of((ladder.freed_bytes, ladder.divergence), ladder.rungs):
         raise ValueError("the ladder in its ranking lacks costs, or has too many")
+    steps = [Rung(layer, to) for layer in layers for to in (Variant.INT8, Variant.INT4)]
+    if ladder and sorted(ladder.rungs, key=lambda rung: rung.layer) != steps:
+        raise ValueError("the ladder in its ranking does not take each layer to int8, then int4")
+    if ladder and Variant.INT8 not in manifest.variants:
+        raise ValueError("its ranking has a ladder through int8, which it lacks")
 
 
 def _all_of(lists: Iterable[Sequence[float]], steps: Sequence[object]) -> bool:

@@ -12,7 +12,7 @@ from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.machine import device_name, free_memory
-from morphserve.quantize.manifest import Rung, Variant
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.costs import CostModel, cost_model
@@ -25,6 +25,7 @@ from morphserve.runtime.messages import Hello, MemoryBytes
 from morphserve.runtime.model import Model, place_statics, rope_table
 from morphserve.runtime.runner import Runner
 from morphserve.runtime.scheduler import Scheduler
+from morphserve.runtime.sizing import outline_model
 from morphserve.runtime.swapper import Swapper
 
 
@@ -47,7 +48,6 @@ class Parts:
 
 def build(config: EngineConfig) -> Parts:
     """Loads the model and lays out its memory. Raises MorphError with what to change."""
-    started = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = load_model(config)
@@ -55,21 +55,21 @@ def build(config: EngineConfig) -> Parts:
     max_model_len = _max_model_len(config, model.architecture)
     plan = _plan(config, model, max_model_len)
     parts = assemble(config, model, plan, max_model_len)
-    parts.hello.startup_s.update(load=loaded - started, arena=time.monotonic() - loaded)
+    parts.hello.startup_s.update(model.load_s, arena=time.monotonic() - loaded)
     return parts
+
+
+def foretell(config: EngineConfig, model: LoadedModel) -> Hello:
+    """What the engine of this model will say of itself. Raises MorphError as `build` does."""
+    max_model_len = _max_model_len(config, model.architecture)
+    plan = _plan(config, model, max_model_len)
+    return _hello(config, model, plan, max_model_len)
 
 
 def budget_for_tokens(config: EngineConfig, num_tokens: int) -> int:
     """Least memory budget in bytes that holds the model and, at full precision, so much KV."""
-    sizes = load_model(config).sizes(config.cache.block_tokens)
+    sizes = outline_model(config).sizes(config.cache.block_tokens)
     return budget_for(sizes, _staging_slots(config), config.cache.min_run_bytes, num_tokens)
-
-
-def capacities(config: EngineConfig) -> tuple[int, ...]:
-    """KV blocks at rung 0, 1, ... the deepest that the policy allows."""
-    model = load_model(config)
-    plan = _plan(config, model, _max_model_len(config, model.architecture))
-    return plan.capacities(model.order, config.policy.max_demoted(model.architecture.num_layers))
 
 
 def assemble(
@@ -78,17 +78,19 @@ def assemble(
     """Puts the images into an arena and connects the parts around it."""
     architecture = model.architecture
     arena = Arena(plan)
-    held = model.order[: max(0, config.policy.static_layers)]
-    layers = Layers(arena, plan, model.full, model.int4, held)
+    variants = _variants_at_start(config, model)
     pool = BlockPool(plan.base_blocks)
-    for layer in held:
-        pool.publish(layer, plan.slabs[layer].blocks)
+    for layer, slab in enumerate(plan.slabs):
+        for part in slab.freed_between(Variant.FULL, variants[layer]):
+            pool.publish((layer, part), slab.blocks[part])
+    layers = Layers(arena, plan, model.images, variants)
     scheduler = Scheduler(
         config.scheduler,
         pool,
         config.cache.block_tokens,
         max_model_len,
         architecture.eos_token_ids,
+        config.cache.enable_prefix_caching,
     )
     forward = Model(
         kernels=model.kernels,
@@ -98,12 +100,11 @@ def assemble(
         cos_sin=rope_table(architecture, max_model_len),
         shape=_attention_shape(architecture, config.cache.block_tokens),
     )
-    ladder = Ladder(tuple(Rung(i, Variant.INT4) for i in model.order), architecture.num_layers)
     return Parts(
         architecture=architecture,
         max_model_len=max_model_len,
-        ladder=ladder,
-        hello=_hello(config, model, plan, ladder, max_model_len),
+        ladder=model.ladder,
+        hello=_hello(config, model, plan, max_model_len),
         pool=pool,
         scheduler=scheduler,
         layers=layers,
@@ -123,17 +124,13 @@ def _cost_model(model: LoadedModel) -> CostModel | None:
     return None if costs is None else cost_model(costs)
 
 
-def _hello(
-    config: EngineConfig, model: LoadedModel, plan: MemoryPlan, ladder: Ladder, max_model_len: int
-) -> Hello:
-    sizes, num_layers = plan.sizes, model.architecture.num_layers
-    images = {Variant.FULL: sizes.full_bytes, Variant.INT4: sizes.int4_bytes}
-    max_demoted = config.policy.max_demoted(num_layers)
+def _hello(config: EngineConfig, model: LoadedModel, plan: MemoryPlan, max_model_len: int) -> Hello:
+    sizes = plan.sizes
     return Hello(
         max_model_len=max_model_len,
-        num_layers=num_layers,
-        ladder=list(ladder.steps),
-        capacities=list(plan.capacities(model.order, max_demoted)),
+        num_layers=model.architecture.num_layers,
+        ladder=list(model.ladder.steps),
+        capacities=_capacities(config, model, plan),
         block_tokens=sizes.block_tokens,
         device=device_name(),
         kernels=model.kernels.name,
@@ -144,10 +141,27 @@ def _hello(
             staging=staging_bytes(sizes, len(plan.staging)),
             layers=sum(slab.num_pages for slab in plan.slabs) * sizes.page_bytes,
             page=sizes.page_bytes,
-            images={variant: list(image) for variant, image in images.items() if image},
+            images={variant: list(image) for variant, image in sizes.image_bytes.items()},
         ),
         startup_s={},
     )
+
+
+def _deepest(config: EngineConfig, model: LoadedModel) -> int:
+    """The deepest rung that the policy may reach; its share bounds INT4 layers alone."""
+    max_int4 = config.policy.max_demoted(model.architecture.num_layers)
+    return model.ladder.deepest_with(max_int4) if max_int4 else 0
+
+
+def _capacities(config: EngineConfig, model: LoadedModel, plan: MemoryPlan) -> list[int]:
+    """KV blocks at rung 0, 1, ... the deepest."""
+    rungs = range(_deepest(config, model) + 1)
+    return [plan.capacity(model.ladder.variants_at(rung)) for rung in rungs]
+
+
+def _variants_at_start(config: EngineConfig, model: LoadedModel) -> list[Variant]:
+    held = config.policy.static_layers >= 0
+    return model.ladder.variants_at(_deepest(config, model) if held else 0)
 
 
 def _max_model_len(config: EngineConfig, architecture: Architecture) -> int:
@@ -176,8 +190,7 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
     _require_machine(budget)
     try:
         plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)
-        held = max(0, config.policy.static_layers)
-        tokens = plan.capacities(model.order, held)[-1] * cache.block_tokens
+        tokens = plan.capacity(_variants_at_start(config, model)) * cache.block_tokens
     except OutOfBudget:
         tokens = 0
     if tokens < max_model_len:
@@ -186,7 +199,7 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
             f"cache, less than one request of {max_model_len}: raise --memory-budget to "
             f"{math.ceil(least / 2**20)}MiB or lower --max-model-len"
         )
-    _require_gain(config, plan, model.order)
+    _require_gain(_capacities(config, model, plan), cache.block_tokens)
     return plan
 
 
@@ -199,12 +212,10 @@ def _require_machine(budget: int) -> None:
         )
 
 
-def _require_gain(config: EngineConfig, plan: MemoryPlan, order: Sequence[int]) -> None:
-    max_demoted = config.policy.max_demoted(plan.sizes.num_layers)
-    capacities = plan.capacities(order, max_demoted)
-    if max_demoted and capacities[0] == capacities[-1]:
+def _require_gain(capacities: Sequence[int], block_tokens: int) -> None:
+    if len(capacities) > 1 and capacities[0] == capacities[-1]:
         raise ConfigError(
-            f"no INT4 layer frees a whole block of {plan.sizes.block_tokens} tokens: "
+            f"no quantised layer frees a whole block of {block_tokens} tokens: "
             "lower --block-size, or serve with --policy off"
         )
 

@@ -24,6 +24,7 @@ from morphserve.runtime.messages import (
 )
 from morphserve.runtime.monitor import Facts, Monitor
 from morphserve.runtime.request import FinishReason, Request, SamplingParams
+from morphserve.runtime.sampler import Sampled
 from morphserve.runtime.scheduler import Batch
 from morphserve.runtime.signals import numbers
 
@@ -49,7 +50,8 @@ class Engine:
     def submit(self, message: Submit) -> Refused | None:
         """Queues a request, or says why it can never be served."""
         prompt, params = message.prompt, message.params
-        if reason := self._never(len(prompt), params.max_tokens):
+        max_rung = self._max_rung(message.demands.min_precision)
+        if reason := self._never(len(prompt), params.max_tokens, max_rung):
             return Refused(message.request_id, reason)
         vocab = self._parts.architecture.vocab_size
         if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids, *params.logit_bias)):
@@ -57,7 +59,9 @@ class Engine:
         now_s = time.monotonic()
         self._monitor.arrived(now_s)
         self._parts.scheduler.add(
-            Request(message.request_id, prompt, self._seeded(params), now_s, message.demands)
+            Request(
+                message.request_id, prompt, self._seeded(params), now_s, message.demands, max_rung
+            )
         )
         return None
 
@@ -75,8 +79,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        scheduler = self._parts.scheduler
-        return bool(scheduler.running or scheduler.waiting or self._parts.swapper.in_flight)
+        """Whether a step would do more than look whether the rung must change."""
+        return self._parts.scheduler.has_work or bool(self._parts.swapper.in_flight)
 
     def step(self) -> Step | None:
         """One token for every running request; None if nothing ran. Call it when idle too."""
@@ -85,15 +89,20 @@ class Engine:
         self._decide(started)
         self._start_swaps()
         self._limit_admission()
-        batch = self._parts.scheduler.schedule()
+        variants = self._parts.layers.variants
+        outputs = [_output(r, []) for r in self._parts.scheduler.expire(started)]
+        batch = self._parts.scheduler.schedule(self._parts.ladder.rung_of(variants))
         self._monitor.scheduled(self._parts.scheduler, started)
         self._parts.swapper.advance()
-        return self._run(batch, started) if batch else None
+        if batch:
+            outputs += self._run(batch, started)
+        return Step(lowest(variants), outputs) if batch or outputs else None
 
     def snapshot(self) -> Snapshot:
         parts, monitor, scheduler = self._parts, self._monitor, self._parts.scheduler
         now_s = time.monotonic()
-        oldest = min((r.arrival_s for r in scheduler.waiting), default=None)
+        waiting = (*scheduler.waiting, *scheduler.held)
+        oldest = min((r.arrival_s for r in waiting), default=None)
         return Snapshot(
             time=time.time(),
             policy=self._policy.name,
@@ -103,20 +112,21 @@ class Engine:
             target_rung=self._control.target,
             pinned=self._control.pinned,
             blocks_used=parts.pool.num_used,
-            blocks_cached=0,
+            blocks_cached=parts.pool.num_cached,
             blocks_capacity=parts.pool.capacity,
             blocks_full=parts.hello.capacities[0],
             blocks_max=parts.hello.capacities[-1],
             block_tokens=parts.hello.block_tokens,
             demand=scheduler.demand(self._policy.horizon_tokens),
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(waiting),
+            held=scheduler.num_held,
             oldest_wait_s=0.0 if oldest is None else now_s - oldest,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=monitor.prompt_tokens,
             generated_tokens=dict(monitor.generated_tokens),
-            prefix_queries=0,
-            prefix_hits=0,
+            prefix_queries=scheduler.reuse.queries,
+            prefix_hits=scheduler.reuse.hits,
             swaps=monitor.swaps,
             steps=monitor.steps,
             step_s=monitor.step_s,
@@ -128,7 +138,12 @@ class Engine:
             int4_token_share=monitor.token_share(now_s),
         )
 
-    def _never(self, prompt: int, output: int) -> str | None:
+    def _max_rung(self, min_precision: Variant) -> int | None:
+        """The deepest rung that a request may be computed at; None: any that the policy takes."""
+        deepest = self._parts.ladder.deepest(min_precision)
+        return deepest if deepest < len(self._parts.hello.capacities) - 1 else None
+
+    def _never(self, prompt: int, output: int, max_rung: int | None) -> str | None:
         """Why a request of these many tokens can never be served, or None.
 
         The budget was refused at start unless its KV cache holds one request of full length.
@@ -139,6 +154,11 @@ class Engine:
         asked = f"{prompt} prompt tokens + max_tokens {output} = {prompt + output}"
         if prompt + output > limit:
             return f"{asked}, more than this model's limit of {limit} tokens"
+        if max_rung is not None and self._policy.static_layers > max_rung:
+            return (
+                f"policy {self._policy.name} keeps layers at a lower precision than this request "
+                "allows: ask without a minimum precision"
+            )
         return None
 
     def _seeded(self, params: SamplingParams) -> SamplingParams:
@@ -173,9 +193,7 @@ class Engine:
             return
         parts, target = self._parts, self._control.target
         settled = self._rung == target and not parts.swapper.in_flight
-        signals = self._monitor.signals(
-            now_s, parts.scheduler, parts.layers.variants, target, settled
-        )
+        signals = self._monitor.signals(now_s, parts.scheduler, target, settled)
         if decision := self._control.look(signals):
             self._monitor.event("decision", decision.reason, numbers(signals, decision.rung))
 
@@ -197,22 +215,41 @@ class Engine:
             if not swapper.start(step.layer, step.to):
                 return
 
-    def _run(self, batch: Batch, started: float) -> Step:
-        precision = lowest(self._parts.layers.variants)
+    def _run(self, batch: Batch, started: float) -> list[TokenOutput]:
+        done, sampled, lost = self._forward(batch)
+        outputs = [_output(request, []) for request in self._parts.scheduler.fail(lost)]
+        if done:
+            ended = time.monotonic()
+            self._monitor.stepped(done, self._parts.layers.variants, ended, ended - started)
+            ran = self._parts.scheduler.update(done, [got.token for got in sampled])
+            told = zip(ran, sampled, strict=True)
+            outputs += [_output(request, new, got.logprobs) for (request, new), got in told]
+        return outputs
+
+    def _forward(self, batch: Batch) -> tuple[Batch, list[Sampled], Batch]:
+        """(the slices that could be computed, what the runner gave for them, the other slices)
+
+        Of a step that fails each slice is run alone, so that only those at fault are lost. A step
+        writes nothing but KV, the same each time.
+        """
         try:
-            sampled = self._parts.runner.run(batch)
+            return batch, self._parts.runner.run(batch), []
         except Exception as error:
-            logger.exception("a step failed; its %d requests end with an error", len(batch))
-            self._monitor.event("error", f"a step failed: {error}")
-            failed = self._parts.scheduler.fail(batch)
-            return Step(precision, [_output(request, []) for request in failed])
-        ended = time.monotonic()
-        self._monitor.stepped(batch, self._parts.layers.variants, ended, ended - started)
-        outputs = self._parts.scheduler.update(batch, [got.token for got in sampled])
-        told = zip(outputs, sampled, strict=True)
-        return Step(
-            precision, [_output(request, new, got.logprobs) for (request, new), got in told]
-        )
+            logger.exception("a step of %d requests failed; each is run alone", len(batch))
+            cause = f"{type(error).__name__}: {error}"
+        done: Batch = []
+        lost: Batch = []
+        sampled: list[Sampled] = []
+        for piece in batch:
+            try:
+                sampled += self._parts.runner.run([piece])
+                done.append(piece)
+            except Exception as error:
+                logger.error("request %s ends with an error: %s", piece.request.id, error)
+                lost.append(piece)
+        text = f"a step failed ({cause}): {len(lost)} of {len(batch)} requests ended with an error"
+        self._monitor.event("error", text, {"requests": len(batch), "lost": len(lost)})
+        return done, sampled, lost
 
 
 def _monitor(config: EngineConfig, parts: Parts) -> Monitor:
@@ -240,9 +277,15 @@ def _output(
     request: Request, tokens: list[int], logprobs: TokenLogprobs | None = None
 ) -> TokenOutput:
     reason: FinishReason | None = request.finish_reason
+    is_first = bool(tokens) and len(request.output) == len(tokens)
+    queued_s = 0.0
+    if is_first and request.scheduled_s is not None:
+        queued_s = request.scheduled_s - request.arrival_s
     return TokenOutput(
         request.id,
         tokens,
         None if reason is None else reason.value,
         None if logprobs is None else [logprobs],
+        cached_tokens=request.num_cached_tokens if is_first else 0,
+        queued_s=queued_s,
     )

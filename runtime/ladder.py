@@ -17,6 +17,11 @@ def lowest(variants: Collection[Variant]) -> Variant:
     return max(variants, key=DEPTH.__getitem__)
 
 
+def steps_of(order: Sequence[int], variants: Sequence[Variant]) -> tuple[Rung, ...]:
+    """Every layer of the order to the first of the variants, then every one to the next."""
+    return tuple(Rung(layer, variant) for variant in variants for layer in order)
+
+
 @dataclass(frozen=True, slots=True)
 class Ladder:
     """Steps of demotion. A layer's own steps go down only."""
@@ -42,6 +47,11 @@ class Ladder:
             if DEPTH[variants[step.layer]] >= DEPTH[step.to]
         )
         return max(taken, default=0)
+
+    def deepest_with(self, num_int4: int) -> int:
+        """The deepest rung at which at most so many layers are INT4."""
+        rungs = range(len(self.steps), -1, -1)
+        return next(r for r in rungs if self.variants_at(r).count(Variant.INT4) <= num_int4)
 
     def deepest(self, lowest_precision: Variant) -> int:
         """The deepest rung whose layers all have at least this precision."""

@@ -1,6 +1,6 @@
 """Layer images: one run of bytes per layer and variant, and which one each layer uses now."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -154,36 +154,24 @@ class Layers:
         self,
         arena: Arena,
         plan: MemoryPlan,
-        full: Sequence[Image],
-        int4: Sequence[Image],
-        held: Collection[int] = (),
+        images: Mapping[Variant, Sequence[Image]],
+        variants: Sequence[Variant],
     ) -> None:
-        """Places every layer's image in the arena: INT4 for the layers in `held`, full else."""
+        """Places the image of each layer's variant in the arena."""
         # Host images are kept only where layers will be swapped: they are as large as the model.
-        self.full: Sequence[Image] = full if plan.staging else ()
-        self.int4: Sequence[Image] = int4 if plan.staging else ()
-        self.variants = [Variant.FULL] * len(full)
-        self._views: dict[Variant, list[LayerWeights]] = {
-            Variant.FULL: [
-                weights_at(arena, slab.full_offset, image)
-                for slab, image in zip(plan.slabs, full, strict=True)
-            ],
-            Variant.INT4: [
-                weights_at(arena, slab.int4_offset, image)
-                for slab, image in zip(plan.slabs, int4, strict=False)
-            ],
+        self.images = images if plan.staging else {}
+        self.variants = list(variants)
+        self._views = {
+            variant: [
+                weights_at(arena, slab.offsets[variant], image)
+                for slab, image in zip(plan.slabs, of_layers, strict=True)
+            ]
+            for variant, of_layers in images.items()
         }
-        self.active = list(self._views[Variant.FULL])
-        for layer, slab in enumerate(plan.slabs):
-            if layer in held:
-                arena.span(slab.int4_offset, int4[layer].num_bytes).copy_(int4[layer].host)
-                self.activate(layer, Variant.INT4)
-            else:
-                arena.span(slab.full_offset, full[layer].num_bytes).copy_(full[layer].host)
-
-    @property
-    def num_int4(self) -> int:
-        return sum(variant is Variant.INT4 for variant in self.variants)
+        self.active = [self._views[variant][i] for i, variant in enumerate(variants)]
+        for i, variant in enumerate(variants):
+            image = images[variant][i]
+            arena.span(plan.slabs[i].offsets[variant], image.num_bytes).copy_(image.host)
 
     def activate(self, layer: int, variant: Variant) -> None:
         """From the next forward pass on, the layer uses this variant."""

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 from morphserve.configs.schema import Slo
-from morphserve.quantize.manifest import Variant
-from morphserve.runtime.ladder import DEPTH
 from morphserve.runtime.request import Request
 from morphserve.runtime.signals import Urgent
 
@@ -20,14 +18,13 @@ class Load:
     num_decodes: int  # that are past their prompt, at least one if any runs
     context_tokens: int  # of these together
     prefill_tokens: int  # that the others still have to compute
-    blocks: int  # that they hold
-    growth: int  # blocks they will take beyond these, over the horizon
+    growth: int  # blocks they will take beyond those they hold, over the horizon
     tpot_target_s: float | None  # the tightest
 
 
 def running_load(running: Sequence[Request], horizon: int, block_tokens: int, slo: Slo) -> Load:
     """`slo` stands in for targets that a request does not name."""
-    num_decodes = context = prefill = blocks = growth = 0
+    num_decodes = context = prefill = growth = 0
     tightest = float("inf")
     for request in running:
         tokens = request.num_tokens
@@ -38,7 +35,6 @@ def running_load(running: Sequence[Request], horizon: int, block_tokens: int, sl
             num_decodes += 1
             context += tokens
         ahead = min(tokens + horizon, request.max_tokens)
-        blocks += len(request.blocks)
         growth += max(0, -(-ahead // block_tokens) - len(request.blocks))
         target = request.demands.slo.tpot_s or slo.tpot_s
         if target is not None and target < tightest:
@@ -46,37 +42,26 @@ def running_load(running: Sequence[Request], horizon: int, block_tokens: int, sl
     if running and not num_decodes:
         num_decodes, context = len(running), prefill  # what they come to once they are past it
     target = None if tightest == float("inf") else tightest
-    return Load(num_decodes, context, prefill, blocks, growth, target)
+    return Load(num_decodes, context, prefill, growth, target)
 
 
-@dataclass(frozen=True, slots=True)
-class Queue:
-    """Of the waiting requests, the first 64."""
-
-    urgent: Urgent | None  # whose first token has the least time left, of those with a target
-    held: int  # that wait for a higher precision than the layers have
-
-
-def queue_load(
+def most_urgent(
     waiting: Iterable[Request],
-    precision: Variant,
     load: Load,
     slo: Slo,
     step_tokens: int,
     step_s: float,
     now_s: float,
-) -> Queue:
-    """Each gets its first token after the prefill of all before it and its own.
+) -> Urgent | None:
+    """Of the first 64 waiting requests with a target, the one with the least time left.
 
-    That goes `step_tokens` at a time, in steps of `step_s`. `precision` is the lowest of any layer.
-    Preempted requests that have begun to answer have had their first token.
+    Each gets its first token after the prefill of all before it and its own. That goes
+    `step_tokens` at a time, in steps of `step_s`. Preempted requests that have begun to answer have
+    had their first token.
     """
-    ahead, held = load.prefill_tokens, 0
+    ahead = load.prefill_tokens
     least, urgent = float("inf"), None
     for request in islice(waiting, _MOST_WAITING):
-        if DEPTH[precision] > DEPTH[request.demands.min_precision]:
-            held += 1
-            continue
         ahead += request.num_tokens
         target = request.demands.slo.ttft_s or slo.ttft_s
         if target is None or request.output:
@@ -84,4 +69,4 @@ def queue_load(
         age, steps = now_s - request.arrival_s, -(-ahead // step_tokens)
         if target - age - steps * step_s < least:
             least, urgent = target - age - steps * step_s, Urgent(age, steps, target)
-    return Queue(urgent, held)
+    return urgent

@@ -1,8 +1,9 @@
 """A checkpoint and its bundle, read into host memory in the layout that the kernels want."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,9 +11,11 @@ from morphserve.configs.errors import ConfigError, UnsupportedModel
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.bundle import Bundle, open_bundle
-from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
+from morphserve.quantize.manifest import Variant
 from morphserve.runtime.kernels import Kernels, load_kernels
+from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import Image, full_image, quantized_image
 from morphserve.runtime.memory import ModelSizes
 from morphserve.runtime.model import PackedStatics, pack_statics
@@ -26,23 +29,30 @@ class LoadedModel:
     kernels: Kernels
     dtype: torch.dtype  # of full-precision weights and of the KV cache
     statics: PackedStatics
-    full: list[Image]
-    int4: list[Image]  # empty if the policy uses none
-    order: list[int]
+    images: dict[Variant, list[Image]]  # of each layer, by variant that is served; FULL always
+    ladder: Ladder
     costs: Sequence[DeviceCosts] = ()  # measured times in the bundle, of any device
+    load_s: Mapping[str, float] = field(default_factory=dict)  # kernels, checkpoint, bundle
 
     def sizes(self, block_tokens: int) -> ModelSizes:
         return ModelSizes(
             static_bytes=self.statics.num_bytes,
-            full_bytes=tuple(image.num_bytes for image in self.full),
-            int4_bytes=tuple(image.num_bytes for image in self.int4),
+            image_bytes={
+                variant: tuple(image.num_bytes for image in images)
+                for variant, images in self.images.items()
+            },
             kv_bytes_per_token=2 * self.architecture.kv_size * self.dtype.itemsize,
             block_tokens=block_tokens,
         )
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(
+    config: EngineConfig,
+    open_checkpoint: Callable[[str], Checkpoint] = open_checkpoint,
+    open_bundle: Callable[[str, Checkpoint], Bundle] = open_bundle,
+) -> LoadedModel:
     """Reads checkpoint and bundle, layer by layer, into images."""
+    started = time.monotonic()
     checkpoint = open_checkpoint(config.model)
     architecture = checkpoint.architecture
     swaps = config.policy.max_demoted(architecture.num_layers) > 0
@@ -51,25 +61,35 @@ def load_model(config: EngineConfig) -> LoadedModel:
             f"policy {config.policy.name} swaps layers and needs a bundle: make one with "
             f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
         )
+    opened = time.monotonic()
     kernels = load_kernels(config.kernels)
+    ready = time.monotonic()
     _require_head_dim(architecture, kernels)
     dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
     layers = range(architecture.num_layers)
     statics = pack_statics(checkpoint.static(), kernels, dtype)
-    full = [full_image(checkpoint.layer(i), kernels, dtype) for i in layers]
+    images = {Variant.FULL: [full_image(checkpoint.layer(i), kernels, dtype) for i in layers]}
+    read = time.monotonic()
     # After the checkpoint was read: its tensors are hashed by then, for the bundle to compare.
     bundle = None if config.bundle is None else open_bundle(config.bundle, checkpoint)
+    ladder = served_ladder(config, architecture.num_layers, bundle)
+    if bundle and swaps:
+        for variant in {step.to for step in ladder.steps}:
+            quantized = (bundle.layer(i, variant) for i in layers)
+            images[variant] = [quantized_image(layer, kernels, dtype) for layer in quantized]
     return LoadedModel(
         architecture=architecture,
         kernels=kernels,
         dtype=dtype,
         statics=statics,
-        full=full,
-        int4=[quantized_image(bundle.layer(i), kernels, dtype) for i in layers]
-        if bundle and swaps
-        else [],
-        order=layer_order(config, architecture.num_layers, bundle),
+        images=images,
+        ladder=ladder,
         costs=bundle.manifest.costs if bundle else (),
+        load_s={
+            "kernels": ready - opened,
+            "checkpoint": opened - started + read - ready,
+            "bundle": time.monotonic() - read,
+        },
     )
 
 
@@ -91,6 +111,21 @@ def choose_dtype(asked: str, checkpoint: str, kernels: Kernels) -> torch.dtype:
     if asked not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype {asked!r} is not known: use auto, float32 or bfloat16")
     return dtypes[asked]
+
+
+def served_ladder(config: EngineConfig, num_layers: int, bundle: Bundle | None) -> Ladder:
+    """Through INT8 to INT4 where the bundle has both; policies that never swap know INT4 only."""
+    order = layer_order(config, num_layers, bundle)
+    manifest = bundle.manifest if bundle else None
+    if (
+        manifest is None
+        or config.policy.static_layers >= 0
+        or Variant.INT8 not in manifest.variants
+    ):
+        return Ladder(steps_of(order, [Variant.INT4]), num_layers)
+    if config.order == "bundle" and manifest.ranking and manifest.ranking.ladder:
+        return Ladder(tuple(manifest.ranking.ladder.rungs), num_layers)
+    return Ladder(steps_of(order, [Variant.INT8, Variant.INT4]), num_layers)
 
 
 def layer_order(config: EngineConfig, num_layers: int, bundle: Bundle | None) -> list[int]:

@@ -6,14 +6,18 @@ The arena is an array of pages. A page holds K and V of one block of one layer. 
 `run_blocks` blocks times all layers, layer-major: layer l of block i is page
 `start + l * run_blocks + i`. A block is known by its page in layer 0 (`page0 = start + i`), so
 that the cache of layer l is the constant view `pages[l * run_blocks:]` and one block table serves
-all layers. A slab is a layer's home; its INT4 image lies at the slab's tail, and the front is cut
-into chunks while that image is in use.
+all layers. A slab is a layer's home; its INT8 and INT4 images lie at the slab's tail, and the front
+is cut into chunks while one of them is in use. Chunks are cut from the slab's start, so what INT8
+frees is the beginning of what INT4 frees.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from morphserve.configs.errors import OutOfBudget
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.ladder import DEPTH
 
 ALIGNMENT = 256  # bytes; of every tensor in the arena
 
@@ -27,14 +31,27 @@ class ModelSizes:
     """Bytes that the model needs in the arena; images are already aligned."""
 
     static_bytes: int
-    full_bytes: tuple[int, ...]  # of each layer's full-precision image
-    int4_bytes: tuple[int, ...]  # of each layer's INT4 image; empty without a bundle
+    image_bytes: Mapping[Variant, tuple[int, ...]]  # of each layer, by variant served; FULL always
     kv_bytes_per_token: int  # K and V of one layer
     block_tokens: int
 
     @property
     def num_layers(self) -> int:
         return len(self.full_bytes)
+
+    @property
+    def full_bytes(self) -> tuple[int, ...]:
+        return self.image_bytes[Variant.FULL]
+
+    @property
+    def quantized(self) -> list[Variant]:
+        """The other variants, the shallowest first."""
+        return sorted(self.image_bytes.keys() - {Variant.FULL}, key=DEPTH.__getitem__)
+
+    @property
+    def staged_bytes(self) -> int:
+        """The most that a swap puts aside: a quantised image, or as much of one above it."""
+        return max(chain.from_iterable(self.image_bytes[v] for v in self.quantized), default=0)
 
     @property
     def page_bytes(self) -> int:
@@ -47,9 +64,12 @@ class Slab:
 
     page: int  # first page
     num_pages: int
-    full_offset: int
-    int4_offset: int  # tail of the slab; its end without INT4
-    blocks: tuple[int, ...]  # page0 of the blocks in the front, while the layer is INT4
+    offsets: Mapping[Variant, int]  # of each image: full at the slab's start, others at its tail
+    blocks: Mapping[Variant, tuple[int, ...]]  # page0 of what each frees beyond the one above it
+
+    def freed_between(self, upper: Variant, lower: Variant) -> list[Variant]:
+        """Whose blocks are free at `lower` and not yet at `upper`, the shallowest first."""
+        return [v for v in self.blocks if DEPTH[upper] < DEPTH[v] <= DEPTH[lower]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +85,14 @@ class MemoryPlan:
     def num_bytes(self) -> int:
         return self.num_pages * self.sizes.page_bytes
 
-    def capacities(self, order: Sequence[int], max_demoted: int) -> tuple[int, ...]:
-        """KV blocks at rung 0, 1, ... max_demoted: the first layers of `order` at INT4."""
-        totals = [len(self.base_blocks)]
-        for layer in order[:max_demoted]:
-            totals.append(totals[-1] + len(self.slabs[layer].blocks))
-        return tuple(totals)
+    def capacity(self, variants: Sequence[Variant]) -> int:
+        """KV blocks while each layer has this variant."""
+        freed = (
+            len(slab.blocks[part])
+            for slab, variant in zip(self.slabs, variants, strict=True)
+            for part in slab.freed_between(Variant.FULL, variant)
+        )
+        return len(self.base_blocks) + sum(freed)
 
 
 def fixed_bytes(sizes: ModelSizes, staging_slots: int) -> int:
@@ -83,7 +105,7 @@ def fixed_bytes(sizes: ModelSizes, staging_slots: int) -> int:
 
 def staging_bytes(sizes: ModelSizes, slots: int) -> int:
     """Bytes of so many staging slots."""
-    return align(max(sizes.int4_bytes, default=0), sizes.page_bytes) * slots
+    return align(sizes.staged_bytes, sizes.page_bytes) * slots
 
 
 def budget_for(sizes: ModelSizes, staging_slots: int, min_run_bytes: int, num_tokens: int) -> int:
@@ -100,10 +122,10 @@ def choose_run(sizes: ModelSizes, min_run_bytes: int) -> int:
     Runs shorter than `min_run_bytes` are taken only where a long one would lose more than a fifth
     of the blocks that single-block chunks would give.
     """
-    if not sizes.int4_bytes:
+    if not sizes.quantized:
         return max(1, -(-min_run_bytes // sizes.page_bytes))
     layers = sizes.num_layers
-    fronts = [_front_pages(sizes, layer) for layer in range(layers)]
+    fronts = [_front_pages(sizes, i, variant) for variant in sizes.quantized for i in range(layers)]
 
     def gain(run: int) -> int:
         return sum(front // (run * layers) * run for front in fronts)
@@ -129,7 +151,7 @@ def plan_memory(
             f"raise --memory-budget to {least / 2**20:.1f} MiB or more"
         )
     num_pages = budget // page
-    staging_pages = align(max(sizes.int4_bytes, default=0), page) // page
+    staging_pages = staging_bytes(sizes, 1) // page
     first_staging = align(sizes.static_bytes, page) // page
     base_start = first_staging + staging_slots * staging_pages
     slab_pages = [align(nbytes, page) // page for nbytes in sizes.full_bytes]
@@ -148,22 +170,23 @@ def plan_memory(
     )
 
 
-def _front_pages(sizes: ModelSizes, layer: int) -> int:
+def _front_pages(sizes: ModelSizes, layer: int, variant: Variant) -> int:
     slab_bytes = align(sizes.full_bytes[layer], sizes.page_bytes)
-    return (slab_bytes - sizes.int4_bytes[layer]) // sizes.page_bytes
+    return (slab_bytes - sizes.image_bytes[variant][layer]) // sizes.page_bytes
 
 
 def _slab(sizes: ModelSizes, layer: int, page: int, num_pages: int, run: int) -> Slab:
     end = (page + num_pages) * sizes.page_bytes
-    int4 = sizes.int4_bytes[layer] if sizes.int4_bytes else 0
-    front = _front_pages(sizes, layer) if sizes.int4_bytes else 0
-    return Slab(
-        page=page,
-        num_pages=num_pages,
-        full_offset=page * sizes.page_bytes,
-        int4_offset=end - int4,
-        blocks=_chunk_blocks(page, front, run, sizes.num_layers),
-    )
+    offsets = {Variant.FULL: page * sizes.page_bytes}
+    blocks: dict[Variant, tuple[int, ...]] = {}
+    num_freed = 0
+    for variant in sizes.quantized:
+        offsets[variant] = end - sizes.image_bytes[variant][layer]
+        front = _front_pages(sizes, layer, variant)
+        freed = _chunk_blocks(page, front, run, sizes.num_layers)
+        blocks[variant], num_freed = freed[num_freed:], len(freed)
+    assert sorted(offsets.values()) == list(offsets.values()), "a deeper variant is larger"
+    return Slab(page, num_pages, offsets, blocks)
 
 
 def _chunk_blocks(page: int, num_pages: int, run: int, num_layers: int) -> tuple[int, ...]:

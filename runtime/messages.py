@@ -55,7 +55,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     kernels: str
     dtype: str  # of full-precision weights and KV
     memory: MemoryBytes
-    startup_s: dict[str, float]  # seconds per phase: import, load, arena
+    startup_s: dict[str, float]  # seconds per phase: import, kernels, checkpoint, bundle, arena
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -70,9 +70,10 @@ class TokenOutput(msgspec.Struct, frozen=True):
 
     request_id: str
     tokens: list[int]
-    finish_reason: str | None = None  # stop, length, abort, error
+    finish_reason: str | None = None  # stop, length, abort, error, timeout
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
+    queued_s: float = 0.0  # submitted to first scheduled; told with the first token
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
@@ -144,6 +145,7 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
     prompt_tokens_per_s: float = 0.0
     generated_tokens_per_s: float = 0.0
     int4_token_share: float = 0.0  # of the tokens generated in the policy's quality window
+    held: int = 0  # requests that wait for precision, with their blocks if they were running
 
     @property
     def num_generated(self) -> int:

@@ -9,7 +9,7 @@ from morphserve.configs.schema import Policy, Slo
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.forecast import Forecaster
 from morphserve.runtime.ladder import DEPTH, lowest
-from morphserve.runtime.load import Load, queue_load, running_load
+from morphserve.runtime.load import Load, most_urgent, running_load
 from morphserve.runtime.messages import Event
 from morphserve.runtime.scheduler import Batch, Scheduler, Slice
 from morphserve.runtime.signals import NEVER, Signals
@@ -113,18 +113,16 @@ class Monitor:
         self,
         now_s: float,
         scheduler: Scheduler,
-        variants: Sequence[Variant],
         rung: int,
         settled: bool,
     ) -> Signals:
-        """What the controller is to see; `variants` are those that layers compute in now."""
+        """What the controller is to see."""
         policy, facts = self._policy, self._facts
         load = running_load(scheduler.running, policy.horizon_tokens, facts.block_tokens, self._slo)
         busy = bool(scheduler.running or scheduler.waiting)
         decode_s, chunk_s = self._forecasts(load) if busy else ((), ())
-        queue = queue_load(
+        urgent = most_urgent(
             scheduler.waiting,
-            lowest(variants),
             load,
             self._slo,
             max(1, facts.max_step_tokens - load.num_decodes),
@@ -136,18 +134,18 @@ class Monitor:
             now_s=now_s,
             rung=rung,
             demand=scheduler.demand(policy.horizon_tokens),
-            running_demand=load.blocks + load.growth,
+            running_demand=scheduler.num_used + load.growth,
             capacities=facts.capacities,
             settled=settled,
             memory_wait_s=0.0 if blocked is None else now_s - blocked,
             preemption_age_s=now_s - self._preempted_s,
             arrival_age_s=now_s - self._arrived_s,
-            waiting=len(scheduler.waiting),
-            held=queue.held,
+            waiting=len(scheduler.waiting) + len(scheduler.held),
+            held=scheduler.num_held,
             int8_rung=facts.int8_rung,
             token_share=self.token_share(now_s),
             tpot_target_s=load.tpot_target_s,
-            urgent=queue.urgent if chunk_s else None,
+            urgent=urgent if chunk_s else None,
             decode_s=decode_s,
             chunk_s=chunk_s,
         )

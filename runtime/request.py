@@ -1,5 +1,6 @@
 """A request's life: what was asked, what has been produced, where it stands."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -59,12 +60,18 @@ class Request:
     params: SamplingParams
     arrival_s: float  # monotonic clock
     demands: Demands = Demands()
+    max_rung: int | None = None  # the deepest at which it may be computed; None: any
     output: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_computed: int = 0  # tokens whose K and V are in the cache
     blocks: list[int] = field(default_factory=list)  # page0 of each KV block
+    kv_rung: int = 0  # the deepest under which anything in its blocks was computed
+    block_names: list[bytes] = field(default_factory=list)  # of its first full blocks
+    num_registered: int = 0  # of its blocks, those that the prefix cache was shown
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
     num_preemptions: int = 0
+    scheduled_s: float | None = None  # when it first ran, monotonic clock
 
     @property
     def num_tokens(self) -> int:
@@ -75,9 +82,35 @@ class Request:
         """Most tokens this request can come to hold, prompt included."""
         return len(self.prompt) + self.params.max_tokens
 
+    def tokens_within(self, horizon: int) -> int:
+        """Tokens it comes to hold with at most `horizon` more."""
+        return min(self.num_tokens + horizon, self.max_tokens)
+
+    def runs_at(self, rung: int) -> bool:
+        """Whether it may be computed at this rung."""
+        return self.max_rung is None or rung <= self.max_rung
+
+    def gains_below(self, rung: int) -> bool:
+        """Whether blocks that a deeper rung than this brings can be of use to it."""
+        return self.max_rung is None or rung < self.max_rung
+
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids start..end of prompt and output together."""
         split = len(self.prompt)
         if end <= split:
             return self.prompt[start:end]
         return self.prompt[start:] + self.output[max(0, start - split) : end - split]
+
+
+def end_of(request: Request, eos: Collection[int], max_model_len: int) -> FinishReason | None:
+    """Why the request's latest token is its last, or None."""
+    params = request.params
+    token, count = request.output[-1], len(request.output)
+    if count >= params.min_tokens:
+        if token in params.stop_token_ids:
+            return FinishReason.STOP
+        if token in eos and not params.ignore_eos:
+            return FinishReason.STOP
+    if count >= params.max_tokens or request.num_tokens >= max_model_len:
+        return FinishReason.LENGTH
+    return None

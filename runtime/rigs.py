@@ -11,6 +11,7 @@ from morphserve.quantize.checkpoint import Checkpoint
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import Parts, assemble
 from morphserve.runtime.kernels import Kernels
+from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import full_image, quantized_image
 from morphserve.runtime.loader import LoadedModel
 from morphserve.runtime.memory import budget_for, plan_memory
@@ -45,15 +46,19 @@ def build_rigs(
         kernels=kernels,
         dtype=dtype,
         statics=pack_statics(checkpoint.static(), kernels, dtype),
-        full=full,
-        int4=[],
-        order=list(range(count)),
+        images={Variant.FULL: full},
+        ladder=Ladder((), count),
     )
     rigs = {Variant.FULL: Rig(_assemble(model, "off", limits, num_tokens), full[0].num_bytes)}
     for variant in bundle.manifest.variants:
         layers = (bundle.layer(i, variant) for i in range(count))
         images = [quantized_image(layer, kernels, dtype) for layer in layers]
-        parts = _assemble(replace(model, int4=images), "static:all", limits, num_tokens)
+        held = replace(
+            model,
+            images={Variant.FULL: full, variant: images},
+            ladder=Ladder(steps_of(range(count), [variant]), count),
+        )
+        parts = _assemble(held, "static:all", limits, num_tokens)
         rigs[variant] = Rig(parts, images[0].num_bytes)
     return rigs
 

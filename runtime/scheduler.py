@@ -1,12 +1,16 @@
 """Who runs in this step and with how many tokens; the only writer of requests."""
 
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from morphserve.configs.schema import SchedulerConfig
 from morphserve.runtime.blocks import BlockPool
-from morphserve.runtime.request import FinishReason, Request, Status
+from morphserve.runtime.prefix_cache import Found
+from morphserve.runtime.queue import Queue
+from morphserve.runtime.request import FinishReason, Request, Status, end_of
+from morphserve.runtime.reuse import Reuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,11 @@ Batch = list[Slice]
 
 
 class Scheduler:
-    """First come, first served; decode before prefill; prompts in chunks; recompute when full."""
+    """First come, first served; decode before prefill; prompts in chunks; recompute when full.
+
+    A request that may not run at a step's rung does not: it keeps its place in the queue, or, if it
+    was running, its blocks.
+    """
 
     def __init__(
         self,
@@ -36,47 +44,85 @@ class Scheduler:
         block_tokens: int,
         max_model_len: int,
         eos_token_ids: Sequence[int],
+        prefix_caching: bool = True,
     ) -> None:
         self._config = config
         self._pool = pool
         self._block_tokens = block_tokens
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
-        self.waiting: deque[Request] = deque()
+        self.reuse = Reuse(pool, block_tokens, prefix_caching)
+        self._queue = Queue()
+        self._rung = 0  # of the latest step
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
         self.max_blocks: int | None = None  # that admission may fill; None: all there are
-        self.memory_blocked = False  # the oldest waiting request waits for blocks, nothing else
+        self.memory_blocked = False  # requests wait for blocks, nothing else, that morphing gives
+
+    @property
+    def waiting(self) -> deque[Request]:
+        """In line for room, the next one first."""
+        return self._queue.line
+
+    @property
+    def held(self) -> list[Request]:
+        """Waiting for a shallower rung."""
+        return self._queue.held
+
+    @property
+    def num_held(self) -> int:
+        """Requests, running ones included, that wait for a shallower rung."""
+        return len(self.held) + sum(not r.runs_at(self._rung) for r in self.running)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that requests hold, shared ones once."""
+        return self._pool.num_used
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request may run at the latest rung."""
+        return bool(self.waiting) or any(r.runs_at(self._rung) for r in self.running)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self._queue.add(request)
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request wherever it stands; None if it is not here any more."""
-        request = next((r for r in self._all() if r.id == request_id), None)
+        request = next((r for r in (*self.running, *self._queue) if r.id == request_id), None)
         if request is not None:
             self._end(request, FinishReason.ABORT)
         return request
 
-    def schedule(self) -> Batch:
-        """The next step's batch, empty when nothing can run. Blocks are taken here."""
-        budget = self._config.max_num_batched_tokens
-        batch: Batch = []
+    def expire(self, now_s: float) -> list[Request]:
+        """Ends the requests that have waited for too long without ever having run."""
+        if self._config.queue_timeout_s is None:
+            return []
+        overdue = self._queue.came_before(now_s - self._config.queue_timeout_s)
+        for request in overdue:
+            self._end(request, FinishReason.TIMEOUT)
+        return overdue
+
+    def schedule(self, rung: int = 0) -> Batch:
+        """The batch of a step at this rung, empty when nothing can run. Blocks are taken here."""
+        self._rung = rung
+        self._queue.set_rung(rung)
         preemptions = self.num_preemptions
-        for request in list(self.running):
-            if request.num_tokens - request.num_computed == 1 and self._grow(request):
-                batch.append(Slice(request, request.num_computed, request.num_tokens))
-        batch = [
-            s for s in batch if s.request.status is Status.RUNNING
-        ]  # preempted for a later one
-        budget -= len(batch)
+        batch = self._decodes()
+        budget = self._config.max_num_batched_tokens - len(batch)
         for request in self.running:
-            if request.num_tokens - request.num_computed > 1 and budget > 0:
+            if self._has_chunk(request) and budget > 0:
                 budget -= self._take_chunk(batch, request, budget)
         if self.num_preemptions == preemptions:  # else the preempted would come straight back
-            while budget > 0 and (admitted := self._admit()):
-                budget -= self._take_chunk(batch, admitted, budget)
-        self.memory_blocked = self._is_seat_free() and not self._fits(self.waiting[0])
+            budget -= self._take_new(batch, budget)
+        while not batch and self.waiting and self.running:  # which all wait for precision
+            self._preempt(self.running[-1])
+            budget -= self._take_new(batch, budget)
+        self.memory_blocked = (
+            self._is_seat_free()
+            and self._room_for(self.waiting[0]) is None
+            and any(r.gains_below(rung) for r in self.waiting)
+        )
         return batch
 
     def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[tuple[Request, list[int]]]:
@@ -90,8 +136,12 @@ class Scheduler:
         for piece in batch:
             request, samples = piece.request, piece.samples
             request.num_computed = piece.end
+            request.kv_rung = max(request.kv_rung, self._rung)
+            token = next(new) if samples else None
+            if token is not None or not samples:
+                self.reuse.leave(request)
             if samples:
-                outputs.append((request, self._append(request, next(new))))
+                outputs.append((request, self._append(request, token)))
         return outputs
 
     def fail(self, batch: Batch) -> list[Request]:
@@ -109,27 +159,45 @@ class Scheduler:
     def demand(self, horizon: int) -> int:
         """Blocks that requests want, each up to `horizon` more output tokens.
 
-        Waiting requests count as far as `max_num_seqs` lets them run.
+        A block that several of them share counts once. Waiting requests count as far as
+        `max_num_seqs` lets them run. Those that a deeper rung would only hold up do not count.
         """
         room = self._config.max_num_seqs - len(self.running)
-        wanted = self.running + [r for r, _ in zip(self.waiting, range(room), strict=False)]
-        return sum(self._blocks_for(self._tokens_ahead(r, horizon)) for r in wanted)
+        running = [r for r in self.running if r.gains_below(self._rung)]
+        first = [r for r, _ in zip(self.waiting, range(room), strict=False)]
+        waiting = [r for r in first if r.gains_below(self._rung)]
+        wanted = sum(self._blocks_for(r.tokens_within(horizon)) for r in (*running, *waiting))
+        found = [b for r in waiting for b in self.reuse.find(r, self._rung).blocks]
+        idle = {block for block in found if not self._pool.is_used(block)}
+        return wanted - self._num_shared(running) - (len(found) - len(idle))
 
-    def _all(self) -> Iterator[Request]:
-        yield from self.running
-        yield from self.waiting
+    def _num_shared(self, requests: Sequence[Request]) -> int:
+        """Blocks that sharing saves among these running requests."""
+        if len(requests) == len(self.running):
+            return self._pool.num_shared
+        tables = [request.blocks for request in requests]
+        return sum(map(len, tables)) - len(set().union(*tables))
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
 
-    def _tokens_ahead(self, request: Request, horizon: int) -> int:
-        return min(request.num_tokens + horizon, request.max_tokens)
+    def _decodes(self) -> Batch:
+        """A slice of one token for each request that goes on from its latest one."""
+        batch: Batch = []
+        for request in list(self.running):
+            if request.num_tokens - request.num_computed == 1 and self._grow(request):
+                self._take_chunk(batch, request, 1)
+        return [s for s in batch if s.request.status is Status.RUNNING]  # not preempted since
+
+    def _has_chunk(self, request: Request) -> bool:
+        """Whether the request runs with more than its latest token to be computed."""
+        return request.num_tokens - request.num_computed > 1 and request.runs_at(self._rung)
 
     def _grow(self, request: Request) -> bool:
         """Makes room for the request's next token, preempting the youngest if need be."""
-        if request.status is not Status.RUNNING:
+        if request.status is not Status.RUNNING or not request.runs_at(self._rung):
             return False
-        needed = self._blocks_for(request.num_tokens) - len(request.blocks)
+        needed = max(0, self._blocks_for(request.num_tokens) - len(request.blocks))
         while needed > self._pool.num_free:
             youngest = self.running[-1]
             self._preempt(youngest)
@@ -139,17 +207,31 @@ class Scheduler:
         return True
 
     def _take_chunk(self, batch: Batch, request: Request, budget: int) -> int:
-        count = min(request.num_tokens - request.num_computed, budget)
-        batch.append(Slice(request, request.num_computed, request.num_computed + count))
+        start = request.num_computed
+        count = min(request.num_tokens - start, budget)
+        written = request.blocks[start // self._block_tokens : self._blocks_for(start + count)]
+        assert all(map(self._pool.is_writable, written)), "a shared block would be written"
+        batch.append(Slice(request, start, start + count))
         return count
+
+    def _take_new(self, batch: Batch, budget: int) -> int:
+        """Admits requests as long as they find room and tokens of the step; returns the tokens."""
+        taken = 0
+        while taken < budget and (admitted := self._admit()):
+            taken += self._take_chunk(batch, admitted, budget - taken)
+        return taken
 
     def _admit(self) -> Request | None:
         """Moves the oldest waiting request to the running ones if all its tokens find room."""
-        if not self._is_seat_free() or not self._fits(self.waiting[0]):
+        if not self._is_seat_free() or (found := self._room_for(self.waiting[0])) is None:
             return None
         request = self.waiting.popleft()
-        request.blocks = self._pool.allocate(self._blocks_for(request.num_tokens + 1))
+        self.reuse.take(request, found)
+        missing = self._blocks_for(request.num_tokens + 1) - len(request.blocks)
+        request.blocks += self._pool.allocate(missing)
         request.status = Status.RUNNING
+        if request.scheduled_s is None:
+            request.scheduled_s = time.monotonic()
         self.running.append(request)
         return request
 
@@ -157,13 +239,18 @@ class Scheduler:
         """Whether a request waits that only memory may keep from running."""
         return bool(self.waiting) and len(self.running) < self._config.max_num_seqs
 
-    def _fits(self, request: Request) -> bool:
-        """Whether the pool has its blocks and one more for each running request to grow into."""
-        needed = self._blocks_for(request.num_tokens + 1) + len(self.running)
+    def _room_for(self, request: Request) -> Found | None:
+        """What is cached of the request, if the pool has its other blocks too.
+
+        And one more for each running request to grow into.
+        """
+        found = self.reuse.find(request, self._rung)
+        idle = sum(not self._pool.is_used(block) for block in found.blocks)
+        new = self._blocks_for(request.num_tokens + 1) - len(found.blocks)
         room = self._pool.num_free
         if self.max_blocks is not None:
             room = min(room, self.max_blocks - self._pool.num_used)
-        return needed <= room
+        return found if new + idle + len(self.running) <= room else None
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's blocks away; it waits first in line and is computed again."""
@@ -172,39 +259,29 @@ class Scheduler:
         request.status = Status.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self._queue.put_back(request)
 
     def _append(self, request: Request, token: int | None) -> list[int]:
         if token is None:
             self._end(request, FinishReason.ERROR)
             return []
         request.output.append(token)
-        if reason := self._finish_reason(request):
+        if reason := end_of(request, self._eos, self._max_model_len):
             self._end(request, reason)
         return [token]
 
     def _release(self, request: Request) -> None:
         self._pool.free(request.blocks)
         request.blocks = []
-        request.num_computed = 0
+        request.num_computed = request.num_registered = 0
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         if request.status is Status.RUNNING:
             self.running.remove(request)
         else:
-            self.waiting.remove(request)
+            self._queue.remove(request)
+        if reason is FinishReason.ERROR:
+            self._pool.forget(request.blocks)  # what they hold may be what was wrong
         self._release(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
-
-    def _finish_reason(self, request: Request) -> FinishReason | None:
-        params = request.params
-        token, count = request.output[-1], len(request.output)
-        if count >= params.min_tokens:
-            if token in params.stop_token_ids:
-                return FinishReason.STOP
-            if token in self._eos and not params.ignore_eos:
-                return FinishReason.STOP
-        if count >= params.max_tokens or request.num_tokens >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None

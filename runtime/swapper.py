@@ -1,14 +1,15 @@
 """Carries swaps through: copies some bytes before each step, commits between two steps.
 
-Demote: the INT4 image goes to staging in pieces; at a boundary it moves to the slab's tail, the
-layer is switched, and the slab's front joins the block pool. Promote: the front's live blocks move
-elsewhere, the full image's front part is written in place in pieces while INT4 serves from the
-tail, its tail part goes to staging; at a boundary that moves to the tail and the layer is switched.
-A swap that fails before or in its commit leaves weights, blocks and capacity as they were.
+A layer goes from any variant to any other. Demote: the smaller image goes to staging in pieces; at
+a boundary it moves to the slab's tail, the layer is switched, and what it frees joins the block
+pool. Promote: the live blocks where the larger image will lie move elsewhere, its front part is
+written in place in pieces while the smaller image serves from the tail, the rest goes to staging;
+at a boundary that moves to the tail and the layer is switched. A swap that fails before or in its
+commit leaves weights, blocks and capacity as they were.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +40,7 @@ class Swap:
     layer: int
     was: Variant
     to: Variant
-    slot: int  # byte offset of its staging slot
+    slot: int = -1  # byte offset of its staging slot
     pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (destination, source)
 
     @property
@@ -73,9 +74,10 @@ class Swapper:
     def start(self, layer: int, to: Variant) -> bool:
         """Begins a swap; False if its live blocks find no room elsewhere. Between steps only."""
         assert self.has_room and self._layers.variants[layer] is not to
-        if to is Variant.FULL and not self._evacuate(layer):
+        swap = Swap(layer, self._layers.variants[layer], to)
+        if not swap.is_demotion and not self._evacuate(swap):
             return False
-        swap = Swap(layer, self._layers.variants[layer], to, self._slots.pop())
+        swap.slot = self._slots.pop()
         swap.pending = self._copies(swap)
         self.in_flight.append(swap)
         return True
@@ -102,27 +104,50 @@ class Swapper:
                 done.append(swap)
         return done
 
-    def _evacuate(self, layer: int) -> bool:
-        moves = self._pool.evacuate(layer)
-        if moves is None:
-            return False
+    def _evacuate(self, swap: Swap) -> bool:
+        """Empties the parts of the slab that the larger image needs, the deepest first."""
+        moves: dict[int, int] = {}
+        taken: list[Variant] = []
+        for part in reversed(self._parts(swap)):
+            more = self._pool.evacuate((swap.layer, part))
+            if more is None:
+                break
+            # A block that had gone to the part that is emptied now moves once, to its last home.
+            moves = {old: more.pop(new, new) for old, new in moves.items()} | more
+            taken.insert(0, part)
         self._arena.copy_blocks(moves)
         self._relocate(moves)
-        return True
+        if taken == self._parts(swap):
+            return True
+        self._publish(swap.layer, taken)
+        return False
+
+    def _parts(self, swap: Swap) -> list[Variant]:
+        """Whose blocks of the slab the swap frees or takes back, the shallowest first."""
+        upper, lower = sorted((swap.was, swap.to), key=DEPTH.__getitem__)
+        return self._plan.slabs[swap.layer].freed_between(upper, lower)
+
+    def _publish(self, layer: int, parts: Sequence[Variant]) -> None:
+        """The shallowest first: the pool fills it first, and the part wanted back first last."""
+        for part in parts:
+            self._pool.publish((layer, part), self._plan.slabs[layer].blocks[part])
 
     def _copies(self, swap: Swap) -> list[tuple[Tensor, Tensor]]:
         """What must be in place before the commit."""
-        if swap.to is Variant.INT4:
-            image = self._layers.int4[swap.layer].host
-            return [(self._arena.span(swap.slot, image.numel()), image)]
-        image = self._layers.full[swap.layer].host
-        slab = self._plan.slabs[swap.layer]
-        front = min(slab.int4_offset - slab.full_offset, image.numel())
-        tail = image.numel() - front
+        front, rest = self._split(swap, swap.to)
+        offset = self._plan.slabs[swap.layer].offsets[swap.to]
         return [
-            (self._arena.span(slab.full_offset, front), image[:front]),
-            (self._arena.span(swap.slot, tail), image[front:]),
+            (self._arena.span(start, part.numel()), part)
+            for start, part in ((offset, front), (swap.slot, rest))
+            if part.numel()
         ]
+
+    def _split(self, swap: Swap, variant: Variant) -> tuple[Tensor, Tensor]:
+        """An image of the layer: what lies before the smaller one, and what shares its bytes."""
+        offsets = self._plan.slabs[swap.layer].offsets
+        host = self._layers.images[variant][swap.layer].host
+        front = max(offsets[swap.was], offsets[swap.to]) - offsets[variant]
+        return host[:front], host[front:]
 
     def _copy_pieces(self, swap: Swap, allowance: int) -> int:
         while swap.pending and allowance > 0:
@@ -135,39 +160,29 @@ class Swapper:
         return allowance
 
     def _commit(self, swap: Swap) -> None:
-        destination, source = self._staged(swap)
-        self._copy(destination, source)
-        if swap.to is Variant.INT4:
-            self._pool.publish(swap.layer, self._plan.slabs[swap.layer].blocks)
+        tail = self._tail(swap, swap.to)
+        self._copy(tail, self._arena.span(swap.slot, tail.numel()))
+        if swap.is_demotion:
+            self._publish(swap.layer, self._parts(swap))
         self._layers.activate(swap.layer, swap.to)
         self._retire(swap)
 
-    def _staged(self, swap: Swap) -> tuple[Tensor, Tensor]:
-        """(the slab's tail, the staged bytes that belong there)"""
-        slab = self._plan.slabs[swap.layer]
-        if swap.to is Variant.INT4:
-            count = self._layers.int4[swap.layer].num_bytes
-        else:
-            front = slab.int4_offset - slab.full_offset
-            count = max(0, self._layers.full[swap.layer].num_bytes - front)
-        return self._arena.span(slab.int4_offset, count), self._arena.span(swap.slot, count)
+    def _tail(self, swap: Swap, variant: Variant) -> Tensor:
+        """The bytes of the arena that images of both variants use, as far as this one does."""
+        offsets = self._plan.slabs[swap.layer].offsets
+        start = max(offsets[swap.was], offsets[swap.to])
+        return self._arena.span(start, self._split(swap, variant)[1].numel())
 
     def _restore_tail(self, swap: Swap) -> None:
         """Undoes a commit that may have written part of the tail."""
-        slab = self._plan.slabs[swap.layer]
-        if swap.to is Variant.INT4:
-            image = self._layers.full[swap.layer].host
-            image = image[slab.int4_offset - slab.full_offset :]
-        else:
-            image = self._layers.int4[swap.layer].host
-        self._arena.span(slab.int4_offset, image.numel()).copy_(image)
+        self._tail(swap, swap.was).copy_(self._split(swap, swap.was)[1])
 
     def _roll_back(self, swap: Swap) -> None:
         """Gives up a swap: the layer keeps its variant, its blocks come back."""
         logger.exception("swap of layer %d to %s failed", swap.layer, swap.to.value)
         self.failures.append(f"layer {swap.layer} to {swap.to.value} failed, rolled back")
-        if swap.to is Variant.FULL:
-            self._pool.publish(swap.layer, self._plan.slabs[swap.layer].blocks)
+        if not swap.is_demotion:
+            self._publish(swap.layer, self._parts(swap))
         self._retire(swap)
 
     def _retire(self, swap: Swap) -> None:

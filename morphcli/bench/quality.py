@@ -1,10 +1,10 @@
-"""Perplexity of each number of INT4 layers, on held-out text."""
+"""Perplexity of each mix of layers that was served, on held-out text."""
 
 from collections.abc import Collection
 from pathlib import Path
 
 from morphserve.configs.errors import ConfigError
-from morphserve.profile.mixes import Model, mix_of
+from morphserve.profile.mixes import Mix, Model, mix_of
 from morphserve.profile.perplexity import measure
 from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.calibration import Part, Windows, draw_windows
@@ -22,17 +22,12 @@ class Quality:
         self._bundle = bundle
         self._windows = windows
 
-    @property
-    def num_layers(self) -> int:
-        return self._checkpoint.architecture.num_layers
-
-    def perplexities(self, levels: Collection[int]) -> dict[int, float]:
-        """By number of INT4 layers, the first of the bundle's order; without a bundle only 0."""
-        order = self._bundle.order if self._bundle else []
-        mixes = {k: mix_of(order[:k], self.num_layers) for k in sorted(levels) if k <= len(order)}
-        model = Model(self._checkpoint, self._bundle)
-        found = measure(model, self._windows.tokens, set(mixes.values()))
-        return {level: found[mix].perplexity for level, mix in mixes.items()}
+    def perplexities(self, mixes: Collection[Mix]) -> dict[Mix, float]:
+        """Of each mix and of full precision; without a bundle, of full precision alone."""
+        full = mix_of((), self._checkpoint.architecture.num_layers)
+        wanted = {full, *mixes} if self._bundle else {full}
+        found = measure(Model(self._checkpoint, self._bundle), self._windows.tokens, wanted)
+        return {mix: found[mix].perplexity for mix in wanted}
 
 
 def open_quality(model: str, bundle: Path | None, text: Path | None) -> Quality:

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +11,13 @@ from pathlib import Path
 import msgspec
 
 from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
-from morphserve.morphcli.bench.summary import PolicySummary, Run, Slo
+from morphserve.morphcli.bench.server import Mix
+from morphserve.morphcli.bench.summary import PolicySummary, Run
+from morphserve.quantize.manifest import Variant
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SUMMARY = "summary.json"
 _REQUESTS, _TIMELINE = "requests.jsonl", "timeline.jsonl"
 
@@ -59,6 +62,17 @@ class TraceFacts(msgspec.Struct, frozen=True):
     burst: Burst | None
 
 
+class MixPerplexity(msgspec.Struct, frozen=True):
+    """What a mix of layers costs."""
+
+    layers: list[Variant]
+    perplexity: float
+
+    def __str__(self) -> str:
+        counts = ((self.layers.count(v), v.value.upper()) for v in (Variant.INT8, Variant.INT4))
+        return " + ".join(f"{count} {name}" for count, name in counts if count) or "full precision"
+
+
 class Summary(msgspec.Struct):
     """`summary.json`."""
 
@@ -66,10 +80,16 @@ class Summary(msgspec.Struct):
     environment: Environment
     trace: TraceFacts
     policies: list[PolicySummary]
-    perplexities: dict[int, float]  # by the number of INT4 layers, in the bundle's order
+    perplexities: list[MixPerplexity]  # of each mix of layers that was served, best first
     same_text_as_first: dict[str, float]  # share of equal greedy answers, by policy
     created: str
     schema_version: int = SCHEMA_VERSION
+
+
+def mix_perplexities(found: Mapping[Mix, float]) -> list[MixPerplexity]:
+    """Best first."""
+    ordered = sorted(found.items(), key=lambda entry: entry[1])
+    return [MixPerplexity(list(mix), value) for mix, value in ordered]
 
 
 def trace_facts(

@@ -28,15 +28,15 @@ _DEFINITIONS = {
     "missed the target": "Requests that were slower than the target, refused, failed, or not "
     "finished in time, out of all requests sent.",
     "preemption": "A running request was stopped to free its memory; its work is done again later.",
-    "tokens made while a layer was INT4": "Share of all tokens generated while at least one layer "
-    "was INT4, counted by the server.",
+    "tokens made below full precision": "Share of all tokens generated while at least one layer "
+    "was INT8 or INT4, counted by the server.",
     "perplexity": "How surprised the model is by text it has never seen; lower is better. Measured "
-    "for each number of INT4 layers, then averaged (geometrically) over the tokens generated at "
-    "that number, as seen in ten samples a second.",
+    "for each mix of layers that was served, then averaged (geometrically) over the tokens that it "
+    "generated, as seen in ten samples a second.",
     "all layers at full precision again after the burst": "Counted from the end of the burst "
     "(the last second in which the 5 s mean of arrivals was over twice its median, by more than "
-    "chance) to the first sample of the server in which every layer that was INT4 by then had "
-    "come back. Layers that became INT4 later are counted on their own.",
+    "chance) to the first sample of the server in which every layer that was swapped by then had "
+    "come back. Layers that were swapped later are counted on their own.",
     "same text": "Share of requests, answered under both policies, with the same greedy text.",
 }
 
@@ -120,7 +120,7 @@ def _setup(summary: Summary) -> list[tuple[str, str]]:
     trace += f", seed {shape.seed}. {facts.prompt_tokens:,} prompt and "
     trace += f"{facts.output_tokens:,} output tokens; {facts.clipped_prompts} prompts and "
     trace += f"{facts.clipped_outputs} outputs cut to the longest allowed. {facts.skipped_rows}"
-    levels = ", ".join(f"{k} layers {v:.3f}" for k, v in sorted(summary.perplexities.items()))
+    mixes = ", ".join(f"{mix}: {mix.perplexity:.3f}" for mix in summary.perplexities)
     lags = (f"{policy_title(p.policy)} {show_s(p.lag_p99_s)}" for p in summary.policies)
     return [
         ("trace", trace),
@@ -128,7 +128,7 @@ def _setup(summary: Summary) -> list[tuple[str, str]]:
         ("servers", _servers(summary)),
         ("load", "Open loop: each request leaves at its own time from a separate process, answered "
          f"or not. How late they left (P99): {', '.join(lags)}; over 50 ms a run proves nothing."),
-        ("perplexity by INT4 layers", levels or "not measured"),
+        ("perplexity by quantised layers", mixes or "not measured"),
         ("machine", f"{machine.cpu}, {machine.cores} cores, {machine.platform}"),
         ("software", f"morphserve {machine.morphserve} ({machine.commit or 'no commit'}), "
          f"Python {machine.python}, torch {machine.torch}"),

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.load import resolve_model
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.compare import Bench, agreement, run_policy
 from morphserve.morphcli.bench.http import host_and_port
@@ -30,6 +31,7 @@ from morphserve.morphcli.bench.record import (
     TraceFacts,
     append_run,
     environment,
+    mix_perplexities,
     now,
     open_record,
     trace_facts,
@@ -38,7 +40,7 @@ from morphserve.morphcli.bench.record import (
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.schedule import Schedule, Shape, find_burst, shape_trace
 from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
-from morphserve.morphcli.bench.summary import Run, Slo, mean_perplexity, summarise, tokens_per_level
+from morphserve.morphcli.bench.summary import Run, mean_perplexity, summarise, tokens_per_mix
 from morphserve.morphcli.bench.table import policy_title, table_rows
 from morphserve.morphcli.bench.traces import read_azure
 
@@ -168,8 +170,8 @@ def _summary(
 ) -> Summary:
     burst_end_s = facts.burst.end_s if facts.burst else facts.duration_s
     policies = [summarise(run, request.slo, burst_end_s) for run in runs]
-    served = [tokens_per_level(run.states) for run in runs]
-    perplexities = quality.perplexities({0}.union(*served)) if quality else {}
+    served = [tokens_per_mix(run.states) for run in runs]
+    perplexities = quality.perplexities(set().union(*served)) if quality else {}
     for policy, tokens in zip(policies, served, strict=True):
         policy.perplexity = mean_perplexity(tokens, perplexities)
     same = {run.policy: agreement(runs[0].outcomes, run.outcomes) for run in runs[1:]}
@@ -178,7 +180,7 @@ def _summary(
         environment=environment(),
         trace=facts,
         policies=policies,
-        perplexities=perplexities,
+        perplexities=mix_perplexities(perplexities),
         same_text_as_first={name: share for name, share in same.items() if share is not None},
         created=now(),
     )

@@ -2,13 +2,14 @@
 
 import contextlib
 import http.client
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import msgspec
 from morphserve.configs.errors import MorphError
 from morphserve.morphcli.bench.http import host_and_port
 from morphserve.quantize.manifest import Rung, Variant
+from morphserve.runtime.ladder import Ladder
+
+Mix = tuple[Variant, ...]  # the variant of each layer
 
 _START_TIMEOUT_S = 300.0  # the first start compiles kernels
 _STOP_TIMEOUT_S = 15.0
@@ -80,8 +84,19 @@ class State(msgspec.Struct):
 
     @property
     def num_int4(self) -> int:
-        """Layers that compute in INT4 now: a layer on its way down still runs at full precision."""
+        """Layers that compute in INT4 now: one on its way there still runs at what it was."""
         return self.layers.count(Variant.INT4)
+
+    @property
+    def num_quantized(self) -> int:
+        """Layers that compute in INT8 or INT4 now."""
+        return len(self.layers) - self.layers.count(Variant.FULL)
+
+    @property
+    def mix(self) -> Mix:
+        """The variants of all layers at the rung that the server is at."""
+        ladder = Ladder(tuple(self.ladder), len(self.layers))
+        return tuple(ladder.variants_at(ladder.rung_of(self.layers)))
 
 
 @contextlib.contextmanager
@@ -111,7 +126,11 @@ def running_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[s
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_without_settings(os.environ),
         )
         try:
             _await_health(process, url, log)
@@ -119,6 +138,11 @@ def running_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[s
             _check_alive(process, log)
         finally:
             _stop(process)
+
+
+def _without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The servers of a comparison differ by their command lines alone."""
+    return {name: value for name, value in environment.items() if not name.startswith("MORPH_")}
 
 
 def free_port() -> int:

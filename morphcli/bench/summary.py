@@ -1,34 +1,30 @@
 """What a run amounts to: latency, misses, throughput, memory and precision."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from morphserve.configs.errors import ConfigError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
-from morphserve.morphcli.bench.server import State
+from morphserve.morphcli.bench.server import Mix, State
+from morphserve.quantize.manifest import Variant
 
 MAX_LAG_P99_S = 0.05  # a load generator later than this did not send the trace
 
 
-class Slo(msgspec.Struct, frozen=True):
-    """Targets that a request meets or misses; None: no target."""
+def meets(outcome: Outcome, slo: Slo) -> bool:
+    """Whether the request was answered to its end and within every target."""
+    if outcome.error is not None:
+        return False
+    return _within(outcome.ttft_s, slo.ttft_s) and _within(outcome.tpot_s, slo.tpot_s)
 
-    ttft_s: float | None = None
-    tpot_s: float | None = None
 
-    def met_by(self, outcome: Outcome) -> bool:
-        """Whether the request was answered to its end and within every target."""
-        if outcome.error is not None:
-            return False
-        return _within(outcome.ttft_s, self.ttft_s) and _within(outcome.tpot_s, self.tpot_s)
-
-    def __str__(self) -> str:
-        named = (("first token", self.ttft_s), ("per token", self.tpot_s))
-        return ", ".join(f"{name} ≤ {show_s(value)}" for name, value in named if value is not None)
+def show_slo(slo: Slo) -> str:
+    """`first token ≤ 2 s, per token ≤ 200 ms`."""
+    named = (("first token", slo.ttft_s), ("per token", slo.tpot_s))
+    return ", ".join(f"{name} ≤ {show_s(value)}" for name, value in named if value is not None)
 
 
 def _within(value: float | None, target: float | None) -> bool:
@@ -40,17 +36,6 @@ def show_s(seconds: float) -> str:
     if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms"
     return f"{seconds:.0f} s" if seconds >= 99.5 else f"{seconds:.3g} s"
-
-
-def parse_slo(text: str) -> Slo:
-    """Targets from `ttft=2s,tpot=200ms`; either may be left out."""
-    targets: dict[str, float] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(ttft|tpot)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*", part)
-        if match is None:
-            raise ConfigError(f"--slo {text!r}: write for example ttft=2s,tpot=200ms")
-        targets[f"{match[1]}_s"] = float(match[2]) / (1000 if match[3] == "ms" else 1)
-    return Slo(**targets)
 
 
 class Percentiles(msgspec.Struct, frozen=True):
@@ -91,14 +76,15 @@ class ServerFigures(msgspec.Struct, frozen=True):
 
     preemptions: int
     swaps: int
-    int4_token_share: float | None  # generated while at least one layer was INT4; None: no token
+    quantized_token_share: float | None  # made while a layer was INT8 or INT4; None: no token
+    quantized_layers_max: int  # INT8 and INT4
+    quantized_layers_at_end: int
     int4_layers_mean: float | None  # over generated tokens
     int4_layers_max: int
-    int4_layers_at_end: int
     kv_tokens_min: int  # capacity of the KV cache
     kv_tokens_max: int
     full_again_s: float | None  # from the end of the burst; None: never left, or not back at end
-    later_episodes: int  # times that layers became INT4 again after the burst
+    later_episodes: int  # times that layers were swapped again after the burst
 
 
 class PolicySummary(msgspec.Struct):
@@ -134,7 +120,7 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
     """The figures of `run`; `burst_end_s` is the second from which recovery is counted."""
     outcomes = run.outcomes
     finished = [o for o in outcomes if o.error is None]
-    good = sum(slo.met_by(o) for o in outcomes)
+    good = sum(meets(o, slo) for o in outcomes)
     refused = sum(o.status not in (0, 200) for o in outcomes)
     unfinished = sum(o.timed_out for o in outcomes)
     start = min(o.intended_s for o in outcomes)
@@ -186,64 +172,66 @@ def _server_figures(run: Run, burst_end_s: float) -> ServerFigures | None:
     if not states:
         return None
     first, last = states[0], states[-1]
-    tokens = tokens_per_level(states)
+    tokens = tokens_per_mix(states)
     total = sum(tokens.values())
+    int4_layers = sum(mix.count(Variant.INT4) * n for mix, n in tokens.items())
     generated = last.num_generated - first.num_generated
-    generated_int4 = last.num_generated_below_full - first.num_generated_below_full
+    quantized = last.num_generated_below_full - first.num_generated_below_full
     capacities = [state.blocks_capacity * state.block_tokens for state in states]
     return ServerFigures(
         preemptions=last.preemptions - first.preemptions,
         swaps=last.swaps - first.swaps,
-        int4_token_share=generated_int4 / generated if generated else None,
-        int4_layers_mean=sum(k * n for k, n in tokens.items()) / total if total else None,
+        quantized_token_share=quantized / generated if generated else None,
+        quantized_layers_max=max(state.num_quantized for state in states),
+        quantized_layers_at_end=last.num_quantized,
+        int4_layers_mean=int4_layers / total if total else None,
         int4_layers_max=max(state.num_int4 for state in states),
-        int4_layers_at_end=last.num_int4,
         kv_tokens_min=min(capacities),
         kv_tokens_max=max(capacities),
         full_again_s=_full_again(run, burst_end_s),
-        later_episodes=sum(start > burst_end_s for start, _ in _int4_stretches(run)),
+        later_episodes=sum(start > burst_end_s for start, _ in _quantized_stretches(run)),
     )
 
 
 def _full_again(run: Run, burst_end_s: float) -> float | None:
-    stretches = _int4_stretches(run)
-    if not stretches or run.states[-1].num_int4:
+    stretches = _quantized_stretches(run)
+    if not stretches or run.states[-1].num_quantized:
         return None
     ends = [end for start, end in stretches if start <= burst_end_s]
     return max([0.0, *(end - burst_end_s for end in ends)])
 
 
-def _int4_stretches(run: Run) -> list[tuple[float, float]]:
-    """Start and end, in seconds of the schedule, of each time with any layer at INT4.
+def _quantized_stretches(run: Run) -> list[tuple[float, float]]:
+    """Start and end, in seconds of the schedule, of each time with any layer at INT8 or INT4.
 
     The end is the first sample without one, or the last sample of all.
     """
     stretches: list[tuple[float, float]] = []
-    was_int4 = False
+    was_quantized = False
     for state in run.states:
         at_s = run.at_s(state)
-        if was_int4:
+        if was_quantized:
             stretches[-1] = (stretches[-1][0], at_s)
-        elif state.num_int4:
+        elif state.num_quantized:
             stretches.append((at_s, at_s))
-        was_int4 = state.num_int4 > 0
+        was_quantized = state.num_quantized > 0
     return stretches
 
 
-def tokens_per_level(states: Sequence[State]) -> dict[int, int]:
-    """Tokens generated while k layers were INT4, from samples of the server's counters."""
-    tokens: dict[int, int] = defaultdict(int)
+def tokens_per_mix(states: Sequence[State]) -> dict[Mix, int]:
+    """Tokens generated at each rung of the ladder, from samples of the server's counters."""
+    tokens: dict[Mix, int] = defaultdict(int)
     for before, after in zip(states, states[1:], strict=False):
         made = after.num_generated - before.num_generated
         if made > 0:
-            tokens[before.num_int4] += made
+            tokens[before.mix] += made
     return dict(tokens)
 
 
-def mean_perplexity(tokens: Mapping[int, int], perplexities: Mapping[int, float]) -> float | None:
-    """Perplexity of a stream of which `tokens[k]` tokens came from k INT4 layers."""
+def mean_perplexity(tokens: Mapping[Mix, int], perplexities: Mapping[Mix, float]) -> float | None:
+    """Perplexity of a stream of which `tokens[mix]` tokens came from layers in that mix."""
     total = sum(tokens.values())
     if not total or not tokens.keys() <= perplexities.keys():
         return None
-    mean = sum(n * math.log(perplexities[level]) for level, n in tokens.items()) / total
+    mean = sum(n * math.log(perplexities[mix]) for mix, n in tokens.items()) / total
     return math.exp(mean)

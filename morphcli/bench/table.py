@@ -5,7 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import Percentiles, PolicySummary, ServerFigures, show_s
+from morphserve.morphcli.bench.summary import (
+    Percentiles,
+    PolicySummary,
+    ServerFigures,
+    show_s,
+    show_slo,
+)
 
 _NONE = "–"
 _TIE = 0.02  # relative difference under which two figures are called equal
@@ -32,7 +38,7 @@ def policy_title(policy: str) -> str:
 def table_rows(summary: Summary) -> list[Row]:
     """Every figure that the run can tell, most telling first."""
     build = _Rows(summary.policies)
-    slo = str(summary.settings.slo)
+    slo = show_slo(summary.settings.slo)
     offered = max(policy.offered for policy in summary.policies)
     build.add(f"of {offered} requests, missed the target ({slo})", _misses, lambda p: p.slo_misses)
     for q, name in ((95, "p95"), (50, "p50"), (99, "p99")):
@@ -131,10 +137,10 @@ def _add_server_rows(build: _Rows) -> None:
 
     add("preemptions (work thrown away and redone)", _preemptions, lambda s: s.preemptions)
     add("KV cache capacity, tokens", _capacity)
-    add("tokens made while a layer was INT4", lambda s: show_share(s.int4_token_share))
+    add("tokens made below full precision", lambda s: show_share(s.quantized_token_share))
     add("INT4 layers: mean per token / most", _layers, detail=True)
     add("all layers at full precision again after the burst", _full_again)
-    add("times that layers became INT4 again later", _later, detail=True)
+    add("times that layers were swapped again later", _later, detail=True)
 
 
 def _preemptions(server: ServerFigures) -> str:
@@ -159,9 +165,9 @@ def _later(server: ServerFigures) -> str:
 def _full_again(server: ServerFigures) -> str:
     if server.full_again_s is not None:
         return f"after {show_s(server.full_again_s)}" if server.full_again_s else "by its end"
-    if not server.int4_layers_max:
+    if not server.quantized_layers_max:
         return "always"
-    return f"no, {server.int4_layers_at_end} INT4"
+    return f"no, {server.quantized_layers_at_end} swapped"
 
 
 def _add_agreement(build: _Rows, summary: Summary) -> None:

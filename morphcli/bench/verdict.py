@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import PolicySummary, show_s
+from morphserve.morphcli.bench.summary import PolicySummary, ServerFigures, show_s
 from morphserve.morphcli.bench.table import policy_title, show_share
 
 # Differences up to these are called none.
@@ -61,7 +61,7 @@ def _against_full(morph: PolicySummary, full: PolicySummary) -> tuple[bool, str]
             "The burst did not bind: full precision kept the target for every request too, so "
             f"there was nothing to win; {figures}."
         )
-    if morph.server is None or not morph.server.int4_layers_max:
+    if morph.server is None or not morph.server.quantized_layers_max:
         return False, f"No layer was swapped, so no difference is morphing's: {figures}."
     better = _clearly_better(morph, full)
     if _clearly_better(full, morph):
@@ -97,11 +97,11 @@ def _within(value: float | None) -> str:
 
 def _cost(morph: PolicySummary, full: PolicySummary) -> list[str]:
     server = morph.server
-    if server is None or not server.int4_layers_max:
+    if server is None or not server.quantized_layers_max:
         return []
     price = (
-        f"It made {show_share(server.int4_token_share)} of the tokens with up to "
-        f"{server.int4_layers_max} INT4 layers"
+        f"It made {show_share(server.quantized_token_share)} of the tokens with up to "
+        f"{_layers(server)}"
     )
     if morph.perplexity is not None and full.perplexity is not None:
         worse = 100 * (morph.perplexity / full.perplexity - 1)
@@ -111,11 +111,17 @@ def _cost(morph: PolicySummary, full: PolicySummary) -> list[str]:
     if server.full_again_s is not None:
         end = f"Every layer was back {_after_burst(server.full_again_s)}."
     else:
-        end = f"{server.int4_layers_at_end} layers were still INT4 when the run ended."
+        end = f"{server.quantized_layers_at_end} layers were still swapped when the run ended."
     if server.later_episodes:
         times = "once" if server.later_episodes == 1 else f"{server.later_episodes} times"
         end += f" It swapped again later, {times}."
     return [price + ".", end]
+
+
+def _layers(server: ServerFigures) -> str:
+    if server.quantized_layers_max == server.int4_layers_max:
+        return f"{server.int4_layers_max} INT4 layers"
+    return f"{server.quantized_layers_max} layers at INT8 or INT4, {server.int4_layers_max} at INT4"
 
 
 def _after_burst(seconds: float) -> str:

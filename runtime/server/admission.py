@@ -2,12 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 from morphserve.runtime.server.errors import ApiError, bad_request, whole_seconds
 from morphserve.runtime.windows import Rolling
@@ -120,22 +116,3 @@ class Admission:
         """Time that the queued tokens take at the recent rate of prompts; 1 s if there is none."""
         rate = self._started.per_second(self._clock())
         return self.queued_tokens / rate if rate else 1.0
-
-
-class AdmissionCollector(Collector):
-    """Refusals and restarts, read when Prometheus asks."""
-
-    def __init__(self, admission: Admission, restarts: Callable[[], int]) -> None:
-        self._admission = admission
-        self._restarts = restarts
-
-    def collect(self) -> Iterator[Metric]:
-        rejections = CounterMetricFamily(
-            "morph:admission_rejections", "Requests refused, by reason.", labels=["reason"]
-        )
-        for reason, count in sorted(self._admission.refused.items()):
-            rejections.add_metric([reason], count)
-        yield rejections
-        yield CounterMetricFamily(
-            "morph:engine_restarts", "Engines started in a dead one's place.", self._restarts()
-        )

@@ -49,7 +49,7 @@ class Unsupported(Struct, kw_only=True):
 
     def refuse_unsupported(self) -> None:
         """Raises ApiError naming the first field that asks for something not done here."""
-        for name, neutral in _neutral_values(type(self)).items():
+        for name, neutral in neutral_values(type(self)).items():
             refuse(name, getattr(self, name), neutral)
 
 
@@ -64,7 +64,7 @@ def refuse(name: str, value: Any, neutral: Any = None) -> None:
 
 
 @cache
-def _neutral_values(kind: type[Unsupported]) -> dict[str, Any]:
+def neutral_values(kind: type[Unsupported]) -> dict[str, Any]:
     """By name; a kind of request may take another default than the one above."""
     defaults = {
         entry.name: entry.default

@@ -232,6 +232,11 @@ def of_order(**changes: Any) -> Callable[[Manifest], dict[str, Any]]:
 
 
 RUNG = Rung(0, Variant.INT4)
+STEPS = [Rung(i, to) for to in (Variant.INT8, Variant.INT4) for i in range(3)]
+
+
+def a_ladder(*rungs: Rung) -> Ladder:
+    return Ladder("x", list(rungs), [0] * len(rungs), [0.0] * len(rungs))
 
 
 def of_int4(**changes: Any) -> Callable[[Manifest], dict[str, Any]]:
@@ -270,6 +275,9 @@ def of_architecture(**changes: Any) -> Callable[[Manifest], dict[str, Any]]:
         (of_order(divergence=[]), "lacks scores or costs, or has too many"),
         (of_ranking(ladder=Ladder("x", [RUNG], [], [0.1])), "the ladder in its ranking lacks"),
         (of_ranking(ladder=Ladder("x", [RUNG], [8], [])), "the ladder in its ranking lacks"),
+        (of_ranking(ladder=a_ladder(Rung(3, Variant.INT4))), "does not take each layer to int8"),
+        (of_ranking(ladder=a_ladder(*reversed(STEPS))), "does not take each layer to int8"),
+        (of_ranking(ladder=a_ladder(*STEPS)), "has a ladder through int8, which it lacks"),
         (of_int4(bits=8), "its int4 variant has 8 bits"),
         (of_int4(group_size=-32), "its int4 variant has a negative group size"),
         (of_int4(group_size=0), "has shape"),

@@ -10,7 +10,7 @@ from morphserve.quantize.manifest import Rung, Variant
 from morphserve.runtime.costs import AttentionCost, CostModel
 from morphserve.runtime.forecast import Forecaster, forecaster
 from morphserve.runtime.ladder import Ladder
-from morphserve.runtime.load import queue_load, running_load
+from morphserve.runtime.load import most_urgent, running_load
 from morphserve.runtime.request import Demands, Request, SamplingParams
 from morphserve.runtime.signals import Urgent
 from morphserve.runtime.windows import Rolling
@@ -61,23 +61,15 @@ def test_running_requests_tell_what_they_will_take() -> None:
     decoding.blocks = [1]
     load = running_load([decoding, request(30, computed=10)], 8, 16, Slo(tpot_s=0.05))
     assert (load.num_decodes, load.context_tokens, load.prefill_tokens) == (1, 12, 20)
-    assert (load.blocks, load.growth) == (1, 1 + 3)  # 20 and 38 tokens in blocks of 16
+    assert load.growth == 1 + 3  # 20 and 38 tokens in blocks of 16
     assert load.tpot_target_s == 0.02
 
 
 def test_the_most_urgent_request_counts_the_prefill_before_it() -> None:
     load = running_load([], 8, 16, Slo())
     waiting = [request(30), request(30, slo=Slo(ttft_s=1.0)), request(9, slo=Slo(ttft_s=5.0))]
-    queue = queue_load(waiting, FULL, load, Slo(), step_tokens=20, step_s=0.1, now_s=10.5)
-    assert queue.urgent == Urgent(age_s=0.5, steps=3, target_s=1.0)
-
-
-def test_requests_held_for_precision_stand_before_nobody() -> None:
-    load = running_load([], 8, 16, Slo())
-    waiting = [request(30, min_precision=FULL), request(20, slo=Slo(ttft_s=1.0))]
-    queue = queue_load(waiting, INT4, load, Slo(), step_tokens=20, step_s=0.1, now_s=10.5)
-    assert queue.held == 1
-    assert queue.urgent == Urgent(age_s=0.5, steps=1, target_s=1.0)
+    urgent = most_urgent(waiting, load, Slo(), step_tokens=20, step_s=0.1, now_s=10.5)
+    assert urgent == Urgent(age_s=0.5, steps=3, target_s=1.0)
 
 
 def test_a_window_forgets_what_is_older_than_its_span() -> None:

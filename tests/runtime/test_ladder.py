@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morphserve.quantize.manifest import Rung, Variant
-from morphserve.runtime.ladder import Ladder
+from morphserve.runtime.ladder import Ladder, steps_of
 
 FULL, INT8, INT4 = Variant.FULL, Variant.INT8, Variant.INT4
 LADDER = Ladder((Rung(2, INT8), Rung(0, INT8), Rung(2, INT4), Rung(1, INT8), Rung(0, INT4)), 3)
@@ -41,3 +41,13 @@ def test_swaps_lead_from_any_rung_to_any_other(start: int, target: int) -> None:
         swaps += 1
     assert variants == LADDER.variants_at(target)
     assert swaps <= 3
+
+
+def test_the_deepest_rung_counts_int4_layers_alone() -> None:
+    assert [LADDER.deepest_with(n) for n in (0, 1, 2, 3)] == [2, 4, 5, 5]
+
+
+def test_every_layer_of_an_order_takes_one_variant_before_the_next() -> None:
+    assert steps_of([1, 0], [INT8, INT4]) == (
+        Rung(1, INT8), Rung(0, INT8), Rung(1, INT4), Rung(0, INT4),
+    )  # fmt: skip

@@ -90,7 +90,7 @@ def test_a_variant_brings_its_own_norms(kernels: Kernels) -> None:
     ]
     model = tiny_model(kernels)
     images = [quantized_image(layer, kernels, torch.float32) for layer in own]
-    driver = Driver(replace(model, int4=images), kv_tokens=256)
+    driver = Driver(replace(model, images=model.images | {Variant.INT4: images}), kv_tokens=256)
     demote(driver, [1, 2])
     _, layers = random_model()
     for i in (1, 2):

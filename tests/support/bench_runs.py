@@ -1,14 +1,22 @@
 """Hand-made runs of a benchmark."""
 
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
-from morphserve.morphcli.bench.record import Environment, Settings, Summary, trace_facts
+from morphserve.morphcli.bench.record import (
+    Environment,
+    MixPerplexity,
+    Settings,
+    Summary,
+    trace_facts,
+)
 from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
 from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import PolicySummary, Run, Slo, summarise
+from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise
 from morphserve.morphcli.bench.traces import Arrival
-from morphserve.quantize.manifest import Variant
+from morphserve.quantize.manifest import Rung, Variant
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
+LADDER = [Rung(layer, Variant.INT4) for layer in range(4)]
 BURST = Burst(start_s=1.0, end_s=2.0, usual_rate=1.0, peak_rate=7.0)
 
 
@@ -50,6 +58,7 @@ def state(at_s: float, num_int4: int, tokens: int, preemptions: int = 0) -> Stat
         preemptions=preemptions,
         generated_tokens={Variant.FULL: tokens - tokens // 2, Variant.INT4: tokens // 2},
         swaps=0,
+        ladder=LADDER,
     )
 
 
@@ -71,7 +80,10 @@ def make_summary(runs: list[Run]) -> tuple[Summary, Schedule]:
         environment=Environment("0", None, "3", "2", "linux", "a <fast> cpu", 2),
         trace=trace_facts(schedule, 0, "", BURST),
         policies=policies,
-        perplexities={0: 10.0, 4: 11.0},
+        perplexities=[
+            MixPerplexity([Variant.FULL] * 4, 10.0),
+            MixPerplexity([Variant.INT4] * 4, 11.0),
+        ],
         same_text_as_first={},
         created="now",
     )  # fmt: skip

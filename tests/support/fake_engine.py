@@ -184,6 +184,7 @@ def make_snapshot(**changes: object) -> Snapshot:
         "steps": 0,
         "step_s": 0.01,
         "predicted_step_s": 0.009,
+        "held": 1,
     }
     return Snapshot(**values | changes)
 

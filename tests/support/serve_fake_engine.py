@@ -17,6 +17,7 @@ from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.runtime.server.run import run_server
 from morphserve.runtime.server.serving import Serving
 
+DEMO_MODEL = str(resources.files("morphserve.morphcli").joinpath("demo_model"))
 COMMAND = (sys.executable, str(Path(fake_engine.__file__)))
 
 
@@ -31,7 +32,6 @@ async def watch(seconds: float, _serving: Serving) -> None:
 
 
 def main() -> int:
-    model = str(resources.files("morphserve.morphcli").joinpath("demo_model"))
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
@@ -50,7 +50,8 @@ def main() -> int:
         engine_timeout_s=flags.engine_timeout,
     )
     try:
-        code = run_server(EngineConfig(model, load_policy("balanced")), server, watching, COMMAND)
+        config = EngineConfig(DEMO_MODEL, load_policy("balanced"))
+        code = run_server(config, server, watching, COMMAND)
     except MorphError as error:
         print(error)
         return error.exit_code

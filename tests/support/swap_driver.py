@@ -1,6 +1,6 @@
 """A tiny random model in memory, and a driver that turns the step loop with scripted swaps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +22,7 @@ from morphserve.quantize.weights import (
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.build import Parts, assemble
 from morphserve.runtime.kernels import Kernels
+from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import full_image, quantized_image
 from morphserve.runtime.loader import LoadedModel
 from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
@@ -59,6 +60,7 @@ KINDS = (
     (Grid(4, 0), True),
     (Grid(4, 64, symmetric=False), False),
 )
+INT8_GRID = Grid(8, 32)
 
 
 def _random_layer(generator: torch.Generator) -> LayerTensors[Tensor]:
@@ -114,23 +116,41 @@ def quantised_layers(ordered: bool = True) -> list[LayerTensors[QuantizedWeight]
 
 
 def tiny_model(kernels: Kernels, exact: bool = False) -> LoadedModel:
-    """A random model with swaps to `quantised_layers`.
+    """A random model with swaps to INT8 and to `quantised_layers` as its INT4.
 
-    With `exact`, those stand for the very weights of full precision, summed in the same order.
+    With `exact`, both stand for the very weights of full precision, summed in the same order.
     """
     static, full = random_model()
-    quantised = quantised_layers(ordered=not exact)
+    int4 = quantised_layers(ordered=not exact)
+    int8 = [_quantise(layer, INT8_GRID, ordered=False) for layer in full]
     if exact:
-        full = [quantized_to_float32(layer) for layer in quantised]
+        full = [quantized_to_float32(layer) for layer in int4]
+        int8 = [_as_int8(layer) for layer in int4]
     return LoadedModel(
         architecture=ARCHITECTURE,
         kernels=kernels,
         dtype=torch.float32,
         statics=pack_statics(static, kernels, torch.float32),
-        full=[full_image(layer, kernels, torch.float32) for layer in full],
-        int4=[quantized_image(layer, kernels, torch.float32) for layer in quantised],
-        order=ORDER,
+        images={
+            Variant.FULL: [full_image(layer, kernels, torch.float32) for layer in full],
+            Variant.INT8: [quantized_image(layer, kernels, torch.float32) for layer in int8],
+            Variant.INT4: [quantized_image(layer, kernels, torch.float32) for layer in int4],
+        },
+        ladder=Ladder(steps_of(ORDER, [Variant.INT8, Variant.INT4]), ARCHITECTURE.num_layers),
     )
+
+
+def _as_int8(layer: LayerTensors[QuantizedWeight]) -> LayerTensors[QuantizedWeight]:
+    """The same weights, in 8 bits each."""
+
+    def widened(weight: QuantizedWeight) -> QuantizedWeight:
+        zeros = weight.zeros
+        if zeros is None:
+            zeros = torch.full_like(weight.scales, weight.middle, dtype=torch.uint8)
+        return replace(weight, bits=8, zeros=zeros)
+
+    linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    return LayerTensors(layer.norms, layer.biases, *map(widened, linears))
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -146,6 +166,7 @@ class Driver:
     kv_tokens: int
     max_num_batched_tokens: int = 24
     max_num_seqs: int = 8
+    prefix_caching: bool = False  # with it, a request's slices may have been others'
     parts: Parts = field(init=False)
     plan: MemoryPlan = field(init=False)
     requests: dict[str, Request] = field(init=False, default_factory=dict)
@@ -158,7 +179,11 @@ class Driver:
         config = EngineConfig(
             model="",
             policy=load_policy("performance"),
-            cache=CacheConfig(block_tokens=BLOCK_TOKENS, min_run_bytes=1),
+            cache=CacheConfig(
+                block_tokens=BLOCK_TOKENS,
+                min_run_bytes=1,
+                enable_prefix_caching=self.prefix_caching,
+            ),
             scheduler=SchedulerConfig(self.max_num_seqs, self.max_num_batched_tokens),
         )
         sizes = self.model.sizes(BLOCK_TOKENS)
@@ -174,7 +199,7 @@ class Driver:
         self._poison(self.plan.base_blocks)
         publish = self.parts.pool.publish
 
-        def poisoned(region: int, blocks: Sequence[int]) -> None:
+        def poisoned(region: Hashable, blocks: Sequence[int]) -> None:
             self._poison(blocks)
             publish(region, blocks)
 
@@ -195,7 +220,7 @@ class Driver:
             if parts.swapper.has_room and parts.layers.variants[layer] is not to:
                 if all(swap.layer != layer for swap in parts.swapper.in_flight):
                     parts.swapper.start(layer, to)
-        batch = parts.scheduler.schedule()
+        batch = parts.scheduler.schedule(parts.ladder.rung_of(parts.layers.variants))
         parts.swapper.advance()
         if batch:
             variants = tuple(parts.layers.variants)

@@ -13,6 +13,7 @@ from fake_server import fake_server
 from rich.console import Console
 
 from morphserve.configs.errors import ConfigError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.compare import (
     Bench,
     ReplayFailed,
@@ -33,7 +34,6 @@ from morphserve.morphcli.bench.server import (
     running_server,
     served_model,
 )
-from morphserve.morphcli.bench.summary import Slo
 from morphserve.morphcli.bench.traces import Arrival
 
 SERVE = """
@@ -188,11 +188,11 @@ def test_a_running_server_is_benched_from_trace_to_report(tmp_path: Path) -> Non
     (policy,) = summary.policies
     assert (policy.offered, policy.finished, policy.slo_misses) == (5, 5, 0)
     assert policy.faults == [] and policy.server is not None
-    assert policy.server.int4_layers_max == 0
+    assert policy.server.quantized_layers_max == 0
     assert len(server.bodies) == 6  # a warm-up and the trace
     assert [body["max_tokens"] for body in server.bodies[1:]] == [3, 4, 5, 6, 7]
     assert len({body["prompt"] for body in server.bodies[1:]}) == 5
     assert "skipped 1 of 6 rows" in (tmp_path / "out").read_text().replace("\n", " ")
-    assert summary.perplexities == {}  # nobody knows which weights it serves
+    assert summary.perplexities == []  # nobody knows which weights it serves
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {"summary.json", "requests.jsonl", "timeline.jsonl", "report.html"}

@@ -10,11 +10,12 @@ import pytest
 from bench_runs import answered, make_run, make_summary, state, unanswered
 
 from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.plot import Scale, nice_ceiling, spans, steps
 from morphserve.morphcli.bench.record import Summary, append_run, open_record, write_summary
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.schedule import Burst
-from morphserve.morphcli.bench.summary import Run, Slo
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
 from morphserve.morphcli.bench.timeline import draw_timeline, make_frame
 from morphserve.morphcli.bench.verdict import verdict
@@ -186,7 +187,7 @@ def test_rows_name_the_best_only_where_one_is_clearly_better() -> None:
     assert first.cells == ("no answer", "200 ms", "200 ms")
     assert rows["perplexity of what was served (lower is better)"].cells[0] == "10.000"
     again = rows["all layers at full precision again after the burst"]
-    assert again.cells == ("always", "no, 4 INT4", "after 1 s")
+    assert again.cells == ("always", "no, 4 swapped", "after 1 s")
     assert rows["KV cache capacity, tokens"].cells == ("160", "288", "160–288")
 
 
@@ -248,7 +249,7 @@ def test_the_run_folder_can_be_read_back(tmp_path: Path) -> None:
         append_run(tmp_path, run)
     write_summary(tmp_path, summary)
     written = json.loads((tmp_path / "summary.json").read_text())
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 2
     assert written["policies"][0]["slo_misses"] == 4
     assert written["policies"][0]["ttft_s"]["p95"] is None
     assert written["policies"][0]["faults"] == []

@@ -227,7 +227,7 @@ async def test_an_unknown_model_is_a_404(api: httpx.AsyncClient, model: str) -> 
     [
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/v1/../../etc/passwd", 404),
         ("GET", "//v1/models", 404),
         ("POST", "/v1/completions/", 404),

@@ -49,7 +49,9 @@ class Server:
     def ask(self, path: str) -> socket.socket:
         """A connection on which this path has been asked for."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
         return connection
 
     def get(self, path: str) -> tuple[int, bytes]:
@@ -74,7 +76,7 @@ class Server:
         length = len(body) if announced is None else announced
         head = [
             "POST /v1/completions HTTP/1.1",
-            "Host: x",
+            "Host: localhost",
             f"Connection: {'keep-alive' if keep_alive else 'close'}",
             f"Content-Length: {length}",
         ]
