@@ -2,13 +2,14 @@
 
 import faulthandler
 import logging
+import os
 import select
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import msgspec
 
@@ -220,5 +221,11 @@ def main(make_engine: EngineFactory = _make_engine) -> int:
     return run_engine(socket.socket(fileno=int(sys.argv[-1])), make_engine)
 
 
+def leave(exit_code: int) -> NoReturn:
+    """Ends the process at once: taking torch apart takes half a second, and nothing is to save."""
+    logging.shutdown()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -21,8 +21,9 @@ async def read_body(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             body = await _read(request)
-            request.state.body_is_read = True
+            request.state.body_is_over = True
     except TimeoutError:
+        request.state.body_is_over = True  # the refusal waits no longer for the rest
         raise ApiError(
             408, f"the request body did not arrive within {BODY_TIMEOUT_S:.0f} s", headers=_CLOSE
         ) from None

@@ -19,7 +19,7 @@ class Refusal(Response):
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start"} | start)
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        if not scope.get("state", {}).get("body_is_read"):
+        if not scope.get("state", {}).get("body_is_over"):
             await _discard(receive)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -3,6 +3,7 @@
 import json
 import statistics
 import threading
+import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from morphserve.morphcli.bench.traces import read_azure
 QUEUED = 64
 W = {"prompt": "def main():\n    return ", "max_tokens": 32, "ignore_eos": True}
 TURN_S = 2.0  # between two changes of direction of swaps
+RESTORE_S = 30.0  # for layers to come back after the last request
 
 
 def overload(rules: Rules, given: Given) -> None:
@@ -147,7 +149,8 @@ def bursts(rules: Rules, given: Given) -> None:
         events = Events(server)
         with events:
             seen = offer(server.url, _burst(given.seconds))
-        server.await_idle()
+            server.await_idle()
+            _await_restored(server)
     lost = sum(not answer.finished for answer in seen.answers)
     finished, refused = (
         sum(getattr(answer, name) for answer in seen.answers) for name in ("done", "refused")
@@ -170,10 +173,18 @@ def bursts(rules: Rules, given: Given) -> None:
     )
 
 
+def _await_restored(server: Server) -> None:
+    deadline = time.monotonic() + RESTORE_S
+    while server.state()["rung"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def _burst(seconds: float) -> Load:
-    """The shipped burst, as often as it fits, with lengths that the demo model takes."""
+    """The shipped burst, again and again, with lengths and a rate that the demo model takes."""
     trace = Path(str(resources.files("morphserve.morphcli.bench").joinpath("azure2023_burst.csv")))
-    shape = Shape(time_scale=1 / 20, length_scale=0.1, max_prompt=384, max_output=64)
+    shape = Shape(
+        rate_scale=0.15, time_scale=1 / 20, length_scale=0.1, max_prompt=384, max_output=64
+    )
     schedule = shape_trace(read_azure(trace), shape)
     # 20 times its speed lasts 3 s; then as long a pause, in which layers come back.
     starts = range(0, max(1, int(seconds)), 2 * int(schedule.duration_s + 1))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from clients import Answer, complete, gather
 from harness import FAKE, START_S, Given, Rules, Server, get, launch, make_bundle, serving, tight
 
-STAND_STILL_S = 7.0  # the watchdog of the event loop takes 5.5 s
+STAND_STILL_S = 7  # the watchdog of the event loop takes 5.5 s
 
 
 def killed_engine(rules: Rules, given: Given) -> None:
@@ -92,9 +92,10 @@ def _twice(rules: Rules, server: Server) -> None:
 
 def _while_starting(rules: Rules, given: Given) -> None:
     """A signal after 0, 0.2, 0.4, ... s of a start."""
+    arguments = tight(make_bundle(given.folder))  # loads a checkpoint, then a bundle
     codes, hung, left = [], 0.0, 0
     for i in range(12):
-        server = launch(["--policy", "off"], log=given.folder / f"starting-{i}.log")
+        server = launch(arguments, log=given.folder / f"starting-{i}.log")
         time.sleep(0.2 + 0.2 * i)
         pids = server.pids()
         server.process.terminate()
@@ -168,7 +169,7 @@ def blocked_loop(rules: Rules, given: Given) -> None:
     stacks = told.count("most recent call first") and told.count("stand_still")
     rules.check(
         "F14",
-        f"an event loop blocked for {STAND_STILL_S:g} s: its stack in the log, then serves again",
+        f"an event loop blocked for {STAND_STILL_S} s: its stack in the log, then serves again",
         f"{stacks} stack, {'served' if answer.done else answer.error}",
         stacks == 1 and "stood still" in told and answer.done,
     )

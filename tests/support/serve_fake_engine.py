@@ -2,9 +2,9 @@
 
 import argparse
 import asyncio
+import ctypes
 import signal
 import sys
-import time
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -21,11 +21,12 @@ DEMO_MODEL = str(resources.files("morphserve.morphcli").joinpath("demo_model"))
 COMMAND = (sys.executable, str(Path(fake_engine.__file__)))
 
 
-def stand_still(seconds: float) -> None:
-    time.sleep(seconds)
+def stand_still(seconds: int) -> None:
+    """Without letting go of Python's lock."""
+    ctypes.PyDLL(None).sleep(seconds)
 
 
-async def watch(seconds: float, _serving: Serving) -> None:
+async def watch(seconds: int, _serving: Serving) -> None:
     """SIGUSR1 blocks the event loop for so long."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, stand_still, seconds)
     await asyncio.Event().wait()
@@ -38,7 +39,7 @@ def main() -> int:
     parser.add_argument("--shutdown-timeout", type=float, default=20.0)
     parser.add_argument("--engine-timeout", type=float, default=300.0)
     parser.add_argument("--max-queued", type=int, default=512)
-    parser.add_argument("--block-on-usr1", type=float, default=0.0, help="seconds")
+    parser.add_argument("--block-on-usr1", type=int, default=0, help="seconds")
     flags = parser.parse_args()
     watching = partial(watch, flags.block_on_usr1)
     server = ServerConfig(

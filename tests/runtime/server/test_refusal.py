@@ -4,10 +4,13 @@ import asyncio
 from typing import Any
 
 import msgspec
+import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
+from morphserve.runtime.server import body
 from morphserve.runtime.server.body import read_body
+from morphserve.runtime.server.errors import ApiError
 from morphserve.runtime.server.refusal import Refusal
 
 
@@ -47,3 +50,24 @@ def test_a_body_that_has_been_read_is_not_waited_for() -> None:
 
     asyncio.run(refuse())
     assert client.sent[-1]["more_body"] is False
+
+
+def test_a_body_that_did_not_come_in_time_is_not_waited_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.01)
+    client, waits = Connection(), []
+
+    async def silence() -> Message:
+        waits.append(1)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def refuse() -> None:
+        with pytest.raises(ApiError) as caught:
+            await read_body(Request(client.scope, silence), msgspec.json.Decoder(dict))
+        assert caught.value.status == 408
+        await caught.value.response()(client.scope, silence, client.send)
+
+    asyncio.run(refuse())
+    assert client.sent[-1]["more_body"] is False and len(waits) == 1
