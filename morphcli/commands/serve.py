@@ -115,7 +115,7 @@ def serve(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="With --dry-run: as one document.")] = False,
 ) -> None:
-    """Serve a model; under pressure layers become INT4.
+    """Serve a model; under pressure layers become INT8 and INT4.
 
     A flag counts before its environment variable (MORPH_PORT for --port), that before --config.
     """
