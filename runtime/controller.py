@@ -87,8 +87,7 @@ def _enter(
     if state.spent and signals.rung < deepest:
         deepest = min(deepest, signals.int8_rung)
         if signals.rung >= deepest:
-            spent = f"the quality budget is spent ({signals.token_share:.0%} with INT4 layers)"
-            return _stay(signals, state, pressure, spent)
+            return _stay(signals, state, pressure, _spent(signals, policy))
     wanted = _depth(signals, policy, pressure, deepest)
     if wanted is None:
         return None, state
@@ -151,6 +150,14 @@ def _objection(signals: Signals, rung: int) -> str | None:
     if then_s > _NOTABLE * now_s:
         return f"{steps}, {now_s * 1e3:.1f} ms now"
     return None
+
+
+def _spent(signals: Signals, policy: Policy) -> str:
+    share, regained = signals.token_share, _REGAINED * policy.max_demoted_token_share
+    return (
+        f"the quality budget is spent ({share:.0%} of tokens made with INT4 layers, "
+        f"open again at {regained:.0%})"
+    )
 
 
 def _stay(

@@ -1,0 +1,298 @@
+"""Draws docs/burst.svg: a calm, a burst and a calm on `morph serve demo`, and what it decided.
+
+    morph quantize demo --method rtn -o demo.morph
+    morph profile demo --bundle demo.morph
+    python docs/figures/burst.py demo.morph [--peak 4.5] [--policy balanced] [--out docs/burst.svg]
+
+Run by hand, on a machine that does nothing else; it takes less than two minutes. Server and
+requests stay on this machine. `--peak` is the burst's requests per second: raise it where the
+machine is too fast to be pressed. A file whose name ends in .png is drawn as PNG.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import msgspec
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from morphserve.configs.load import resolve_model
+from morphserve.morphcli.bench import client, server
+from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest
+from morphserve.quantize.manifest import Variant
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 200, 120
+CALM_PER_S = 1.0
+BURST_S = (8.0, 20.0)
+SENT_S = 44.0  # after which no request is sent
+WATCHED_S = 52.0
+SAMPLES_S = 0.1
+LIMITS = ("27MiB", 640)  # memory budget, --max-model-len
+
+# After Okabe and Ito: told apart by colour-blind readers too.
+INK, MUTED, SHADE = "#1b1b19", "#6d6c66", "#f3efe4"
+BLUE, GREEN = "#0072b2", "#009e73"
+PRECISIONS = {Variant.FULL: "#dbe7f0", Variant.INT8: "#f0c36d", Variant.INT4: "#d55e00"}
+STYLE: Any = {
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.fonttype": "path",  # looks the same wherever it is shown
+    "svg.hashsalt": "morphserve",
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+}
+
+
+class Decided(msgspec.Struct):
+    """An event of the server."""
+
+    id: int
+    time: float  # seconds since the epoch
+    kind: str
+    text: str
+
+
+class State(server.State, kw_only=True):
+    """The part of a server's state that is drawn."""
+
+    demand: int  # blocks
+    events: list[Decided]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What was sent to one server and how it went."""
+
+    title: str
+    started: float  # seconds since the epoch
+    states: Sequence[State]
+    outcomes: Sequence[Outcome]
+
+    @property
+    def times_s(self) -> list[float]:
+        """Of the states, since the start."""
+        return [state.time - self.started for state in self.states]
+
+    @property
+    def decisions(self) -> list[tuple[float, str]]:
+        """When since the start, and why."""
+        events = {event.id: event for state in self.states for event in state.events}
+        told = (events[number] for number in sorted(events))
+        return [(e.time - self.started, e.text) for e in told if e.kind == "decision"]
+
+
+def plan(url: str, peak: float) -> Plan:
+    """Requests at even distances, no two with the same beginning."""
+    times, at_s = [], 0.5
+    while at_s < SENT_S:
+        times.append(at_s)
+        at_s += 1 / (peak if BURST_S[0] <= at_s < BURST_S[1] else CALM_PER_S)
+    requests = [
+        PlannedRequest(i, at, _prompt(i), PROMPT_TOKENS, OUTPUT_TOKENS)
+        for i, at in enumerate(times)
+    ]
+    return Plan(url, server.served_model(url), 60.0, requests)
+
+
+def _prompt(index: int) -> list[int]:
+    return [5 + (7919 * (index + 1) + 31 * i) % 4000 for i in range(PROMPT_TOKENS)]
+
+
+async def record(url: str, peak: float, title: str) -> Recorded:
+    """Sends the plan and reads the server's state until WATCHED_S, and to the last answer."""
+    planned = plan(url, peak)
+    started, started_s = time.time(), time.monotonic()
+    states: list[State] = []
+    watching = asyncio.create_task(_watch(url, started_s, states))
+    outcomes = [outcome async for outcome in client.replay(planned, started_s)]
+    await watching
+    return Recorded(title, started, states, outcomes)
+
+
+async def _watch(url: str, started_s: float, states: list[State]) -> None:
+    due = started_s
+    while due < started_s + WATCHED_S:
+        with contextlib.suppress(OSError):  # a sample that is missing leaves a gap of 0.1 s
+            _, body = await asyncio.to_thread(server.get, url, "/morph/v1/state")
+            states.append(msgspec.json.decode(body, type=State))
+        due = max(due + SAMPLES_S, time.monotonic())
+        await asyncio.sleep(due - time.monotonic())
+
+
+def draw(recorded: Recorded) -> Figure:
+    """Four panels over one time axis, and the decisions in words below."""
+    reasons = [textwrap.wrap(f"{at_s:.1f} s: {text}", 118) for at_s, text in recorded.decisions]
+    lines = sum(map(len, reasons))
+    panels_in, words_in = 7.6, 0.75 + 0.19 * lines
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, panels_in + words_in), layout="constrained")
+        panels, words = figure.subfigures(2, 1, height_ratios=[panels_in, words_in])
+        load, cache, layers, first = panels.subplots(
+            4, 1, sharex=True, height_ratios=[1, 2, 1.7, 1.4]
+        )
+        _draw_load(load, recorded)
+        _draw_cache(cache, recorded)
+        _draw_layers(layers, recorded)
+        _draw_first_tokens(first, recorded)
+        for axes in (load, cache, layers, first):
+            _draw_marks(axes, recorded, numbered=axes is load)
+        first.set(xlim=(0, WATCHED_S), xlabel="seconds")
+        _write_reasons(words, reasons)
+        return figure
+
+
+def _draw_load(axes: Axes, recorded: Recorded) -> None:
+    sent = [outcome.intended_s for outcome in recorded.outcomes]
+    seconds = range(int(WATCHED_S))
+    rates = [sum(second <= at < second + 1 for at in sent) for second in seconds]
+    axes.bar(seconds, rates, width=0.9, align="edge", color=MUTED)
+    axes.set_title(f"Requests sent in each second ({recorded.title})", pad=20)
+    axes.set_ylim(0, max(rates) + 2)
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.text(sum(BURST_S) / 2, max(rates) + 1.9, "burst", ha="center", va="top", color=MUTED)
+
+
+def _draw_cache(axes: Axes, recorded: Recorded) -> None:
+    times, states = recorded.times_s, recorded.states
+    axes.set_title("KV cache, in tokens")
+    size = states[0].block_tokens
+    used = [size * state.blocks_used for state in states]
+    axes.fill_between(times, used, color=BLUE, alpha=0.3, linewidth=0, label="used")
+    capacity = [size * state.blocks_capacity for state in states]
+    axes.step(times, capacity, where="post", color=BLUE, linewidth=2, label="capacity")
+    wanted = [size * state.demand for state in states]
+    label = "demand: what all requests want, 64 tokens ahead"
+    axes.plot(times, wanted, color=INK, linewidth=1, linestyle="--", label=label)
+    full = size * states[0].blocks_full
+    axes.axhline(full, color=BLUE, linewidth=0.8, linestyle=":")
+    axes.annotate("every layer at full precision", (0.3, 1.04 * full), color=BLUE)
+    # Demand far above the capacity would press all else to the ground.
+    axes.set_ylim(0, min(1.6 * max(capacity), 1.08 * max(*capacity, *wanted)))
+    _legend_in_title(axes)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _legend_in_title(axes: Axes, **kwargs: Any) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.98), ncols=3, **kwargs)
+
+
+def _draw_layers(axes: Axes, recorded: Recorded) -> None:
+    """One row per layer in the ladder's order: what goes first lies at the bottom."""
+    first = recorded.states[0]
+    order = list(dict.fromkeys(step.layer for step in first.ladder))
+    ends = [*recorded.times_s[1:], WATCHED_S]
+    shown = set()
+    for row, layer in enumerate(order):
+        spans = _spans([s.layers[layer] for s in recorded.states], recorded.times_s, ends)
+        for variant, start_s, length_s in spans:
+            shown.add(variant)
+            axes.broken_barh([(start_s, length_s)], (row + 0.06, 0.88), color=PRECISIONS[variant])
+    axes.set_yticks([row + 0.5 for row in range(len(order))], [str(layer) for layer in order])
+    axes.tick_params(axis="y", labelsize=7, length=0)
+    axes.set(title="Precision of each layer, the least important one at the bottom", ylabel="layer")
+    named = [Patch(color=PRECISIONS[v], label=v.value) for v in PRECISIONS if v in shown]
+    _legend_in_title(axes, handles=named)
+
+
+def _spans(
+    variants: Sequence[Variant], starts: Sequence[float], ends: Sequence[float]
+) -> list[tuple[Variant, float, float]]:
+    """Stretches of one precision: which, from when, for how long in seconds."""
+    turns = [i for i, (a, b) in enumerate(pairwise(variants), 1) if a is not b]
+    bounds = pairwise([0, *turns, len(variants)])
+    return [(variants[a], starts[a], ends[b - 1] - starts[a]) for a, b in bounds]
+
+
+def _draw_first_tokens(axes: Axes, recorded: Recorded) -> None:
+    answered = [o for o in recorded.outcomes if o.ttft_s is not None]
+    axes.plot(
+        [o.intended_s for o in answered],
+        [o.ttft_s or 0.0 for o in answered],
+        ".",
+        color=GREEN,
+        markersize=7,
+    )
+    axes.set_title("Time to first token of each request, by when it was sent")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
+
+
+def _draw_marks(axes: Axes, recorded: Recorded, numbered: bool) -> None:
+    axes.axvspan(*BURST_S, color=SHADE, zorder=0)
+    last_s = float("-inf")
+    for number, (at_s, _) in enumerate(recorded.decisions, 1):
+        axes.axvline(at_s, color=INK, linewidth=0.7, zorder=1, alpha=0.6)
+        if numbered:
+            last_s = max(at_s, last_s + 1.0)  # numbers keep clear of each other
+            circle = {"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": INK}
+            place = (last_s, 1.16)
+            axes.annotate(
+                str(number),
+                place,
+                xycoords=axes.get_xaxis_transform(),
+                ha="center",
+                va="center",
+                bbox=circle,
+                fontsize=7.5,
+                annotation_clip=False,
+            )
+
+
+def _write_reasons(figure: SubFigure, reasons: Sequence[Sequence[str]]) -> None:
+    lines = ["A block holds 16 tokens; rung 3 is three steps down the ladder of layers.", ""]
+    for number, wrapped in enumerate(reasons, 1):
+        lines += [f"{number:>2}   {wrapped[0]}", *(f"       {more}" for more in wrapped[1:])]
+    inch = 1 / figure.bbox.height * figure.dpi
+    figure.text(0.02, 1, "Decisions, as the log has them", va="top", weight="bold", fontsize=10)
+    figure.text(0.02, 1 - 0.24 * inch, "\n".join(lines), va="top", linespacing=1.3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--peak", type=float, default=4.5)
+    parser.add_argument("--policy", default="balanced")
+    parser.add_argument("--out", type=Path, default=Path("docs/burst.svg"))
+    given = parser.parse_args()
+    port = server.free_port()
+    options = server.ServerOptions(resolve_model("demo"), given.bundle, *LIMITS)
+    with tempfile.TemporaryDirectory() as folder, server.ended_by_signals():
+        log = Path(folder) / "server.log"
+        with server.running_server(options.arguments(given.policy, port), port, log) as url:
+            recorded = asyncio.run(record(url, given.peak, f"policy {given.policy}"))
+    failed = [o.error for o in recorded.outcomes if o.error]
+    if failed:
+        sys.exit(f"{len(failed)} requests failed, the first with: {failed[0]}")
+    metadata = {"Date": None} if given.out.suffix == ".svg" else None
+    with mpl.rc_context(STYLE):
+        draw(recorded).savefig(given.out, dpi=110, metadata=metadata)
+    print(f"wrote {given.out}, {given.out.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()
