@@ -183,7 +183,7 @@ def _release(
     if signals.now_s - since < dwell_s or not _may_promote(signals, state, policy):
         return None, state
     capacity = signals.capacities[rung]
-    held = f", {signals.held} waiting for full precision" if signals.held else ""
+    held = f", {signals.held} waiting for a higher precision" if signals.held else ""
     reason = f"calm, {signals.demand} blocks wanted of {capacity}{held}: back to rung {rung}"
     return Decision(rung, reason), _acted(state, -1, signals.now_s)
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import matplotlib as mpl
 import msgspec
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
@@ -35,7 +36,7 @@ from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest
 from morphserve.quantize.manifest import Variant
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 200, 120
-CALM_PER_S = 1.0
+CALM_SHARE = 1 / 8  # of the peak
 BURST_S = (8.0, 20.0)
 SENT_S = 44.0  # after which no request is sent
 WATCHED_S = 52.0
@@ -106,13 +107,12 @@ class Recorded:
 
 def plan(url: str, peak: float) -> Plan:
     """Requests at even distances, no two with the same beginning."""
-    times, at_s = [], 0.5
-    while at_s < SENT_S:
-        times.append(at_s)
-        at_s += 1 / (peak if BURST_S[0] <= at_s < BURST_S[1] else CALM_PER_S)
+    calm = CALM_SHARE * peak
+    phases = ((0.5, BURST_S[0], calm), (*BURST_S, peak), (BURST_S[1], SENT_S, calm))
+    times = np.concatenate([np.arange(start, end, 1 / rate) for start, end, rate in phases])
     requests = [
         PlannedRequest(i, at, _prompt(i), PROMPT_TOKENS, OUTPUT_TOKENS)
-        for i, at in enumerate(times)
+        for i, at in enumerate(times.tolist())
     ]
     return Plan(url, server.served_model(url), 60.0, requests)
 
@@ -146,7 +146,7 @@ def draw(recorded: Recorded) -> Figure:
     """Four panels over one time axis, and the decisions in words below."""
     reasons = [textwrap.wrap(f"{at_s:.1f} s: {text}", 118) for at_s, text in recorded.decisions]
     lines = sum(map(len, reasons))
-    panels_in, words_in = 7.6, 0.75 + 0.19 * lines
+    panels_in, words_in = 7.6, 0.65 + 0.18 * lines
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, panels_in + words_in), layout="constrained")
         panels, words = figure.subfigures(2, 1, height_ratios=[panels_in, words_in])
@@ -172,7 +172,7 @@ def _draw_load(axes: Axes, recorded: Recorded) -> None:
     axes.set_title(f"Requests sent in each second ({recorded.title})", pad=20)
     axes.set_ylim(0, max(rates) + 2)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.text(sum(BURST_S) / 2, max(rates) + 1.9, "burst", ha="center", va="top", color=MUTED)
+    axes.text(BURST_S[0] + 0.2, max(rates) + 1.9, "burst", va="top", color=MUTED)
 
 
 def _draw_cache(axes: Axes, recorded: Recorded) -> None:
@@ -188,7 +188,7 @@ def _draw_cache(axes: Axes, recorded: Recorded) -> None:
     axes.plot(times, wanted, color=INK, linewidth=1, linestyle="--", label=label)
     full = size * states[0].blocks_full
     axes.axhline(full, color=BLUE, linewidth=0.8, linestyle=":")
-    axes.annotate("every layer at full precision", (0.3, 1.04 * full), color=BLUE)
+    axes.annotate("every layer at full precision", (WATCHED_S, 1.05 * full), color=BLUE, ha="right")
     # Demand far above the capacity would press all else to the ground.
     axes.set_ylim(0, min(1.6 * max(capacity), 1.08 * max(*capacity, *wanted)))
     _legend_in_title(axes)

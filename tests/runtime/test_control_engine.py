@@ -171,7 +171,7 @@ def test_requests_held_for_full_precision_bring_it_back_and_press_nobody(bundle:
     engine.pin(None)
     assert set(run(engine).values()) == {"length"}
     (told,) = decisions(engine)
-    assert "14 waiting for" in told
+    assert "14 waiting for a higher precision" in told
     assert told.endswith("back to rung 0")
 
 
