@@ -2,7 +2,7 @@
 
     morph quantize demo --method rtn -o demo.morph
     morph profile demo --bundle demo.morph
-    python docs/figures/burst.py demo.morph [--peak 4.5] [--policy balanced] [--out docs/burst.svg]
+    python docs/figures/burst.py demo.morph [--peak 3] [--policy balanced] [--out docs/burst.svg]
 
 Run by hand, on a machine that does nothing else; it takes less than two minutes. Server and
 requests stay on this machine. `--peak` is the burst's requests per second: raise it where the
@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from morphserve.configs.load import resolve_model
 from morphserve.morphcli.bench import client, server
@@ -237,6 +237,10 @@ def _draw_first_tokens(axes: Axes, recorded: Recorded) -> None:
     )
     axes.set_title("Time to first token of each request, by when it was sent")
     axes.set_yscale("log")
+    slowest_s = max(o.ttft_s or 0.0 for o in answered)
+    axes.set_ylim(0.02, max(1.5, 1.5 * slowest_s))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
 
 
@@ -275,7 +279,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--peak", type=float, default=4.5)
+    parser.add_argument("--peak", type=float, default=3.0)
     parser.add_argument("--policy", default="balanced")
     parser.add_argument("--out", type=Path, default=Path("docs/burst.svg"))
     given = parser.parse_args()

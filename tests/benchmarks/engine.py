@@ -33,7 +33,7 @@ from morphserve.runtime.request import SamplingParams
 PROMPT_TOKENS, OUTPUT_TOKENS = 200, 60
 BATCHES = (1, 8, 16, 32)
 STREAMS = 16
-TURN_STEPS, TURNS, WARM_TURNS = 10, 40, 10
+TURN_STEPS, TURNS, WARM_TURNS = 5, 30, 20  # in one round
 POLICIES = {"full precision": "off", "6 of 12 INT4": "static:6", "all INT4": "static:all"}
 
 
@@ -132,15 +132,15 @@ class Streams:
             self._send(OUTPUT_TOKENS * (i + 1) // STREAMS)
 
     def turn(self) -> tuple[int, float]:
-        """(tokens generated, seconds) of a few steps."""
+        """(tokens generated, processor seconds) of a few steps."""
         before = self.engine.snapshot().num_generated
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in range(TURN_STEPS):
             step = self.engine.step()
             for output in step.outputs if step else []:
                 if output.finish_reason:
                     self._send(OUTPUT_TOKENS)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         return self.engine.snapshot().num_generated - before, seconds
 
     def _send(self, max_tokens: int) -> None:
@@ -150,28 +150,34 @@ class Streams:
         self.num_sent += 1
 
 
-def idle_ratios(bundle: Path, threads: int, rounds: int) -> list[float]:
-    """Tokens per second under `balanced`, never pressed, over those under `off`; one per round.
+def idle_ratios(bundle: Path, threads: int, rounds: int) -> dict[str, list[float]]:
+    """Tokens per processor second over those of an engine with `off`, one ratio per round.
 
-    Both engines do the same work in turns of a few steps, and take turns in who is first. A round's
-    ratio is the median of its pairs of turns: other work on the machine spoils some of them.
+    Of `balanced`, never pressed, and of `off` once more, which shows what chance does. All do the
+    same work in turns of a few steps. A round's ratio is the median of its pairs of turns: other
+    work on the machine, for which processor time stands still, spoils caches all the same.
     """
-    balanced, off = (Streams(Engine(config(bundle, name, threads))) for name in ("balanced", "off"))
-    for _ in range(WARM_TURNS):  # touches the memory of both
-        balanced.turn(), off.turn()
-    ratios = []
+    names = {"off": "off", "balanced": "balanced", "off again": "off"}
+    streams = {name: Streams(Engine(config(bundle, p, threads))) for name, p in names.items()}
+    for _ in range(WARM_TURNS):  # touches the memory of all
+        for stream in streams.values():
+            stream.turn()
+    ratios: dict[str, list[float]] = {"balanced": [], "off again": []}
     for _ in range(rounds):
-        pairs = []
-        for turn in range(TURNS):
-            if turn % 2:
-                (made, its_s), (other, off_s) = balanced.turn(), off.turn()
-            else:
-                (other, off_s), (made, its_s) = off.turn(), balanced.turn()
-            assert made == other
-            pairs.append(off_s / its_s)
-        ratios.append(statistics.median(pairs))
-    assert balanced.engine.snapshot().swaps == 0
+        turns = [_turns(streams, first) for first in range(TURNS)]
+        for name, found in ratios.items():
+            found.append(statistics.median(turn["off"] / turn[name] for turn in turns))
+    assert all(stream.engine.snapshot().swaps == 0 for stream in streams.values())
     return ratios
+
+
+def _turns(streams: dict[str, Streams], first: int) -> dict[str, float]:
+    """Processor seconds of one turn of each, who is first changing from call to call."""
+    names = list(streams)
+    order = [names[(first + i) % len(names)] for i in range(len(names))]
+    done = {name: streams[name].turn() for name in order}
+    assert len({tokens for tokens, _ in done.values()}) == 1
+    return {name: seconds for name, (_, seconds) in done.items()}
 
 
 def main() -> None:
@@ -190,12 +196,10 @@ def main() -> None:
         opened.with_costs(measure_costs(checkpoint, opened, "cpu", threads))
         look_s, share = controller_share(bundle, threads)
         console.print(f"controller: {look_s * 1e6:.0f} us a look, {share:.2%} of the time")
-        ratios = idle_ratios(bundle, threads, given.rounds)
-        console.print(
-            f"tokens per second, balanced over off, {STREAMS} streams, no pressure: median "
-            f"{statistics.median(ratios):.4f}, {min(ratios):.4f} to {max(ratios):.4f} "
-            f"in {len(ratios)} rounds"
-        )
+        console.print(f"tokens per processor second over off, {STREAMS} streams, no pressure:")
+        for name, ratios in idle_ratios(bundle, threads, given.rounds).items():
+            middle, spread = statistics.median(ratios), f"{min(ratios):.4f} to {max(ratios):.4f}"
+            console.print(f"  {name}: median {middle:.4f}, {spread} in {len(ratios)} rounds")
 
 
 if __name__ == "__main__":
