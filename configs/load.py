@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.configs.errors import ConfigError
-from morphserve.configs.schema import Policy
+from morphserve.configs.schema import Policy, Slo
 
 DEMO_MODEL = "demo"
 PRESETS = ("accuracy", "balanced", "performance", "off", "static")
@@ -78,3 +78,14 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ConfigError(f"{text!r} is not a size: write for example 96MiB or 2GB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def parse_slo(text: str) -> Slo:
+    """Targets from `ttft=2s,tpot=200ms`; either may be left out."""
+    targets: dict[str, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(ttft|tpot)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*", part)
+        if match is None:
+            raise ConfigError(f"--slo {text!r}: write for example ttft=2s,tpot=200ms")
+        targets[f"{match[1]}_s"] = float(match[2]) / (1000 if match[3] == "ms" else 1)
+    return Slo(**targets)

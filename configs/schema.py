@@ -1,5 +1,6 @@
 """Frozen dataclasses of a run's settings, with units and checks."""
 
+import re
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,6 +18,10 @@ class CacheConfig:
     min_run_bytes: int = 64 * 1024  # shortest wanted run of one layer's pages in a chunk
     enable_prefix_caching: bool = True  # keep KV for requests with the same beginning
 
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1:
+            raise ConfigError(f"block_tokens must be at least 1, not {self.block_tokens}")
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -25,11 +30,9 @@ class SchedulerConfig:
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens per step, prefill and decode together
     max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
-    queue_timeout_s: float | None = None  # longest wait to be admitted; None: no end
+    queue_timeout_s: float | None = None  # longest wait to be admitted; None: no limit
 
     def __post_init__(self) -> None:
-        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
-            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -37,6 +40,8 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): each running request needs one per step"
             )
+        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
+            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -109,6 +114,7 @@ class EngineConfig:
     threads: int | None = None  # compute threads; None: one per core
     order: str = "bundle"  # bundle (its ranking), front-to-back, back-to-front, random
     seed: int = 0  # of the random order and of unseeded sampling
+    log_format: str = "text"  # as the server's
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     slo: Slo = Slo()  # of requests that name no targets of their own
@@ -126,6 +132,11 @@ class ServerConfig:
     overload_status: int = 503  # what they are told: 503 or 429
     engine_timeout_s: float = 300.0  # an engine that says nothing for so long is replaced
     shutdown_timeout_s: float = 30.0  # for running requests after SIGTERM
+    log_format: str = "text"  # text or json
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any opens the API; (): no key asked
+    admin_key: str | None = field(default=None, repr=False)  # None: no admin routes
+    allowed_origins: tuple[str, ...] = ()  # web pages of other hosts that may call; * is all
+    sse_keep_alive_s: float = 15.0  # silence on a stream before a comment says that it lives
 
     def __post_init__(self) -> None:
         if self.max_queued < 1:
@@ -134,5 +145,21 @@ class ServerConfig:
             raise ConfigError(f"max_queued_tokens must be at least 1, not {self.max_queued_tokens}")
         if self.overload_status not in (429, 503):
             raise ConfigError(f"overload_status must be 503 or 429, not {self.overload_status}")
-        if self.engine_timeout_s <= 0:
-            raise ConfigError(f"engine_timeout_s must be above 0, not {self.engine_timeout_s}")
+        for name in ("engine_timeout_s", "sse_keep_alive_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
+        self._check_access()
+
+    def _check_access(self) -> None:
+        for key in (*self.api_keys, *([] if self.admin_key is None else [self.admin_key])):
+            if not re.fullmatch(r"[!-~]{1,4096}", key):  # what a header can carry
+                raise ConfigError("a key must be 1 to 4096 visible ASCII characters, no spaces")
+        if self.admin_key in self.api_keys:
+            raise ConfigError("the admin key must not be an API key, too")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#@\s*]+", origin):
+                raise ConfigError(
+                    f"an allowed origin is like https://chat.example.com:8443, or *; not {origin!r}"
+                )

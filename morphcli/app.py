@@ -8,24 +8,33 @@ import typer
 
 from morphserve.configs.errors import MorphError
 from morphserve.morphcli.commands.bench import bench
+from morphserve.morphcli.commands.chat import chat
+from morphserve.morphcli.commands.complete import complete
 from morphserve.morphcli.commands.demo import demo
+from morphserve.morphcli.commands.doctor import doctor
 from morphserve.morphcli.commands.export import export
 from morphserve.morphcli.commands.inspect_bundle import inspect
 from morphserve.morphcli.commands.profile import profile
 from morphserve.morphcli.commands.quantize import quantize
 from morphserve.morphcli.commands.serve import serve
+from morphserve.morphcli.commands.top import top
 from morphserve.morphcli.commands.verify_bundle import verify
+from morphserve.morphcli.settings import Command
 
 app = typer.Typer(
     name="morph",
     help="Serve an LLM at full precision; under pressure swap layers for INT4 and grow the cache.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help takes three times as long as all the rest of --help
 )
-for command in (profile, quantize, inspect, verify, export, serve, bench, demo):
-    app.command()(command)
+COMMANDS = (
+    *(profile, quantize, inspect, verify, export),
+    *(serve, top, chat, complete),
+    *(bench, demo, doctor),
+)
+for command in COMMANDS:
+    app.command(cls=Command)(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,6 +25,7 @@ from morphserve.runtime.messages import Hello, MemoryBytes
 from morphserve.runtime.model import Model, place_statics, rope_table
 from morphserve.runtime.runner import Runner
 from morphserve.runtime.scheduler import Scheduler
+from morphserve.runtime.sizing import outline_model
 from morphserve.runtime.swapper import Swapper
 
 
@@ -47,7 +48,6 @@ class Parts:
 
 def build(config: EngineConfig) -> Parts:
     """Loads the model and lays out its memory. Raises MorphError with what to change."""
-    started = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = load_model(config)
@@ -55,21 +55,21 @@ def build(config: EngineConfig) -> Parts:
     max_model_len = _max_model_len(config, model.architecture)
     plan = _plan(config, model, max_model_len)
     parts = assemble(config, model, plan, max_model_len)
-    parts.hello.startup_s.update(load=loaded - started, arena=time.monotonic() - loaded)
+    parts.hello.startup_s.update(model.load_s, arena=time.monotonic() - loaded)
     return parts
+
+
+def foretell(config: EngineConfig, model: LoadedModel) -> Hello:
+    """What the engine of this model will say of itself. Raises MorphError as `build` does."""
+    max_model_len = _max_model_len(config, model.architecture)
+    plan = _plan(config, model, max_model_len)
+    return _hello(config, model, plan, max_model_len)
 
 
 def budget_for_tokens(config: EngineConfig, num_tokens: int) -> int:
     """Least memory budget in bytes that holds the model and, at full precision, so much KV."""
-    sizes = load_model(config).sizes(config.cache.block_tokens)
+    sizes = outline_model(config).sizes(config.cache.block_tokens)
     return budget_for(sizes, _staging_slots(config), config.cache.min_run_bytes, num_tokens)
-
-
-def capacities(config: EngineConfig) -> list[int]:
-    """KV blocks at rung 0, 1, ... the deepest that the policy allows."""
-    model = load_model(config)
-    plan = _plan(config, model, _max_model_len(config, model.architecture))
-    return _capacities(config, model, plan)
 
 
 def assemble(

@@ -8,7 +8,7 @@ import msgspec
 
 from morphserve.configs.schema import Policy
 from morphserve.runtime.controller import decide
-from morphserve.runtime.signals import ControlState, Decision, Signals, numbers
+from morphserve.runtime.signals import ControlState, Decision, Signals
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,5 @@ class Control:
 
 
 def _log(record: Record) -> None:
-    known = numbers(record.signals, record.decision.rung)
-    shown = " ".join(f"{name}={value:.6g}" for name, value in known.items())
-    logger.info("%s (%s)", record.decision.reason, shown)
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s", write_record(record))

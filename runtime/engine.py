@@ -278,10 +278,14 @@ def _output(
 ) -> TokenOutput:
     reason: FinishReason | None = request.finish_reason
     is_first = bool(tokens) and len(request.output) == len(tokens)
+    queued_s = 0.0
+    if is_first and request.scheduled_s is not None:
+        queued_s = request.scheduled_s - request.arrival_s
     return TokenOutput(
         request.id,
         tokens,
         None if reason is None else reason.value,
         None if logprobs is None else [logprobs],
         cached_tokens=request.num_cached_tokens if is_first else 0,
+        queued_s=queued_s,
     )

@@ -35,6 +35,7 @@ from morphserve.runtime.request import Demands, FinishReason, SamplingParams
 
 KEPT_EVENTS = 1000
 MAX_UNREAD_BYTES = 16 << 20  # towards the engine; a step later it has read them
+KEPT_SNAPSHOTS = 32  # the last three seconds
 _READ_BYTES = 1 << 18
 _NO_DEMANDS = Demands()
 _EXIT_S = 1.0  # from closing its socket to the engine's end
@@ -65,6 +66,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
+    queued_s: float = 0.0  # submitted to first scheduled; told with the first token
 
 
 class EngineClient:
@@ -83,6 +85,8 @@ class EngineClient:
         """`exit_code` waits so many seconds for the process to end."""
         self.died = asyncio.Event()  # set until the engine, or the next one, serves
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self.snapshots: deque[Snapshot] = deque(maxlen=KEPT_SNAPSHOTS)  # the latest, oldest first
+        self.news = asyncio.Event()  # set when events come, and replaced by a fresh one
         self.failure = "the engine process ended unexpectedly"
         self.num_starts = 0
         self.num_heard = 0  # messages from the engine
@@ -195,6 +199,8 @@ class EngineClient:
         # Numbered here: ids go on counting when the next engine begins with 1 again.
         self._num_events += 1
         self.events.append(msgspec.structs.replace(event, id=self._num_events))
+        self.news.set()
+        self.news = asyncio.Event()
 
     def _send(self, message: ToEngine) -> None:
         if self._writer is not None and not self.died.is_set():
@@ -231,6 +237,7 @@ class EngineClient:
                     self._deliver(output, message.precision)
             case Snapshot():
                 self.snapshot = message
+                self.snapshots.append(message)
                 if self._greeted is not None and not self._greeted.done():
                     self._serve()
             case Events():
@@ -256,7 +263,14 @@ class EngineClient:
         if reason is not None:
             del self._queues[output.request_id]
         queue.put_nowait(
-            Chunk(output.tokens, precision, reason, output.logprobs, output.cached_tokens)
+            Chunk(
+                output.tokens,
+                precision,
+                reason,
+                output.logprobs,
+                output.cached_tokens,
+                output.queued_s,
+            )
         )
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:

@@ -203,7 +203,9 @@ def _fail(link: Link, message: str, exit_code: int) -> int:
 
 def _make_engine(config: EngineConfig) -> EngineLike:
     from morphserve.runtime.engine import Engine
+    from morphserve.runtime.server.logs import start_logging
 
+    start_logging(config.log_format)
     return Engine(config)
 
 

@@ -1,8 +1,9 @@
 """A checkpoint and its bundle, read into host memory in the layout that the kernels want."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,7 +11,7 @@ from morphserve.configs.errors import ConfigError, UnsupportedModel
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.bundle import Bundle, open_bundle
-from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.kernels import Kernels, load_kernels
@@ -31,6 +32,7 @@ class LoadedModel:
     images: dict[Variant, list[Image]]  # of each layer, by variant that is served; FULL always
     ladder: Ladder
     costs: Sequence[DeviceCosts] = ()  # measured times in the bundle, of any device
+    load_s: Mapping[str, float] = field(default_factory=dict)  # kernels, checkpoint, bundle
 
     def sizes(self, block_tokens: int) -> ModelSizes:
         return ModelSizes(
@@ -44,8 +46,13 @@ class LoadedModel:
         )
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(
+    config: EngineConfig,
+    open_checkpoint: Callable[[str], Checkpoint] = open_checkpoint,
+    open_bundle: Callable[[str, Checkpoint], Bundle] = open_bundle,
+) -> LoadedModel:
     """Reads checkpoint and bundle, layer by layer, into images."""
+    started = time.monotonic()
     checkpoint = open_checkpoint(config.model)
     architecture = checkpoint.architecture
     swaps = config.policy.max_demoted(architecture.num_layers) > 0
@@ -54,12 +61,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
             f"policy {config.policy.name} swaps layers and needs a bundle: make one with "
             f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
         )
+    opened = time.monotonic()
     kernels = load_kernels(config.kernels)
+    ready = time.monotonic()
     _require_head_dim(architecture, kernels)
     dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
     layers = range(architecture.num_layers)
     statics = pack_statics(checkpoint.static(), kernels, dtype)
     images = {Variant.FULL: [full_image(checkpoint.layer(i), kernels, dtype) for i in layers]}
+    read = time.monotonic()
     # After the checkpoint was read: its tensors are hashed by then, for the bundle to compare.
     bundle = None if config.bundle is None else open_bundle(config.bundle, checkpoint)
     ladder = served_ladder(config, architecture.num_layers, bundle)
@@ -75,6 +85,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
         images=images,
         ladder=ladder,
         costs=bundle.manifest.costs if bundle else (),
+        load_s={
+            "kernels": ready - opened,
+            "checkpoint": opened - started + read - ready,
+            "bundle": time.monotonic() - read,
+        },
     )
 
 

@@ -55,7 +55,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     kernels: str
     dtype: str  # of full-precision weights and KV
     memory: MemoryBytes
-    startup_s: dict[str, float]  # seconds per phase: import, load, arena
+    startup_s: dict[str, float]  # seconds per phase: import, kernels, checkpoint, bundle, arena
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -73,6 +73,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
     finish_reason: str | None = None  # stop, length, abort, error, timeout
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
+    queued_s: float = 0.0  # submitted to first scheduled; told with the first token
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):

@@ -71,6 +71,7 @@ class Request:
     num_registered: int = 0  # of its blocks, those that the prefix cache was shown
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
     num_preemptions: int = 0
+    scheduled_s: float | None = None  # when it first ran, monotonic clock
 
     @property
     def num_tokens(self) -> int:
@@ -81,9 +82,17 @@ class Request:
         """Most tokens this request can come to hold, prompt included."""
         return len(self.prompt) + self.params.max_tokens
 
+    def tokens_within(self, horizon: int) -> int:
+        """Tokens it comes to hold with at most `horizon` more."""
+        return min(self.num_tokens + horizon, self.max_tokens)
+
     def runs_at(self, rung: int) -> bool:
         """Whether it may be computed at this rung."""
         return self.max_rung is None or rung <= self.max_rung
+
+    def gains_below(self, rung: int) -> bool:
+        """Whether blocks that a deeper rung than this brings can be of use to it."""
+        return self.max_rung is None or rung < self.max_rung
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids start..end of prompt and output together."""

@@ -1,5 +1,6 @@
 """Who runs in this step and with how many tokens; the only writer of requests."""
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Scheduler:
         self.memory_blocked = (
             self._is_seat_free()
             and self._room_for(self.waiting[0]) is None
-            and any(self._gains(r) for r in self.waiting)
+            and any(r.gains_below(rung) for r in self.waiting)
         )
         return batch
 
@@ -162,17 +163,13 @@ class Scheduler:
         `max_num_seqs` lets them run. Those that a deeper rung would only hold up do not count.
         """
         room = self._config.max_num_seqs - len(self.running)
-        running = [r for r in self.running if self._gains(r)]
-        waiting = [r for r, _ in zip(self.waiting, range(room), strict=False) if self._gains(r)]
-        ahead = (self._blocks_for(self._tokens_ahead(r, horizon)) for r in (*running, *waiting))
-        found = (
-            sum(map(self._pool.is_used, self.reuse.find(r, self._rung).blocks)) for r in waiting
-        )
-        return sum(ahead) - self._num_shared(running) - sum(found)
-
-    def _gains(self, request: Request) -> bool:
-        """Whether blocks of deeper rungs can be of use to the request."""
-        return request.max_rung is None or self._rung < request.max_rung
+        running = [r for r in self.running if r.gains_below(self._rung)]
+        first = [r for r, _ in zip(self.waiting, range(room), strict=False)]
+        waiting = [r for r in first if r.gains_below(self._rung)]
+        wanted = sum(self._blocks_for(r.tokens_within(horizon)) for r in (*running, *waiting))
+        found = [b for r in waiting for b in self.reuse.find(r, self._rung).blocks]
+        idle = {block for block in found if not self._pool.is_used(block)}
+        return wanted - self._num_shared(running) - (len(found) - len(idle))
 
     def _num_shared(self, requests: Sequence[Request]) -> int:
         """Blocks that sharing saves among these running requests."""
@@ -183,9 +180,6 @@ class Scheduler:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
-
-    def _tokens_ahead(self, request: Request, horizon: int) -> int:
-        return min(request.num_tokens + horizon, request.max_tokens)
 
     def _decodes(self) -> Batch:
         """A slice of one token for each request that goes on from its latest one."""
@@ -236,6 +230,8 @@ class Scheduler:
         missing = self._blocks_for(request.num_tokens + 1) - len(request.blocks)
         request.blocks += self._pool.allocate(missing)
         request.status = Status.RUNNING
+        if request.scheduled_s is None:
+            request.scheduled_s = time.monotonic()
         self.running.append(request)
         return request
 

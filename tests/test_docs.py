@@ -16,7 +16,8 @@ FOLDERS = ("configs", "morphcli", "profile", "quantize", "runtime")
 PRESETS = ("accuracy", "balanced", "performance", "off")
 PAGES = (
     *("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md"),
-    *("docs/bundle-format.md", "docs/controller.md", "docs/formats.md"),
+    *("docs/bundle-format.md", "docs/configuration.md", "docs/controller.md", "docs/formats.md"),
+    "docs/limits.md",
 )
 
 

@@ -9,11 +9,10 @@ import torch
 
 from morphserve.configs.errors import MorphError
 from morphserve.configs.load import DEMO_MODEL, load_policy, parse_bytes
-from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
+from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig, Slo
 from morphserve.morphcli.bench.forecast import Server, first_tokens
 from morphserve.morphcli.bench.run import BenchRequest
 from morphserve.morphcli.bench.schedule import Schedule, Shape, shape_trace
-from morphserve.morphcli.bench.summary import Slo
 from morphserve.morphcli.bench.traces import read_azure
 from morphserve.profile.mixes import Model
 from morphserve.profile.orders import RankSettings
@@ -25,9 +24,10 @@ from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.machine import device_name
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.build import budget_for_tokens, capacities
+from morphserve.runtime.build import budget_for_tokens, foretell
 from morphserve.runtime.costs import cost_model
 from morphserve.runtime.measure import measure_costs
+from morphserve.runtime.sizing import outline_model
 
 WINDOW_S = 6.0, 54.0
 _TRACE = Path(__file__).with_name("azure2023_burst.csv")
@@ -94,7 +94,7 @@ def _morphed(settings: DemoSettings, bundle: Path, budget: str) -> Server:
     return Server(
         costs=cost_model(costs),
         variants=[Variant.INT4] * demoted + [Variant.FULL] * (opened.num_layers - demoted),
-        num_blocks=capacities(config)[-1],
+        num_blocks=foretell(config, outline_model(config)).capacities[-1],
         block_tokens=cache.block_tokens,
         max_model_len=settings.max_model_len,
         limits=limits,

@@ -1,8 +1,8 @@
-"""HTTP/1.1 for the load generator: one POST per connection, the answer streamed."""
+"""HTTP/1.1 as a client: one request per connection, the answer streamed."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from urllib.parse import urlsplit
 
 import httptools
@@ -22,7 +22,7 @@ def host_and_port(url: str) -> tuple[str, int]:
     except ValueError:
         parts, host, port = urlsplit(""), None, 0
     if parts.scheme != "http" or host is None or parts.path.strip("/"):
-        raise ConfigError(f"--url {url!r}: write http://HOST:PORT, without a path")
+        raise ConfigError(f"{url!r} is no server's URL: write http://HOST:PORT, without a path")
     return host, port
 
 
@@ -79,22 +79,33 @@ class Answer:
 
 
 @asynccontextmanager
-async def post_stream(url: str, path: str, body: bytes) -> AsyncIterator[Answer]:
-    """POST of JSON over a connection of its own, which is closed at the end."""
+async def open_stream(
+    url: str, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+) -> AsyncIterator[Answer]:
+    """A request over a connection of its own, which is closed at the end."""
     host, port = host_and_port(url)
     reader, writer = await asyncio.open_connection(host, port)
+    fields = {
+        "Host": f"{host}:{port}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        **(headers or {}),
+    }
     try:
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {text}" for name, text in fields.items())]
+        writer.write("\r\n".join([*lines, "", ""]).encode() + body)
         await writer.drain()
         answer = Answer(reader)
         await answer.read_head()
         yield answer
     finally:
         writer.close()
+
+
+def post_stream(url: str, path: str, body: bytes) -> AbstractAsyncContextManager[Answer]:
+    """POST of JSON."""
+    return open_stream(url, "POST", path, body)
 
 
 class ServerSentEvents:

@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 
 from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
 from morphserve.morphcli.bench.server import Mix
-from morphserve.morphcli.bench.summary import PolicySummary, Run, Slo
+from morphserve.morphcli.bench.summary import PolicySummary, Run
 from morphserve.quantize.manifest import Variant
 
 SCHEMA_VERSION = 2

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.load import resolve_model
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.compare import Bench, agreement, run_policy
 from morphserve.morphcli.bench.http import host_and_port
@@ -39,7 +40,7 @@ from morphserve.morphcli.bench.record import (
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.schedule import Schedule, Shape, find_burst, shape_trace
 from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
-from morphserve.morphcli.bench.summary import Run, Slo, mean_perplexity, summarise, tokens_per_mix
+from morphserve.morphcli.bench.summary import Run, mean_perplexity, summarise, tokens_per_mix
 from morphserve.morphcli.bench.table import policy_title, table_rows
 from morphserve.morphcli.bench.traces import read_azure
 

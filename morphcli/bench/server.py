@@ -2,13 +2,14 @@
 
 import contextlib
 import http.client
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +126,11 @@ def running_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[s
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_without_settings(os.environ),
         )
         try:
             _await_health(process, url, log)
@@ -133,6 +138,11 @@ def running_server(arguments: Sequence[str], port: int, log: Path) -> Iterator[s
             _check_alive(process, log)
         finally:
             _stop(process)
+
+
+def _without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The servers of a comparison differ by their command lines alone."""
+    return {name: value for name, value in environment.items() if not name.startswith("MORPH_")}
 
 
 def free_port() -> int:

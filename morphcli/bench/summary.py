@@ -1,13 +1,12 @@
 """What a run amounts to: latency, misses, throughput, memory and precision."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from morphserve.configs.errors import ConfigError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.server import Mix, State
 from morphserve.quantize.manifest import Variant
@@ -15,21 +14,17 @@ from morphserve.quantize.manifest import Variant
 MAX_LAG_P99_S = 0.05  # a load generator later than this did not send the trace
 
 
-class Slo(msgspec.Struct, frozen=True):
-    """Targets that a request meets or misses; None: no target."""
+def meets(outcome: Outcome, slo: Slo) -> bool:
+    """Whether the request was answered to its end and within every target."""
+    if outcome.error is not None:
+        return False
+    return _within(outcome.ttft_s, slo.ttft_s) and _within(outcome.tpot_s, slo.tpot_s)
 
-    ttft_s: float | None = None
-    tpot_s: float | None = None
 
-    def met_by(self, outcome: Outcome) -> bool:
-        """Whether the request was answered to its end and within every target."""
-        if outcome.error is not None:
-            return False
-        return _within(outcome.ttft_s, self.ttft_s) and _within(outcome.tpot_s, self.tpot_s)
-
-    def __str__(self) -> str:
-        named = (("first token", self.ttft_s), ("per token", self.tpot_s))
-        return ", ".join(f"{name} ≤ {show_s(value)}" for name, value in named if value is not None)
+def show_slo(slo: Slo) -> str:
+    """`first token ≤ 2 s, per token ≤ 200 ms`."""
+    named = (("first token", slo.ttft_s), ("per token", slo.tpot_s))
+    return ", ".join(f"{name} ≤ {show_s(value)}" for name, value in named if value is not None)
 
 
 def _within(value: float | None, target: float | None) -> bool:
@@ -41,17 +36,6 @@ def show_s(seconds: float) -> str:
     if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms"
     return f"{seconds:.0f} s" if seconds >= 99.5 else f"{seconds:.3g} s"
-
-
-def parse_slo(text: str) -> Slo:
-    """Targets from `ttft=2s,tpot=200ms`; either may be left out."""
-    targets: dict[str, float] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(ttft|tpot)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*", part)
-        if match is None:
-            raise ConfigError(f"--slo {text!r}: write for example ttft=2s,tpot=200ms")
-        targets[f"{match[1]}_s"] = float(match[2]) / (1000 if match[3] == "ms" else 1)
-    return Slo(**targets)
 
 
 class Percentiles(msgspec.Struct, frozen=True):
@@ -136,7 +120,7 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
     """The figures of `run`; `burst_end_s` is the second from which recovery is counted."""
     outcomes = run.outcomes
     finished = [o for o in outcomes if o.error is None]
-    good = sum(slo.met_by(o) for o in outcomes)
+    good = sum(meets(o, slo) for o in outcomes)
     refused = sum(o.status not in (0, 200) for o in outcomes)
     unfinished = sum(o.timed_out for o in outcomes)
     start = min(o.intended_s for o in outcomes)

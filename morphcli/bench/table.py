@@ -5,7 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import Percentiles, PolicySummary, ServerFigures, show_s
+from morphserve.morphcli.bench.summary import (
+    Percentiles,
+    PolicySummary,
+    ServerFigures,
+    show_s,
+    show_slo,
+)
 
 _NONE = "–"
 _TIE = 0.02  # relative difference under which two figures are called equal
@@ -32,7 +38,7 @@ def policy_title(policy: str) -> str:
 def table_rows(summary: Summary) -> list[Row]:
     """Every figure that the run can tell, most telling first."""
     build = _Rows(summary.policies)
-    slo = str(summary.settings.slo)
+    slo = show_slo(summary.settings.slo)
     offered = max(policy.offered for policy in summary.policies)
     build.add(f"of {offered} requests, missed the target ({slo})", _misses, lambda p: p.slo_misses)
     for q, name in ((95, "p95"), (50, "p50"), (99, "p99")):

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench import plot
 from morphserve.morphcli.bench.plot import Scale
 from morphserve.morphcli.bench.schedule import Burst
 from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import Run, Slo, show_s
+from morphserve.morphcli.bench.summary import Run, meets, show_s
 
 WIDTH = 420
 _LEFT, _RIGHT, _TOP, _TITLE, _GAP = 46, 12, 18, 24, 12
@@ -156,7 +157,7 @@ def _draw_first_tokens(canvas: _Canvas, run: Run) -> None:
         if o.ttft_s is None:
             canvas.parts.append(plot.cross(x, top + 3, "cross", about + (o.error or "no token")))
         else:
-            css = "good" if slo.met_by(o) else "bad"
+            css = "good" if meets(o, slo) else "bad"
             canvas.parts.append(plot.dot(x, y(o.ttft_s), css, about + show_s(o.ttft_s)))
     if slo.ttft_s is not None:
         at = y(slo.ttft_s)

@@ -47,10 +47,10 @@ def bench(
     from rich.console import Console
 
     from morphserve.configs.errors import ConfigError
+    from morphserve.configs.load import parse_slo
     from morphserve.morphcli.bench.compare import parse_policies
     from morphserve.morphcli.bench.run import REPORT, BenchRequest, print_table, run_bench
     from morphserve.morphcli.bench.schedule import Shape, parse_window
-    from morphserve.morphcli.bench.summary import parse_slo
     from morphserve.morphcli.bench.verdict import verdict
 
     if url is not None and compare is not None:

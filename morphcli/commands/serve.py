@@ -1,82 +1,132 @@
 """`morph serve`: a model behind an OpenAI-compatible API, morphing under pressure."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from morphserve.morphcli.settings import keys_on_command_line, read_config, variable
+
 if TYPE_CHECKING:
-    from morphserve.configs.schema import CacheConfig, Policy, SchedulerConfig
+    from morphserve.configs.schema import EngineConfig, Policy, ServerConfig
+
+_MODEL, _MEMORY, _SCHEDULER, _MORPHING, _HTTP, _OBSERVABILITY = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Model", "Memory", "Scheduler", "Morphing", "HTTP", "Observability")
+)
 
 
 def serve(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Hugging Face folder, or demo.")],
+    served_model_name: Annotated[
+        str | None, _MODEL(help="Name in the API. [default: the folder's]")
+    ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of weights and KV cache: auto, float32, bfloat16.")
+        str, _MODEL(help="Of weights and KV cache: auto, float32, bfloat16.")
     ] = "auto",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Compute threads. [default: one per core]")
+        int | None, _MODEL(min=1, help="Compute threads. [default: one per core]")
     ] = None,
-    kernels: Annotated[str, typer.Option(help="cpu, or reference (plain torch).")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Of requests that bring none.")] = 0,
+    kernels: Annotated[str, _MODEL(help="cpu, or reference (plain torch).")] = "cpu",
+    seed: Annotated[int, _MODEL(min=0, help="Of requests that bring none.")] = 0,
     memory_budget: Annotated[
         str | None,
-        typer.Option(
-            help="For weights and KV cache, as 96MiB. [default: enough for --max-num-seqs]"
-        ),
+        _MEMORY(help="For weights and KV cache, as 96MiB. [default: enough for --max-num-seqs]"),
     ] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests running at once.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 512,
     max_model_len: Annotated[
         int | None,
-        typer.Option(
+        _MEMORY(
             min=2, help="Most tokens of a request, prompt and output. [default: the model's limit]"
         ),
     ] = None,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(help="Folder made by `morph quantize`."),
+    enable_prefix_caching: Annotated[
+        bool, _MEMORY(help="Keep KV blocks for prompts that begin alike.")
+    ] = True,
+    block_size: Annotated[int, _MEMORY(min=1, help="Tokens per KV block.")] = 16,
+    max_num_seqs: Annotated[int, _SCHEDULER(min=1, help="Requests running at once.")] = 64,
+    max_num_batched_tokens: Annotated[int, _SCHEDULER(min=1, help="Tokens per step.")] = 512,
+    max_num_queued_reqs: Annotated[
+        int, _SCHEDULER(min=1, help="Prompts that may wait beside the running ones.")
+    ] = 512,
+    max_num_queued_tokens: Annotated[
+        int | None,
+        _SCHEDULER(min=1, help="Prompt tokens that may wait. [default: 8 KV caches, the largest]"),
     ] = None,
+    queue_timeout: Annotated[
+        float | None, _SCHEDULER(min=0, help="Seconds a request may wait. [default: no limit]")
+    ] = None,
+    bundle: Annotated[Path | None, _MORPHING(help="Folder made by `morph quantize`.")] = None,
     policy: Annotated[
         str,
-        typer.Option(
-            help="accuracy, balanced, performance, off, static:N, static:all or a .toml file.",
-        ),
+        _MORPHING(help="accuracy, balanced, performance, off, static:N, static:all, or a file."),
     ] = "balanced",
+    slo: Annotated[
+        str | None,
+        _MORPHING(help="Targets of requests that bring none, as ttft=1s,tpot=100ms."),
+    ] = None,
     order: Annotated[
         str,
-        typer.Option(
+        _MORPHING(
             help="Layers to demote first: bundle (its ranking), front-to-back, back-to-front, "
-            "random.",
+            "random."
         ),
     ] = "bundle",
-    host: Annotated[str, typer.Option(help="127.0.0.1: this machine only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    served_model_name: Annotated[
-        str | None,
-        typer.Option(help="Name in the API. [default: the folder's]"),
+    host: Annotated[str, _HTTP(help="127.0.0.1: this machine only.")] = "127.0.0.1",
+    port: Annotated[int, _HTTP(min=0, max=65535, help="0: any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        _HTTP(metavar="KEY", help="Clients must send it; may be repeated. Better: MORPH_API_KEY."),
     ] = None,
-    max_num_queued_reqs: Annotated[
-        int,
-        typer.Option(min=1, help="Prompts in flight; further ones are answered with 503."),
-    ] = 512,
+    admin_key: Annotated[
+        str | None,
+        _HTTP(metavar="KEY", help="Allows to pin rungs over HTTP. Better: MORPH_ADMIN_KEY."),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        _HTTP(metavar="ORIGIN", help="Of web pages that may call; may be repeated; *: any."),
+    ] = None,
+    overload_status: Annotated[
+        int, _HTTP(min=429, max=503, help="Of refusals when the queue is full: 503 or 429.")
+    ] = 503,
     shutdown_timeout: Annotated[
-        float,
-        typer.Option(min=0, help="Seconds for running requests to finish."),
+        float, _HTTP(min=0, help="Seconds for running requests to finish.")
     ] = 30.0,
-    log_interval: Annotated[float, typer.Option(min=0.1, help="Seconds between log lines.")] = 10.0,
+    engine_timeout: Annotated[
+        float, _HTTP(min=1, help="Seconds without a word after which the engine is replaced.")
+    ] = 300.0,
+    log_interval: Annotated[
+        float, _OBSERVABILITY(min=0.1, help="Seconds between log lines.")
+    ] = 10.0,
+    log_format: Annotated[str, _OBSERVABILITY(help="text, or json.")] = "text",
     no_monitor: Annotated[
-        bool,
-        typer.Option("--no-monitor", help="Log lines, no live view."),
+        bool, _OBSERVABILITY("--no-monitor", help="Log lines, no live view.")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True, callback=read_config, metavar="FILE", help="These options as TOML."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the memory plan, and what is set where.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --dry-run: as one document.")] = False,
 ) -> None:
-    """Serve a model; under pressure layers become INT4."""
-    from morphserve.configs.load import load_policy, resolve_model
-    from morphserve.configs.schema import EngineConfig, ServerConfig
-    from morphserve.morphcli.monitor import choose_watch
-    from morphserve.runtime.server.run import run_server
+    """Serve a model; under pressure layers become INT4.
+
+    A flag counts before its environment variable (MORPH_PORT for --port), that before --config.
+    """
+    from morphserve.configs.load import load_policy, parse_bytes, parse_slo, resolve_model
+    from morphserve.configs.schema import (
+        CacheConfig,
+        EngineConfig,
+        SchedulerConfig,
+        ServerConfig,
+        Slo,
+    )
 
     rules, folder = load_policy(policy), resolve_model(model)
     _check_folders(model, folder, bundle, rules)
@@ -89,17 +139,63 @@ def serve(
         threads=threads,
         order=order,
         seed=seed,
-        cache=_cache(memory_budget, block_size),
-        scheduler=_scheduler(max_num_seqs, max_num_batched_tokens, max_model_len),
+        cache=CacheConfig(
+            block_tokens=block_size,
+            memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+            enable_prefix_caching=enable_prefix_caching,
+        ),
+        scheduler=SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            queue_timeout_s=queue_timeout,
+        ),
+        slo=Slo() if slo is None else parse_slo(slo),
     )
     server = ServerConfig(
         host=host,
         port=port,
         served_model_name=served_model_name or Path(model).resolve().name,
         max_queued=max_num_queued_reqs,
+        max_queued_tokens=max_num_queued_tokens,
+        overload_status=overload_status,
+        engine_timeout_s=engine_timeout,
         shutdown_timeout_s=shutdown_timeout,
+        log_format=log_format,
+        api_keys=tuple(api_key or ()),
+        admin_key=admin_key,
+        allowed_origins=tuple(allowed_origins or ()),
     )
-    raise typer.Exit(run_server(engine, server, choose_watch(no_monitor, log_interval)))
+    for name in keys_on_command_line(ctx):
+        _warn_of_key(name)
+    if dry_run:
+        return _show_plan(ctx, engine, json)
+    from morphserve.morphcli.view import choose_watch
+    from morphserve.runtime.server.run import run_server
+
+    watch = choose_watch(no_monitor, log_interval, _keys_of(server))
+    raise typer.Exit(run_server(engine, server, watch))
+
+
+def _keys_of(server: "ServerConfig") -> dict[str, str]:
+    """The environment in which the view may ask the server."""
+    keys = {"MORPH_API_KEY": next(iter(server.api_keys), ""), "MORPH_ADMIN_KEY": server.admin_key}
+    return {name: key for name, key in keys.items() if key}
+
+
+def _warn_of_key(name: str) -> None:
+    typer.echo(
+        f"warning: others on this machine can see --{name.replace('_', '-')} in the list of "
+        f"processes: set {variable(name)} instead",
+        err=True,
+    )
+
+
+def _show_plan(ctx: typer.Context, engine: "EngineConfig", json: bool) -> None:
+    from morphserve.morphcli.dry_run import show_plan
+    from morphserve.morphcli.settings import given_settings
+
+    show_plan(engine, list(given_settings(ctx)), json)
 
 
 def _check_folders(model: str, folder: Path, bundle: Path | None, policy: "Policy") -> None:
@@ -123,17 +219,3 @@ def _check_folders(model: str, folder: Path, bundle: Path | None, policy: "Polic
             f"{made}`, then `morph serve {name} --bundle {made}`; or serve at full precision with "
             "`--policy off`"
         )
-
-
-def _cache(memory_budget: str | None, block_size: int) -> "CacheConfig":
-    from morphserve.configs.load import parse_bytes
-    from morphserve.configs.schema import CacheConfig
-
-    budget = None if memory_budget is None else parse_bytes(memory_budget)
-    return CacheConfig(block_tokens=block_size, memory_budget=budget)
-
-
-def _scheduler(seqs: int, tokens: int, length: int | None) -> "SchedulerConfig":
-    from morphserve.configs.schema import SchedulerConfig
-
-    return SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length)

@@ -1,19 +1,15 @@
 """How many requests may be in flight, and what those that may not are told."""
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
-
 from morphserve.runtime.server.errors import ApiError, bad_request, whole_seconds
+from morphserve.runtime.windows import Rolling
 
 QUEUED_CACHES = 8  # prompt tokens that may wait, in KV caches of the deepest allowed rung
 _RATE_WINDOW_S = 10.0
-_RATE_STARTS = 1000  # most requests that the rate is taken from
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +48,7 @@ class Admission:
         self.refused: Counter[str] = Counter()  # by reason
         self._status = status
         self._clock = clock
-        self._started: deque[tuple[float, int]] = deque(maxlen=_RATE_STARTS)  # time, tokens
+        self._started = Rolling(_RATE_WINDOW_S)  # prompt tokens
 
     def enter(self) -> Ticket:
         """Takes a place for an API call. Raises ApiError if there is none."""
@@ -91,7 +87,7 @@ class Admission:
         """A choice has its first token; may be told again."""
         if tokens := ticket.unstarted.pop(choice, 0):
             self.queued_tokens -= tokens
-            self._started.append((self._clock(), tokens))
+            self._started.add(self._clock(), tokens)
 
     def leave(self, ticket: Ticket) -> None:
         """The call has been answered to the end."""
@@ -118,28 +114,5 @@ class Admission:
 
     def _backlog_s(self) -> float:
         """Time that the queued tokens take at the recent rate of prompts; 1 s if there is none."""
-        now = self._clock()
-        recent = [(at, tokens) for at, tokens in self._started if at > now - _RATE_WINDOW_S]
-        if not recent:
-            return 1.0
-        span_s = max(now - recent[0][0], 1.0)
-        return self.queued_tokens * span_s / sum(tokens for _, tokens in recent)
-
-
-class AdmissionCollector(Collector):
-    """Refusals and restarts, read when Prometheus asks."""
-
-    def __init__(self, admission: Admission, restarts: Callable[[], int]) -> None:
-        self._admission = admission
-        self._restarts = restarts
-
-    def collect(self) -> Iterator[Metric]:
-        rejections = CounterMetricFamily(
-            "morph:admission_rejections", "Requests refused, by reason.", labels=["reason"]
-        )
-        for reason, count in sorted(self._admission.refused.items()):
-            rejections.add_metric([reason], count)
-        yield rejections
-        yield CounterMetricFamily(
-            "morph:engine_restarts", "Engines started in a dead one's place.", self._restarts()
-        )
+        rate = self._started.per_second(self._clock())
+        return self.queued_tokens / rate if rate else 1.0

@@ -21,6 +21,7 @@ async def read_body(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             body = await _read(request)
+            request.state.body_is_read = True
     except TimeoutError:
         raise ApiError(
             408, f"the request body did not arrive within {BODY_TIMEOUT_S:.0f} s", headers=_CLOSE

@@ -14,9 +14,13 @@ SLO_TPOT = "x-slo-tpot-ms"
 
 
 def demands(request: Request, cache_salt: str | None) -> Demands:
-    """Raises ApiError naming the header that is wrong."""
+    """Raises ApiError naming the header that is wrong.
+
+    Callers with different API keys share no KV blocks, whatever their salts.
+    """
     slo = Slo(ttft_s=_seconds(request, SLO_TTFT), tpot_s=_seconds(request, SLO_TPOT))
-    return Demands(_min_precision(request), slo, cache_salt or "")
+    salt = request.state.cache_namespace + (cache_salt or "")
+    return Demands(_min_precision(request), slo, salt)
 
 
 def _min_precision(request: Request) -> Variant:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from morphserve.configs.errors import MorphError
 from morphserve.runtime.engine_client import EngineDead
 from morphserve.runtime.request import FinishReason
+from morphserve.runtime.server.refusal import Refusal
 
 _MAX_RETRY_AFTER_S = 60
 
@@ -47,7 +48,7 @@ class ApiError(Exception):
         return msgspec.json.encode(ErrorEnvelope(self.detail))
 
     def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, "application/json")
+        return Refusal(self.body(), self.status, self.headers, "application/json")
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

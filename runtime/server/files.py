@@ -2,14 +2,12 @@
 
 import logging
 import os
-import resource
 import socket
 import sys
 
 from morphserve.configs.errors import ConfigError
 
 _BACKLOG = 2048
-_MAX_FILES = 65536
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -55,11 +53,3 @@ def open_standard_files() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout = sys.stdout or open(os.devnull, "w")
-
-
-def allow_many_files() -> None:
-    """Lets this process hold as many connections as the machine's administrator allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MAX_FILES if hard == resource.RLIM_INFINITY else min(_MAX_FILES, hard)
-    if most > soft != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -130,7 +130,7 @@ class Generator:
                 async for chunk in chunks:
                     job.count(index, chunk)
                     job.on_first_token(index)
-                    timer.tokens(len(chunk.tokens))
+                    timer.tokens(len(chunk.tokens), chunk.precision, chunk.queued_s)
                     piece = text.add(chunk)
                     if text.finish_reason is not None:
                         break
@@ -146,7 +146,7 @@ class Generator:
             raise
         finally:
             if reason is not None:
-                timer.finish(reason.value)
+                timer.finish(reason.value, f"{job.id}-{index}", len(job.prompt_of(index)))
 
     def _chunks(self, job: Job, index: int) -> AsyncGenerator[Chunk]:
         return self._engine.generate(

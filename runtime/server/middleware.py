@@ -34,24 +34,26 @@ class RequestIds:
 
 
 class Gate:
-    """Refuses what is not to be worked on, and counts what is."""
+    """Refuses what is not to be worked on, and counts what is: the POSTs of these paths."""
 
-    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+    def __init__(self, app: ASGIApp, serving: Serving, counted: frozenset[str]) -> None:
         self._app = app
         self._serving = serving
+        self._counted = counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope.setdefault("state", {})["received"] = self._serving.metrics.clock()
         if refusal := self._refusal(scope):
             return await refusal.response()(scope, receive, send)
-        if scope["method"] != "POST":
+        if not self._counts(scope):
             return await self._app(scope, receive, send)
         try:
             ticket = self._serving.enter()
         except ApiError as refusal:
             return await refusal.response()(scope, receive, send)
-        scope.setdefault("state", {})["ticket"] = ticket
+        scope["state"]["ticket"] = ticket
         try:
             await self._app(scope, receive, send)
         finally:
@@ -66,3 +68,6 @@ class Gate:
             limits = f"{MAX_HEADERS} headers, {MAX_HEADER_BYTES // 1024} KiB"
             return ApiError(431, f"the request's headers are too large: at most {limits}")
         return None
+
+    def _counts(self, scope: Scope) -> bool:
+        return scope["method"] == "POST" and scope["path"] in self._counted

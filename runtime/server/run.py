@@ -6,8 +6,8 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +18,15 @@ from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.runtime.engine_client import EngineClient
 from morphserve.runtime.messages import Hello, Snapshot
 from morphserve.runtime.metrics import Metrics
-from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, AdmissionCollector
+from morphserve.runtime.server.admission import QUEUED_CACHES, Admission
 from morphserve.runtime.server.app import make_app
-from morphserve.runtime.server.files import allow_many_files, bind, listen, open_standard_files
+from morphserve.runtime.server.connections import http_config, limits_here
+from morphserve.runtime.server.files import bind, listen, open_standard_files
+from morphserve.runtime.server.logs import say, start_logging
 from morphserve.runtime.server.serving import Serving
 from morphserve.runtime.supervisor import ENGINE_COMMAND, Supervisor
 from morphserve.runtime.tokenizer import Tokenizer
 
-KEEP_ALIVE_S = 30
 _ABORT_GRACE_S = 0.5  # for sending the last words of requests that were ended
 
 T = TypeVar("T")
@@ -71,7 +72,8 @@ def run_server(
     beside the server once it serves. Raises MorphError if it cannot start.
     """
     open_standard_files()
-    allow_many_files()
+    start_logging(server.log_format)
+    engine = replace(engine, log_format=server.log_format)
     listener = bind(server.host, server.port)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(engine, server, watch, command, listener))
@@ -94,7 +96,8 @@ async def _run(
         engine = supervisor.client
         _say(start_line(engine.hello, engine.snapshot, config.cache.memory_budget))
         serving = _serving(engine, tokenizer, config, server)
-        return await _serve(serving, supervisor, server, watch, listener, interrupts)
+        async with serving.watchdog.watching():
+            return await _serve(serving, supervisor, server, watch, listener, interrupts)
     finally:
         await supervisor.close()
 
@@ -111,8 +114,8 @@ def _serving(
         server.overload_status,
     )
     metrics = Metrics(lambda: engine.snapshot)
-    metrics.register(AdmissionCollector(admission, lambda: engine.restarts))
-    return Serving(engine, tokenizer, metrics, server.served_model_name, admission)
+    name = server.served_model_name
+    return Serving(engine, tokenizer, metrics, name, admission, slo=config.slo)
 
 
 def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> str:
@@ -129,7 +132,7 @@ def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> s
 def _say(line: str) -> None:
     """Tells the terminal or the log; without either, serving goes on."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        say("start", line)
 
 
 async def _start(supervisor: Supervisor, config: EngineConfig) -> Tokenizer:
@@ -149,13 +152,15 @@ async def _serve(
     interrupts: Interrupts,
 ) -> int:
     serving.url = listen(listener)
-    http = _Http(_http_config(serving))
+    on_loopback = _is_loopback(listener)
+    app = make_app(serving, server, on_loopback=on_loopback)
+    http = _Http(http_config(app, limits_here()))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
     _say(
         f"""try: curl {serving.url}/v1/completions -d '{{"prompt": "import ", "max_tokens": 16}}'"""
     )
-    if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+    if not on_loopback and not server.api_keys:
         _say("warning: other machines can reach this server, and it checks no key")
     watching = asyncio.create_task(_watch(watch, serving))
     try:
@@ -196,20 +201,9 @@ async def _drain(serving: Serving, timeout_s: float, hurry: asyncio.Event) -> No
     serving.engine.abort_all()
 
 
-def _http_config(serving: Serving) -> uvicorn.Config:
-    return uvicorn.Config(
-        make_app(serving),
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        limit_concurrency=None,  # uvicorn would refuse without an envelope, and count nothing
-        timeout_graceful_shutdown=1,  # responses are complete by then; a stuck reader is cut off
-    )
+def _is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

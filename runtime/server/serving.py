@@ -7,11 +7,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from morphserve.configs.schema import Slo
 from morphserve.runtime.engine_client import EngineClient, EngineDead, QueueTimeout
+from morphserve.runtime.exposition import Server
 from morphserve.runtime.messages import Hello
 from morphserve.runtime.metrics import Metrics
 from morphserve.runtime.server.admission import Admission, Ticket
 from morphserve.runtime.server.errors import ApiError, bad_request
+from morphserve.runtime.server.watchdog import LoopWatchdog
 from morphserve.runtime.tokenizer import PromptTooLong, TemplateError, Tokenizer
 
 _TOO_LONG = "context_length_exceeded"
@@ -31,6 +34,8 @@ class Serving:
     admission: Admission
     url: str = ""  # once it listens
     created: int = field(default_factory=lambda: int(time.time()))
+    slo: Slo = Slo()  # that the server promises
+    watchdog: LoopWatchdog = field(default_factory=LoopWatchdog)
     draining: bool = False  # no new requests are taken
 
     @property
@@ -47,6 +52,17 @@ class Serving:
     def engine_restarts(self) -> int:
         """Engines started in a dead one's place."""
         return self.engine.restarts
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        server = Server(
+            model=self.model_name,
+            startup_s=self.engine.hello.startup_s,
+            refused=self.refused,
+            engine_restarts=self.engine_restarts,
+            loop_stalls=self.watchdog.num_stalls,
+        )
+        return self.metrics.exposition(server)
 
     def why_not(self) -> str | None:
         """Why no new request is taken, whatever it asks for."""

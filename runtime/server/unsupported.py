@@ -49,13 +49,14 @@ class Unsupported(Struct, kw_only=True):
 
     def refuse_unsupported(self) -> None:
         """Raises ApiError naming the first field that asks for something not done here."""
-        for name, neutral in _neutral_values(type(self)).items():
+        for name, neutral in neutral_values(type(self)).items():
             refuse(name, getattr(self, name), neutral)
 
 
 def refuse(name: str, value: Any, neutral: Any = None) -> None:
     """Raises ApiError naming the field, unless its value asks for nothing."""
-    if value is None or value == neutral:
+    is_neutral = value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+    if value is None or is_neutral:  # 0 is no false here, nor 1 a true
         return
     only = "" if not neutral else f"only {name}={msgspec.json.encode(neutral).decode()}, or "
     raise bad_request(
@@ -64,7 +65,7 @@ def refuse(name: str, value: Any, neutral: Any = None) -> None:
 
 
 @cache
-def _neutral_values(kind: type[Unsupported]) -> dict[str, Any]:
+def neutral_values(kind: type[Unsupported]) -> dict[str, Any]:
     """By name; a kind of request may take another default than the one above."""
     defaults = {
         entry.name: entry.default

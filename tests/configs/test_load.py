@@ -3,14 +3,15 @@
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from morphserve.configs.errors import ConfigError
-from morphserve.configs.load import load_policy, parse_bytes, resolve_model
-from morphserve.configs.schema import SchedulerConfig
+from morphserve.configs.load import load_policy, parse_bytes, parse_slo, resolve_model
+from morphserve.configs.schema import CacheConfig, SchedulerConfig, ServerConfig, Slo
 
 ADAPTIVE = ("accuracy", "balanced", "performance")
 
@@ -161,3 +162,40 @@ def test_presets_hold_every_number_of_a_policy() -> None:
     for name in ("accuracy", "balanced", "performance", "off", "static"):
         for key in asdict(load_policy("balanced")):
             assert f"\n{key} = " in preset_text(name), f"{name} lacks {key}"
+
+
+def test_targets_are_read_with_units() -> None:
+    assert parse_slo("ttft=2s,tpot=200ms") == Slo(2.0, 0.2)
+    assert parse_slo("tpot = 1.5s") == Slo(None, 1.5)
+
+
+@pytest.mark.parametrize("text", ["", "ttft=2", "e2e=2s", "ttft<2s", "ttft=-1s"])
+def test_targets_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="ttft=2s,tpot=200ms"):
+        parse_slo(text)
+
+
+def test_keys_are_in_no_representation() -> None:
+    server = ServerConfig("demo", api_keys=("sk-secret",), admin_key="root-secret")
+    assert "secret" not in repr(server)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"api_keys": ("",)}, "1 to 4096 visible ASCII characters"),
+        ({"admin_key": ""}, "1 to 4096 visible ASCII characters"),
+        ({"log_format": "xml"}, "text or json, not 'xml'"),
+        ({"overload_status": 500}, "503 or 429, not 500"),
+    ],
+)
+def test_what_a_server_cannot_be_told_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServerConfig("demo", **wrong)
+
+
+def test_waits_and_blocks_are_positive() -> None:
+    with pytest.raises(ConfigError, match="queue_timeout_s must be above 0, not 0"):
+        SchedulerConfig(queue_timeout_s=0)
+    with pytest.raises(ConfigError, match="block_tokens must be at least 1, not 0"):
+        CacheConfig(block_tokens=0)

@@ -10,7 +10,11 @@ import pytest
 from morphserve.configs import load
 from morphserve.morphcli.app import main
 
-COMMANDS = ("profile", "quantize", "inspect", "verify", "export", "serve", "bench", "demo")
+COMMANDS = (
+    *("profile", "quantize", "inspect", "verify", "export"),
+    *("serve", "top", "chat", "complete"),
+    *("bench", "demo", "doctor"),
+)
 
 
 def morph(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -1,19 +1,41 @@
+"""The log of a running server: a line per interval, events as they happen, text or JSON."""
+
+import asyncio
 import io
+import json
+import logging
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_engine import make_snapshot
-from rich.console import Console
 
-from morphserve.morphcli.monitor import Rates, View, log_line
+from morphserve.morphcli.monitor import log_line, watch_log
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.latency import Rates
 from morphserve.runtime.messages import Event
-from morphserve.runtime.metrics import Latency, Percentiles
+from morphserve.runtime.server.logs import JsonLines, TextLines, logger, say
 
 
-def shown(view: View, width: int) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, record=True, color_system=None)
-    console.print(view.render(width))
-    return [line.rstrip() for line in console.export_text().splitlines()]
+def logged(formatter: logging.Formatter) -> tuple[logging.StreamHandler[io.StringIO], io.StringIO]:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    return handler, stream
+
+
+@pytest.fixture(params=[TextLines, JsonLines])
+def log(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    handler, stream = logged(request.param())
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    return stream
+
+
+def serving(**changes: Any) -> Any:
+    engine = SimpleNamespace(snapshot=make_snapshot(**changes), events=deque(maxlen=10))
+    return SimpleNamespace(engine=engine)
 
 
 def test_the_log_line_reads_like_vllms_and_adds_precision() -> None:
@@ -28,35 +50,50 @@ def test_the_log_line_reads_like_vllms_and_adds_precision() -> None:
     )
 
 
-def test_growth_of_the_cache_shows_over_time() -> None:
-    view = View("demo")
-    sizes = [(10, 40), (40, 40), (50, 60), (80, 80), (5, 40)]
-    for i, (used, capacity) in enumerate(sizes):
-        now = make_snapshot(time=100.0 + i, blocks_used=used, blocks_capacity=capacity)
-        view.update(now, Latency(None, None))
-    lines = shown(view, 100)
-    assert "KV capacity ▄▄▆█▄" in lines
-    assert "KV used     ▁▄▅█▁" in lines
-    assert "KV blocks 5 used of 40 now (40 at full precision, 80 at most)" in lines
+@pytest.mark.parametrize("log", [TextLines], indirect=True)
+def test_an_idle_server_says_so_once_and_tells_what_happens(log: io.StringIO) -> None:
+    server = serving(running=0, waiting=0)
+
+    async def watch() -> None:
+        watching = asyncio.create_task(watch_log(server, 0.02))
+        server.engine.events.append(Event(1, 0.0, "decision", "demand 50 of 40 blocks"))
+        while "demand" not in log.getvalue() or "Avg" not in log.getvalue():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+    asyncio.run(watch())
+    lines = log.getvalue().splitlines()
+    assert sum("Avg" in line for line in lines) == 1
+    assert [line.partition(" ")[2] for line in lines if "demand" in line] == [
+        "decision: demand 50 of 40 blocks"
+    ]
 
 
-def test_precision_queue_latency_and_events_are_shown() -> None:
-    view = View("demo")
-    latency = Latency(Percentiles(0.02, 0.5, 1.25), None)
-    events = [Event(1, 0.0, "demote", "layer 1 to INT4: demand 50 of 40 blocks")]
-    view.update(make_snapshot(running=2, preemptions=7), latency, events)
-    text = "\n".join(shown(view, 100))
-    assert "policy balanced  INT4 1/4  rung 2 of 2 wanted" in text
-    assert "layers  ■ ▪ ▼ ■   ■ full  ▪ int8  ▪ int4  ▼ demoting  ▲ promoting" in text
-    assert "2 running  3 waiting (oldest 0.2 s)  7 preemptions" in text
-    assert "TTFT         20 ms  500 ms  1250 ms" in text
-    assert "demote    layer 1 to INT4: demand 50 of 40 blocks" in text
+@pytest.mark.parametrize("log", [JsonLines], indirect=True)
+def test_json_lines_carry_the_numbers(log: io.StringIO) -> None:
+    say("event", "decision: so it is", {"event": {"numbers": {"demand": 50.0}}})
+    logging.getLogger("morphserve.runtime.engine").error("a step failed")
+    event, error = (json.loads(line) for line in log.getvalue().splitlines())
+    assert (event["kind"], event["level"], event["message"]) == (
+        "event",
+        "info",
+        "decision: so it is",
+    )
+    assert event["event"]["numbers"] == {"demand": 50.0} and event["time"] > 1.7e9
+    assert (error["kind"], error["level"], error["message"]) == ("log", "error", "a step failed")
 
 
-@pytest.mark.parametrize("width", [8, 20, 40, 300])
-def test_any_width_is_kept(width: int) -> None:
-    view = View("demo" * 20)
-    for i in range(500):
-        layers = [Variant.FULL, Variant.INT4] * 40
-        view.update(make_snapshot(time=float(i), layers=layers), Latency(None, None))
-    assert max(map(len, shown(view, width))) <= width
+def test_a_log_line_holds_no_control_characters(log: io.StringIO) -> None:
+    say("start", "serving evil\x1b[2J\r\n00:00:00 forged")
+    assert log.getvalue().count("\n") == 1
+    assert "\x1b" not in log.getvalue() and "\r" not in log.getvalue()
+
+
+def test_a_failure_is_logged_with_its_traceback(log: io.StringIO) -> None:
+    try:
+        raise ValueError("told to fail")
+    except ValueError:
+        logging.getLogger("morphserve.x").exception("a step failed")
+    assert "a step failed" in log.getvalue() and "ValueError: told to fail" in log.getvalue()

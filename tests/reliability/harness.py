@@ -1,15 +1,15 @@
-"""A server under test, a plain HTTP client for it, and the table of rules it must keep."""
+"""A server under test, and the table of rules it must keep."""
 
-import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from morphserve.morphcli.bench.http import HttpError, ServerSentEvents, post_stream
 from morphserve.morphcli.bench.server import free_port, get
 
 HERE = Path(__file__).resolve().parent
 START_S = 120.0  # the first start compiles kernels
+MAX_FILES = 8192  # of the clients
+DEMO = (sys.executable, "-m", "morphserve.morphcli", "serve", "demo", "--no-monitor")
+FAKE = (sys.executable, str(HERE.parent / "support" / "serve_fake_engine.py"))  # costs nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a trial works with."""
+
+    folder: Path
+    seconds: float  # of each load
+    streams: int  # of a crowd
 
 
 @dataclass
@@ -55,12 +66,29 @@ class Server:
 
     def rss_mib(self) -> float:
         """Memory of all its processes."""
-        page = os.sysconf("SC_PAGE_SIZE")
-        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids()]
-        return sum(pages) * page / 2**20
+        return sum(map(rss_mib, self.pids()))
+
+    def num_threads(self) -> int:
+        return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.pids())
 
     def num_fds(self) -> int:
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.pids())
+
+    def await_health(self, path: str = "/health") -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            with contextlib.suppress(OSError):
+                if get(self.url, path)[0] == 200:
+                    return
+            time.sleep(0.02)
+        raise AssertionError(f"the server does not serve: {self.log.read_text()}")
+
+    def await_running(self, count: int) -> None:
+        deadline = time.monotonic() + START_S
+        while self.state()["running"] != count:
+            assert time.monotonic() < deadline, self.state()
+            time.sleep(0.01)
 
     def await_idle(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """The state once nothing runs or waits and every block is free."""
@@ -73,103 +101,74 @@ class Server:
             time.sleep(0.02)
 
 
-@contextlib.contextmanager
-def serving(
+def launch(
     arguments: Sequence[str] = (),
     *,
     log: Path,
+    command: Sequence[str] = DEMO,
     environment: dict[str, str] | None = None,
     before: Callable[[], None] | None = None,
-) -> Iterator[Server]:
-    """`morph serve demo` with these arguments; `before` runs in its process, before it starts."""
+) -> Server:
+    """A server that may not serve yet; the caller ends it."""
     port = free_port()
-    start = [sys.executable, "-m", "morphserve.morphcli", "serve", "demo", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*start, "--no-monitor", *arguments],
+            [*command, "--port", str(port), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | (environment or {}),
             preexec_fn=before,
         )
-    server = Server(process, f"http://127.0.0.1:{port}", log)
+    return Server(process, f"http://127.0.0.1:{port}", log)
+
+
+@contextlib.contextmanager
+def serving(
+    arguments: Sequence[str] = (),
+    *,
+    log: Path,
+    command: Sequence[str] = DEMO,
+    environment: dict[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> Iterator[Server]:
+    """A server with these arguments; `before` runs in its process, before it starts."""
+    server = launch(arguments, log=log, command=command, environment=environment, before=before)
     try:
-        _await_health(server)
+        server.await_health()
         yield server
     finally:
-        process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
-        process.wait()
+            server.process.wait(20)
+        server.process.kill()
+        server.process.wait()
 
 
-def _await_health(server: Server) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        assert server.process.poll() is None, server.log.read_text()
-        with contextlib.suppress(OSError):
-            if get(server.url, "/health")[0] == 200:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"the server did not start: {server.log.read_text()}")
+def make_bundle(folder: Path) -> Path:
+    """Of the demo model, once for a folder."""
+    bundle = folder / "demo.morph"
+    if bundle.exists():
+        return bundle
+    command = [sys.executable, "-m", "morphserve.morphcli", "quantize", "demo", "-o", str(bundle)]
+    subprocess.run([*command, "--method", "rtn", "--force"], check=True, capture_output=True)
+    return bundle
 
 
-@dataclass(slots=True)
-class Answer:
-    """What one request came to."""
-
-    status: int  # 0: no answer
-    first_s: float | None = None  # to the status of a refusal, or to the first token
-    total_s: float = 0.0
-    num_chunks: int = 0
-    gaps_s: list[float] = field(default_factory=list)  # between tokens
-    finished: bool = False  # to the end, or refused in full
-    error: str | None = None
-    retry_after: str | None = None
+def tight(bundle: Path) -> list[str]:
+    """Arguments with which some dozen requests make layers swap."""
+    return ["--bundle", str(bundle), "--memory-budget", "27MiB", "--max-model-len", "640"]
 
 
-async def complete(url: str, **fields: Any) -> Answer:
-    """One streamed completion."""
-    body = json.dumps({"prompt": "def ", "stream": True, "temperature": 0} | fields).encode()
-    started = time.monotonic()
-    answer = Answer(0)
-    try:
-        async with post_stream(url, "/v1/completions", body) as response:
-            answer.status = response.status
-            if answer.status != 200:
-                answer.error = (await response.read()).decode(errors="replace")
-                answer.first_s, answer.finished = time.monotonic() - started, True
-            else:
-                await _read_stream(ServerSentEvents(response), answer, started)
-    except (OSError, HttpError) as error:
-        answer.error = f"{type(error).__name__}: {error}"
-    answer.total_s = time.monotonic() - started
-    return answer
+def rss_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
-async def _read_stream(events: ServerSentEvents, answer: Answer, started: float) -> None:
-    before = started
-    async for data in _data(events):
-        now = time.monotonic()
-        if data == b"[DONE]":
-            answer.finished = True
-            return
-        if b'"error"' in data[:10]:
-            answer.error = data.decode()
-            return
-        if answer.first_s is None:
-            answer.first_s = now - started
-        else:
-            answer.gaps_s.append(now - before)
-        before = now
-        answer.num_chunks += 1
-
-
-async def _data(events: ServerSentEvents) -> AsyncIterator[bytes]:
-    async for data in events:
-        yield data
+def allow_files(count: int) -> None:
+    """Lets this process hold so many connections, if the machine does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, count)), hard))
 
 
 def connect(server: Server) -> socket.socket:
@@ -189,6 +188,7 @@ class Rules:
 
     def check(self, name: str, promise: str, seen: str, holds: bool) -> None:
         self.rows.append((name, promise, seen, holds))
+        print(f"  {'holds ' if holds else 'BROKEN'} {name}: {promise}: {seen}", flush=True)
 
     def show(self) -> int:
         """Prints the table; the exit code: 1 if a rule was broken."""
@@ -199,7 +199,3 @@ class Rules:
         table.caption = f"load average {load}; {os.cpu_count()} cores"
         Console(width=150).print(table)
         return 0 if all(holds for *_, holds in self.rows) else 1
-
-
-async def gather(*works: Any) -> list[Any]:
-    return list(await asyncio.gather(*works))

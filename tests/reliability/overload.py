@@ -1,354 +1,217 @@
-"""What overload, faults and rude clients do to a server, with a verdict per rule. Run by hand:
+"""More requests than can be served: L1, L2, L9, L10."""
 
-    PYTHONPATH=.src:tests/support python tests/reliability/overload.py --server fake --quick
-    PYTHONPATH=.src:tests/support python tests/reliability/overload.py --server demo --seconds 60
-
-It starts its own server on loopback, on a free port, and ends it. `fake`: the HTTP process before
-an engine that repeats prompts and takes as many at once as there are, so that its capacity is that
-of the HTTP process and this client on the same cores; `demo`: the whole of `morph serve demo`. At
-most MAX_REQUESTS requests are sent per rate, and none waits longer than PATIENCE_S. Exits with 1 if
-a rule does not hold.
-"""
-
-import argparse
-import asyncio
 import json
-import os
-import random
-import resource
-import signal
 import statistics
-import sys
-import time
-from dataclasses import dataclass
+import threading
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from morphserve.morphcli.bench.http import Answer, HttpError, ServerSentEvents
+from clients import Answer, Load, Seen, closed_loop, offer, poisson
+from harness import Given, Rules, Server, get, make_bundle, percentile, serving, tight
 
-MAX_REQUESTS = 20_000
-PATIENCE_S = 120.0
-OUTPUT_TOKENS = 32
-PROMPT = "def main():\n    return "
+from morphserve.morphcli.bench.schedule import Shape, shape_trace
+from morphserve.morphcli.bench.traces import read_azure
 
-
-@dataclass
-class Outcome:
-    status: int = 0  # 0: no answer
-    error: str = ""  # of a connection, or in a stream
-    done: bool = False  # it ended with [DONE]
-    retry_after: bool = False
-    ttft_s: float = 0.0
-    total_s: float = 0.0
+QUEUED = 64
+W = {"prompt": "def main():\n    return ", "max_tokens": 32, "ignore_eos": True}
+TURN_S = 2.0  # between two changes of direction of swaps
 
 
-@dataclass
-class Server:
-    process: asyncio.subprocess.Process
-    url: str
-    is_fake: bool  # its counts of blocks and waiting requests are made up
-
-    @property
-    def engine_pid(self) -> int:
-        pid = self.process.pid
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-
-    def num_files(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
-
-    def sample(self) -> dict[str, int]:
-        """Resident MiB of both processes."""
-        return {"http": rss_mib(self.process.pid), "engine": rss_mib(self.engine_pid)}
-
-
-def rss_mib(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * resource.getpagesize() >> 20
-
-
-class Verdicts:
-    """Rules with what was seen, printed as they are judged."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    def judge(self, rule: str, holds: bool, seen: str) -> None:
-        self.failed += not holds
-        print(f"{'pass' if holds else 'FAIL'}  {rule:<58} {seen}", flush=True)
-
-
-async def start(kind: str, *flags: str) -> Server:
-    fake = str(Path(__file__).parents[1] / "support" / "serve_fake_engine.py")
-    demo = ["-m", "morphserve.morphcli", "serve", "demo", "--policy", "off", "--no-monitor"]
-    command = [fake] if kind == "fake" else [*demo, "--port", "0"]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *command, *flags, stderr=asyncio.subprocess.PIPE
-    )
-    assert process.stderr is not None
-    while line := (await process.stderr.readline()).decode():
-        if line.startswith("serving "):
-            asyncio.create_task(forward(process.stderr))
-            return Server(process, line.split()[-1], kind == "fake")
-    raise SystemExit("the server did not start")
-
-
-async def forward(log: asyncio.StreamReader) -> None:
-    """The server's log would fill its pipe."""
-    while await log.read(1 << 16):
-        pass
-
-
-async def get(server: Server, path: str) -> tuple[int, str]:
-    host, port = server.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-        head, _, body = (await reader.read(-1)).decode().partition("\r\n\r\n")
-        return int(head.split()[1]), body
-    finally:
-        writer.close()
-
-
-async def state(server: Server) -> dict[str, object]:
-    answer: dict[str, object] = json.loads((await get(server, "/morph/v1/state"))[1])
-    return answer
-
-
-class Head(Answer):
-    """An answer with its headers."""
-
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        self.headers: dict[str, str] = {}
-        super().__init__(reader)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.decode().lower()] = value.decode()
-
-
-async def ask(
-    server: Server, tokens: int = OUTPUT_TOKENS, pause_s: float = 0.0, leave_after: int = 0
-) -> Outcome:
-    """One stream; `pause_s` between its events, left after so many of them (0: never)."""
-    outcome, started = Outcome(), time.monotonic()
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            await _ask(server, outcome, started, tokens, pause_s, leave_after)
-    except (OSError, HttpError, TimeoutError) as error:
-        outcome.error = f"{type(error).__name__}: {error}"
-    outcome.total_s = time.monotonic() - started
-    return outcome
-
-
-async def _ask(
-    server: Server, outcome: Outcome, started: float, tokens: int, pause_s: float, leave_after: int
-) -> None:
-    fields = {"prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
-    body = json.dumps(fields | {"ignore_eos": True}).encode()
-    host, port = server.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
-    try:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}"
-        writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
-        answer = Head(reader)
-        await answer.read_head()
-        outcome.status = answer.status
-        outcome.retry_after = answer.headers.get("retry-after", "").isdigit()
-        if answer.status != 200:
-            outcome.error = (await answer.read()).decode()
-            return
-        num_events = 0
-        async for data in ServerSentEvents(answer):
-            num_events += 1
-            outcome.ttft_s = outcome.ttft_s or time.monotonic() - started
-            outcome.done = outcome.done or data == b"[DONE]"
-            if b'"error"' in data:
-                outcome.error = data.decode()
-            if num_events == leave_after:
-                return
-            if pause_s:
-                await asyncio.sleep(pause_s)
-    finally:
-        writer.close()
-
-
-async def capacity(server: Server, seconds: float) -> float:
-    """Requests per second that 64 clients get answered, each asking again at once."""
-    end, finished = time.monotonic() + seconds, 0
-
-    async def client() -> None:
-        nonlocal finished
-        while time.monotonic() < end:
-            outcome = await ask(server)
-            finished += outcome.done
-
-    started = time.monotonic()
-    await asyncio.gather(*(client() for _ in range(64)))
-    return finished / (time.monotonic() - started)
-
-
-async def offer(server: Server, rate: float, seconds: float) -> list[Outcome]:
-    """Open loop: Poisson arrivals at `rate` per second, whatever becomes of them."""
-    tasks, random_, due = [], random.Random(0), time.monotonic()
-    end = due + seconds
-    while due < end and len(tasks) < MAX_REQUESTS:
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        tasks.append(asyncio.create_task(ask(server)))
-        due += random_.expovariate(rate)
-    return await asyncio.gather(*tasks)
-
-
-async def idle(server: Server) -> bool:
-    """Whether nothing is running, waiting or held soon after everybody left."""
-    for _ in range(100):
-        now = await state(server)
-        held = 0 if server.is_fake else (now["waiting"] or now["blocks_used"])
-        if not (now["running"] or held):
-            return True
-        await asyncio.sleep(0.05)
-    return False
-
-
-def p99_ms(seconds: list[float]) -> float:
-    return sorted(seconds)[max(0, -(-99 * len(seconds) // 100) - 1)] * 1e3 if seconds else 0.0
-
-
-async def overload(kind: str, seconds: float, verdicts: Verdicts) -> None:
-    server = await start(kind, *flags(kind, 64))
-    first_rss, files = server.sample(), server.num_files()
-    rate = await capacity(server, seconds)
-    print(f"capacity {rate:.1f} requests/s; MiB at first {first_rss}")
-    goodput, refused = {}, 0
-    for factor in (1, 2, 10):
-        started = time.monotonic()
-        outcomes = await offer(server, rate * factor, seconds)
-        goodput[factor] = sum(o.done for o in outcomes) / (time.monotonic() - started)
-        turned_away = [o for o in outcomes if o.status in (429, 503)]
-        refused += len(turned_away)
-        lost = [o for o in outcomes if not o.done and o not in turned_away]
-        ttfts = [o.ttft_s for o in outcomes if o.done]
-        p50_ms = statistics.median(ttfts or [0]) * 1e3
-        print(
-            f"{factor:>3}x: {len(outcomes)} offered, {len(ttfts)} finished "
-            f"({goodput[factor]:.1f}/s), {len(turned_away)} refused, TTFT p50 {p50_ms:.0f} ms "
-            f"p99 {p99_ms(ttfts):.0f} ms, MiB {server.sample()}"
+def overload(rules: Rules, given: Given) -> None:
+    """L1, L2, L9: Poisson arrivals at 1, 2, 5 and 10 times what can be served."""
+    arguments = ["--policy", "off", "--max-num-queued-reqs", str(QUEUED)]
+    with serving(arguments, log=given.folder / "overload.log") as server:
+        seen = closed_loop(server.url, QUEUED, given.seconds, **W)
+        rate = sum(answer.done for answer in seen.answers) / seen.seconds
+        print(f"  capacity {rate:.1f} requests/s")
+        files, threads = server.num_fds(), server.num_threads()
+        goodput, refused = {}, 0
+        for factor in (1, 2, 5, 10):
+            memory = Memory(server)
+            with memory:
+                seen = offer(server.url, poisson(rate * factor, given.seconds, **W))
+            goodput[factor] = sum(answer.done for answer in seen.answers) / seen.seconds
+            refused += _judge(rules, f"{factor}x", seen, goodput[factor])
+            if factor == 10:
+                memory.judge(rules)
+        share = goodput[10] / goodput[1]
+        rules.check("L1", "goodput at 10x >= 95 % of 1x", f"{share:.1%}", share >= 0.95)
+        told = server.state()["refused"]
+        rules.check(
+            "L1",
+            "both sides count the same refusals",
+            f"{refused} here, {told} there",
+            sum(told.values()) == refused,
         )
-        verdicts.judge(
-            f"L1 {factor}x: each request ends in a result or a refusal",
-            not lost,
-            f"{len(lost)} lost {[o.error for o in lost[:2]] or ''}",
+        server.await_idle()
+        after = server.num_fds(), server.num_threads()
+        rules.check(
+            "L9",
+            "files and threads of all processes as before",
+            f"{(files, threads)} before, {after} after",
+            after[0] <= files + 4 and after[1] <= threads + 2,
         )
-        late = sum(o.status == 200 and bool(o.error) for o in outcomes)
-        verdicts.judge(f"L2 {factor}x: no 200 and then busy", not late, f"{late}")
-        verdicts.judge(
-            f"L1 {factor}x: refusals say when to come again",
-            all(o.retry_after for o in turned_away),
-            f"{sum(o.retry_after for o in turned_away)} of {len(turned_away)}",
+
+
+def _judge(rules: Rules, load: str, seen: Seen, goodput: float) -> int:
+    """Rules of one open loop; how many were refused."""
+    refused = [answer for answer in seen.answers if answer.refused]
+    lost = [answer for answer in seen.answers if not answer.finished]
+    first = [answer.first_s or 0.0 for answer in seen.answers if answer.done]
+    median, p99 = statistics.median(first or [0]) * 1e3, percentile(first, 0.99) * 1e3
+    print(
+        f"  {load}: {len(seen.answers)} offered, {len(first)} finished ({goodput:.1f}/s), "
+        f"{len(refused)} refused, first token p50 {median:.0f} ms p99 {p99:.0f} ms"
+    )
+    rules.check(
+        f"L1 {load}",
+        "each request ends in a result or a refusal",
+        f"{len(lost)} lost {sorted({str(answer.error) for answer in lost})[:2] or ''}",
+        not lost,
+    )
+    late = sum(answer.status == 200 and answer.error is not None for answer in seen.answers)
+    rules.check(f"L2 {load}", "no 200 and then busy", f"{late}", not late)
+    if refused:
+        bound = 1.2e3 * QUEUED / goodput
+        rules.check(
+            f"L1 {load}",
+            f"first token p99 <= {QUEUED} queued at the goodput, and a fifth",
+            f"{p99:.0f} of {bound:.0f} ms",
+            p99 <= bound,
         )
-        slowest = p99_ms([o.total_s for o in turned_away])
-        verdicts.judge(f"L1 {factor}x: refusals p99 <= 50 ms", slowest <= 50, f"{slowest:.0f} ms")
-    share = goodput[10] / goodput[1]
-    verdicts.judge("L1 goodput at 10x >= 95 % of 1x", share >= 0.95, f"{share:.1%}")
-    counted = (await state(server))["refused"]
-    assert isinstance(counted, dict)
-    verdicts.judge(
-        "L1 both sides count the same refusals",
-        sum(counted.values()) == refused,
-        f"{refused} here, {counted} there",
+        _judge_refusals(rules, load, refused, seen.lag_s)
+    return len(refused)
+
+
+def _judge_refusals(rules: Rules, load: str, refused: list[Answer], lag_s: list[float]) -> None:
+    honest = sum((answer.retry_after or "").isdigit() for answer in refused)
+    rules.check(
+        f"L1 {load}",
+        "refusals say when to come again",
+        f"{honest} of {len(refused)}",
+        honest == len(refused),
     )
-    verdicts.judge("nothing runs, waits or is held afterwards", await idle(server), "")
-    verdicts.judge(
-        "L9 files are closed again",
-        server.num_files() <= files + 2,
-        f"{files} before, {server.num_files()} after",
+    p50, p99 = (percentile([a.total_s for a in refused], share) * 1e3 for share in (0.5, 0.99))
+    rules.check(
+        f"L1 {load}",
+        "refusals p99 <= 50 ms",
+        f"{p99:.0f} ms (p50 {p50:.0f} ms; the client itself is late by {_p99_ms(lag_s):.0f} ms)",
+        p99 <= 50,
     )
-    await end(server)
 
 
-async def crowds(kind: str, num_streams: int, verdicts: Verdicts) -> None:
-    server = await start(kind, *flags(kind, 2 * num_streams))
-    outcomes = await asyncio.gather(*(ask(server) for _ in range(num_streams)))
-    done = sum(o.done for o in outcomes)
-    verdicts.judge(f"{num_streams} streams at once all end", done == num_streams, f"{done}")
-    await asyncio.gather(*(ask(server, 1000, leave_after=1) for _ in range(num_streams // 2)))
-    left = time.monotonic()
-    free = await idle(server)
-    seen = f"{time.monotonic() - left:.2f} s"
-    verdicts.judge("F1 F2 a storm of leavers leaves nothing behind", free, seen)
-    before = server.sample()["http"]
-    slow = [asyncio.create_task(ask(server, 500, 0.2, 20)) for _ in range(50)]
-    await asyncio.sleep(0.5)
-    quick = await ask(server)
-    verdicts.judge("L8 slow readers hold up nobody", quick.done, f"{quick.total_s:.2f} s")
-    await asyncio.gather(*slow)
-    grown = server.sample()["http"] - before
-    verdicts.judge("L8 at most 1 MiB for each slow reader", grown <= 50, f"{grown} MiB for 50")
-    verdicts.judge("nothing runs, waits or is held afterwards", await idle(server), "")
-    await end(server)
+def _p99_ms(seconds: list[float]) -> float:
+    return percentile(seconds, 0.99) * 1e3
 
 
-async def faults(kind: str, verdicts: Verdicts) -> None:
-    server = await start(kind, *flags(kind, 64))
-    streams = [asyncio.create_task(ask(server, 1000)) for _ in range(8)]
-    await until_running(server, 8)
-    killed = time.monotonic()
-    os.kill(server.engine_pid, signal.SIGKILL)
-    outcomes = await asyncio.gather(*streams)
-    told_s = time.monotonic() - killed
-    errors = sum("error" in o.error for o in outcomes)
-    verdicts.judge(
-        "F3 kill -9: every stream ends with an error within 1 s",
-        errors == 8 and told_s <= 1.0,
-        f"{errors} of 8 in {told_s:.2f} s",
+class Memory:
+    """Resident memory of a server, twice a second."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._mib: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.5):
+            self._mib.append(self._server.rss_mib())
+
+    def judge(self, rules: Rules) -> None:
+        """The first third is warming up."""
+        third = max(1, len(self._mib) // 3)
+        begin, end = (
+            statistics.median(part) for part in (self._mib[third : 2 * third], self._mib[-third:])
+        )
+        minutes = third / 120
+        rules.check(
+            "L9",
+            "memory at 10x grows by less than 1 MiB/min, or by 2 MiB in all",
+            f"{begin:.0f} to {end:.0f} MiB in {minutes * 60:.0f} s",
+            end - begin <= max(2.0, minutes),
+        )
+
+
+def bursts(rules: Rules, given: Given) -> None:
+    """L10: a burst at 20 times its speed; swaps do not flap."""
+    bundle = make_bundle(given.folder)
+    with serving(tight(bundle), log=given.folder / "bursts.log") as server:
+        events = Events(server)
+        with events:
+            seen = offer(server.url, _burst(given.seconds))
+        server.await_idle()
+    lost = sum(not answer.finished for answer in seen.answers)
+    finished, refused = (
+        sum(getattr(answer, name) for answer in seen.answers) for name in ("done", "refused")
     )
-    while (await get(server, "/ready"))[0] != 200 and time.monotonic() < killed + PATIENCE_S:
-        await asyncio.sleep(0.02)
-    back_s = time.monotonic() - killed
-    verdicts.judge("F3 serves again", (await ask(server)).done, f"{back_s:.2f} s after the kill")
-    streams = [asyncio.create_task(ask(server, 200)) for _ in range(8)]
-    await until_running(server, 8)
-    server.process.terminate()
-    while (await get(server, "/ready"))[0] != 503:
-        await asyncio.sleep(0.001)
-    late = await ask(server)
-    verdicts.judge("F7 SIGTERM: new ones get 503", late.status == 503 and late.retry_after, "")
-    outcomes = await asyncio.gather(*streams)
-    last = time.monotonic()
-    code = await asyncio.wait_for(server.process.wait(), PATIENCE_S)
-    exit_s, done = time.monotonic() - last, sum(o.done for o in outcomes)
-    verdicts.judge("F7 running ones finish", done == 8, f"{done} of 8")
-    verdicts.judge("F7 exit 0 within 1 s", code == 0 and exit_s <= 1, f"{code}, {exit_s:.2f} s")
+    rules.check(
+        "L10",
+        "a burst at 20x speed: each request ends in a result or a refusal",
+        f"{finished} finished, {refused} refused, {lost} lost",
+        not lost,
+    )
+    swaps, turns = events.swaps(), events.turns()
+    shortest = min(
+        (later - before for before, later in zip(turns, turns[1:], strict=False)), default=None
+    )
+    rules.check(
+        "L10",
+        f"swaps change direction at most once in {TURN_S:g} s",
+        f"{len(swaps)} swaps, {len(turns)} turns, {shortest and round(shortest, 2)} s apart",
+        bool(swaps) and (shortest is None or shortest >= TURN_S),
+    )
 
 
-async def until_running(server: Server, count: int) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while (await state(server))["running"] != count:
-            await asyncio.sleep(0.01)
+def _burst(seconds: float) -> Load:
+    """The shipped burst, as often as it fits, with lengths that the demo model takes."""
+    trace = Path(str(resources.files("morphserve.morphcli.bench").joinpath("azure2023_burst.csv")))
+    shape = Shape(time_scale=1 / 20, length_scale=0.1, max_prompt=384, max_output=64)
+    schedule = shape_trace(read_azure(trace), shape)
+    # 20 times its speed lasts 3 s; then as long a pause, in which layers come back.
+    starts = range(0, max(1, int(seconds)), 2 * int(schedule.duration_s + 1))
+    arrivals = [(start + a.time_s, a) for start in starts for a in schedule.arrivals]
+    fields: list[dict[str, Any]] = [
+        {"prompt": [9] * a.prompt_tokens, "max_tokens": a.output_tokens, "ignore_eos": True}
+        for _, a in arrivals
+    ]
+    return Load([time for time, _ in arrivals], fields)
 
 
-def flags(kind: str, queued: int) -> list[str]:
-    return ["--max-queued" if kind == "fake" else "--max-num-queued-reqs", str(queued)]
+class Events:
+    """All events of a server, collected while it runs."""
 
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._events: dict[int, dict[str, Any]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._collect)
 
-async def end(server: Server) -> None:
-    server.process.terminate()
-    await asyncio.wait_for(server.process.wait(), PATIENCE_S)
+    def __enter__(self) -> None:
+        self._thread.start()
 
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
-async def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--server", choices=("fake", "demo"), default="fake")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of load at each rate")
-    parser.add_argument("--streams", type=int, default=1000, help="at once")
-    parser.add_argument("--quick", action="store_true", help="2 s, 100 streams")
-    given = parser.parse_args()
-    seconds, streams = (2.0, 100) if given.quick else (given.seconds, given.streams)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
-    verdicts = Verdicts()
-    await overload(given.server, seconds, verdicts)
-    await crowds(given.server, streams, verdicts)
-    await faults(given.server, verdicts)
-    return 1 if verdicts.failed else 0
+    def _collect(self) -> None:
+        while not self._stop.wait(0.2):
+            state = json.loads(get(self._server.url, "/morph/v1/state", timeout_s=30.0)[1])
+            self._events |= {event["id"]: event for event in state["events"]}
 
+    def swaps(self) -> list[dict[str, Any]]:
+        events = (self._events[number] for number in sorted(self._events))
+        return [event for event in events if event["kind"] in ("demote", "promote")]
 
-if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    def turns(self) -> list[float]:
+        """Times at which swaps began to go the other way."""
+        swaps = self.swaps()
+        pairs = zip(swaps, swaps[1:], strict=False)
+        return [b["time"] for a, b in pairs if a["kind"] != b["kind"]]

@@ -57,3 +57,14 @@ def test_greedy_tokens_are_those_of_the_dequantised_layers(
             x = dense.decoder_layer(x, layer, arch, dense.rotation(arch, len(tokens)))
         tokens.append(int(dense.logits(x, static, arch)[0, -1].argmax()))
     assert served == tokens[len(PROMPT) :]
+
+
+def test_an_engine_tells_how_long_each_part_of_its_start_took(
+    tiny_model: Callable[[str], Path], tiny_bundle: Callable[[str], Path]
+) -> None:
+    cache = CacheConfig(memory_budget=8 * 2**20)
+    policy, bundle = load_policy("performance"), str(tiny_bundle("llama"))
+    engine = Engine(EngineConfig(str(tiny_model("llama")), policy, bundle, cache=cache))
+    phases = engine.hello().startup_s
+    assert list(phases) == ["kernels", "checkpoint", "bundle", "arena"]
+    assert all(seconds > 0 for seconds in phases.values())

@@ -1,5 +1,6 @@
 """Hand-made runs of a benchmark."""
 
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.record import (
     Environment,
@@ -10,7 +11,7 @@ from morphserve.morphcli.bench.record import (
 )
 from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
 from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import PolicySummary, Run, Slo, summarise
+from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise
 from morphserve.morphcli.bench.traces import Arrival
 from morphserve.quantize.manifest import Rung, Variant
 

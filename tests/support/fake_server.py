@@ -1,4 +1,4 @@
-"""A small server that speaks the OpenAI completions API and misbehaves on request."""
+"""A small server that speaks the OpenAI API and misbehaves on request."""
 
 import contextlib
 import json
@@ -18,6 +18,7 @@ class _Server(ThreadingHTTPServer):
         self.started_s: list[float] = []
         self.gets: list[str] = []
         self.state: dict[str, Any] | None = None
+        self.api_key: str | None = None
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # a client that hangs up is part of the tests
@@ -32,7 +33,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.gets.append(self.path)
-        if self.path == "/v1/models":
+        if not self._may_ask():
+            self._json(401, {"error": {"message": "wrong key"}})
+        elif self.path == "/v1/models":
             self._json(200, {"data": [{"id": "fake"}]})
         elif self.path == "/morph/v1/state" and self.server.state is not None:
             self._json(200, self.server.state | {"time": time.time()})
@@ -43,14 +46,21 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)
         self.server.started_s.append(time.monotonic())
-        how, _, _ = str(body["prompt"]).partition(" ")
+        said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        how, _, _ = str(said).partition(" ")
         if how == "refuse":
             self._json(503, {"error": {"message": "the queue is full"}})
+        elif not body.get("stream"):
+            self._json(200, {"choices": [{"text": "ab" * body["max_tokens"]}]})
         elif how == "slow":
             time.sleep(0.5)
             self._stream(body)
         else:
             self._stream(body, drop=how == "drop", stuck=how == "stuck")
+
+    def _may_ask(self) -> bool:
+        key = self.server.api_key
+        return key is None or self.headers.get("Authorization") == f"Bearer {key}"
 
     def _json(self, status: int, value: object) -> None:
         data = json.dumps(value).encode()
@@ -64,14 +74,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        total = body["max_tokens"]
+        total = body.get("max_tokens", 6)
         for first in range(0, total, 2):  # two tokens in a piece
             if stuck:
                 time.sleep(30)
             count = min(2, total - first)
             last = first + count == total
             reason = "length" if last else None
-            self._event({"choices": [{"text": "ab" * count, "finish_reason": reason}]})
+            text = (
+                {"delta": {"content": "ab" * count}}
+                if "messages" in body
+                else {"text": "ab" * count}
+            )
+            self._event({"choices": [text | {"finish_reason": reason}]})
             if drop:
                 self.close_connection = True
                 return

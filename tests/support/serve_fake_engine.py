@@ -2,7 +2,10 @@
 
 import argparse
 import asyncio
+import signal
 import sys
+import time
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -14,22 +17,30 @@ from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.runtime.server.run import run_server
 from morphserve.runtime.server.serving import Serving
 
+DEMO_MODEL = str(resources.files("morphserve.morphcli").joinpath("demo_model"))
 COMMAND = (sys.executable, str(Path(fake_engine.__file__)))
 
 
-async def watch(serving: Serving) -> None:
+def stand_still(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+async def watch(seconds: float, _serving: Serving) -> None:
+    """SIGUSR1 blocks the event loop for so long."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, stand_still, seconds)
     await asyncio.Event().wait()
 
 
 def main() -> int:
-    model = str(resources.files("morphserve.morphcli").joinpath("demo_model"))
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--shutdown-timeout", type=float, default=20.0)
     parser.add_argument("--engine-timeout", type=float, default=300.0)
     parser.add_argument("--max-queued", type=int, default=512)
+    parser.add_argument("--block-on-usr1", type=float, default=0.0, help="seconds")
     flags = parser.parse_args()
+    watching = partial(watch, flags.block_on_usr1)
     server = ServerConfig(
         served_model_name="demo",
         host=flags.host,
@@ -39,7 +50,8 @@ def main() -> int:
         engine_timeout_s=flags.engine_timeout,
     )
     try:
-        code = run_server(EngineConfig(model, load_policy("balanced")), server, watch, COMMAND)
+        config = EngineConfig(DEMO_MODEL, load_policy("balanced"))
+        code = run_server(config, server, watching, COMMAND)
     except MorphError as error:
         print(error)
         return error.exit_code

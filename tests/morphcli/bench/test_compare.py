@@ -13,6 +13,7 @@ from fake_server import fake_server
 from rich.console import Console
 
 from morphserve.configs.errors import ConfigError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.compare import (
     Bench,
     ReplayFailed,
@@ -33,7 +34,6 @@ from morphserve.morphcli.bench.server import (
     running_server,
     served_model,
 )
-from morphserve.morphcli.bench.summary import Slo
 from morphserve.morphcli.bench.traces import Arrival
 
 SERVE = """

@@ -10,11 +10,12 @@ import pytest
 from bench_runs import answered, make_run, make_summary, state, unanswered
 
 from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.plot import Scale, nice_ceiling, spans, steps
 from morphserve.morphcli.bench.record import Summary, append_run, open_record, write_summary
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.schedule import Burst
-from morphserve.morphcli.bench.summary import Run, Slo
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
 from morphserve.morphcli.bench.timeline import draw_timeline, make_frame
 from morphserve.morphcli.bench.verdict import verdict

@@ -55,6 +55,8 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"echo": 1}, "echo", "got `int`"),
     ({"echo": True, "logprobs": 1}, "echo", "echo with logprobs is not supported"),
     ({"suffix": "end"}, "suffix", "not supported"),
+    ({"use_beam_search": 0}, "use_beam_search", "not supported"),
+    ({"length_penalty": True}, "length_penalty", "not supported"),
     ({"logprobs": 10**6}, "logprobs", "<= 20"),
     ({"logprobs": 21}, "logprobs", "<= 20"),
     ({"logprobs": -1}, "logprobs", ">= 0"),
@@ -227,7 +229,7 @@ async def test_an_unknown_model_is_a_404(api: httpx.AsyncClient, model: str) -> 
     [
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/v1/../../etc/passwd", 404),
         ("GET", "//v1/models", 404),
         ("POST", "/v1/completions/", 404),

@@ -49,7 +49,9 @@ class Server:
     def ask(self, path: str) -> socket.socket:
         """A connection on which this path has been asked for."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
         return connection
 
     def get(self, path: str) -> tuple[int, bytes]:
@@ -74,7 +76,7 @@ class Server:
         length = len(body) if announced is None else announced
         head = [
             "POST /v1/completions HTTP/1.1",
-            "Host: x",
+            "Host: localhost",
             f"Connection: {'keep-alive' if keep_alive else 'close'}",
             f"Content-Length: {length}",
         ]
@@ -346,6 +348,11 @@ def test_a_huge_body_is_refused_before_it_is_sent(server: Server) -> None:
     answer = read_all(server.send(b'{"prompt": "', announced=64 * 1024 * 1024))
     assert answer.startswith("HTTP/1.1 413") and "larger than 2 MiB" in answer
     assert server.get("/health")[0] == 200
+
+
+def test_a_refusal_reaches_a_client_that_is_still_sending(server: Server) -> None:
+    answer = read_all(server.send(b" " * (32 << 20)))
+    assert answer.startswith("HTTP/1.1 413")
 
 
 @pytest.mark.parametrize(

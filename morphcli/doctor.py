@@ -1,0 +1,201 @@
+"""What `morph doctor` looks at: whether this machine can serve, and how well."""
+
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from morphserve.configs.errors import MorphError
+from morphserve.configs.load import DEMO_MODEL
+from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.machine import device_name, free_memory
+from morphserve.runtime.kernels.native import NativeUnavailable, load_library
+
+_PYTHON = (3, 11)
+_FILES = 4096  # each connection takes one
+_LITTLE_MEMORY = 2 * 2**30
+_EXTENSIONS = {  # as /proc/cpuinfo names them
+    "AVX2": ("avx2",),
+    "AVX-512": ("avx512f",),
+    "NEON": ("asimd",),
+    "BF16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "VNNI": ("avx512_vnni", "avx_vnni"),
+}
+
+
+class Mark(StrEnum):
+    GOOD = "good"
+    NOTE = "note"  # it serves, but not as well as it could
+    MISSING = "missing"  # it cannot serve
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What was found of one thing, and what to do about it."""
+
+    name: str
+    mark: Mark
+    found: str
+    remedy: str = ""
+
+
+def examine(port: int) -> Iterator[Finding]:
+    """Everything, what is needed first."""
+    yield python()
+    for package in ("torch", "transformers", "tokenizers"):
+        yield library(package)
+    yield cpu()
+    yield cores()
+    yield memory()
+    yield kernels()
+    yield waiting(os.environ.get("OMP_WAIT_POLICY", ""))
+    yield huge_pages()
+    yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    yield gpu()
+    yield free_port(port)
+    yield demo_model()
+
+
+def python(found: tuple[int, ...] = sys.version_info[:3]) -> Finding:
+    text = ".".join(map(str, found))
+    if found >= _PYTHON:
+        return Finding("python", Mark.GOOD, text)
+    return Finding("python", Mark.MISSING, text, "install Python 3.11 or newer")
+
+
+def library(name: str) -> Finding:
+    try:
+        return Finding(name, Mark.GOOD, version(name))
+    except PackageNotFoundError:
+        return Finding(name, Mark.MISSING, "not installed", f"pip install {name}")
+
+
+def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return Finding("cpu", Mark.NOTE, device_name(), "its instruction sets are not known")
+    words = {w for line in lines if line.startswith(("flags", "Features")) for w in line.split()}
+    has = [name for name, flags in _EXTENSIONS.items() if words.intersection(flags)]
+    text = f"{device_name()}: {', '.join(has) or 'no vector extension that helps'}"
+    if "AVX2" in has or "NEON" in has:
+        return Finding("cpu", Mark.GOOD, text)
+    return Finding("cpu", Mark.NOTE, text, "kernels run without, several times slower")
+
+
+def cores(root: Path = Path("/sys/fs/cgroup")) -> Finding:
+    total, mine = os.cpu_count() or 1, len(os.sched_getaffinity(0))
+    quota = _cpu_quota(root)
+    text = f"{total}, of which this process may use {mine}"
+    if quota is not None and quota < mine:
+        text += f"; its group gets the time of {quota:g}"
+        threads = max(1, int(quota))
+        return Finding("cores", Mark.NOTE, text, f"serve with --threads {threads}")
+    return Finding("cores", Mark.GOOD, text)
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """Cores' worth of time that the control group allows; None: no limit."""
+    words = _read(root / "cpu.max").split()
+    if len(words) == 2 and words[0] != "max":
+        return int(words[0]) / int(words[1])
+    return None
+
+
+def memory(root: Path = Path("/sys/fs/cgroup")) -> Finding:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free, text = free_memory(), ""
+    limit = _read(root / "memory.max") or _read(root / "memory" / "memory.limit_in_bytes")
+    if limit.isdigit() and int(limit) < total:
+        text = f"; its group may hold {_gib(int(limit))}"
+        used = _read(root / "memory.current") or _read(root / "memory" / "memory.usage_in_bytes")
+        free = min(free, int(limit) - int(used or 0))
+    text = f"{_gib(free)} free of {_gib(total)}{text}"
+    if free >= _LITTLE_MEMORY:
+        return Finding("memory", Mark.GOOD, text)
+    return Finding("memory", Mark.NOTE, text, "little is left: set --memory-budget")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def kernels(load: Callable[[], object] = load_library) -> Finding:
+    started = time.monotonic()
+    try:
+        load()
+    except NativeUnavailable as error:
+        remedy = "torch runs instead, several times slower: install a C compiler with OpenMP"
+        return Finding("kernels", Mark.NOTE, str(error), remedy)
+    return Finding("kernels", Mark.GOOD, f"in C, ready in {time.monotonic() - started:.1f} s")
+
+
+def waiting(policy: str) -> Finding:
+    name = "OMP_WAIT_POLICY"
+    if policy.upper() == "PASSIVE":
+        return Finding(name, Mark.GOOD, policy)
+    remedy = "threads that spin slow each other down: leave it unset, or PASSIVE"
+    return Finding(name, Mark.NOTE, policy or "not set", remedy)
+
+
+def huge_pages(
+    setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled"),
+) -> Finding:
+    chosen = _read(setting).partition("[")[2].partition("]")[0]
+    if chosen in ("always", "madvise"):
+        return Finding("huge pages", Mark.GOOD, chosen)
+    remedy = f"a little slower without: echo madvise > {setting}"
+    return Finding("huge pages", Mark.NOTE, chosen or "not known", remedy)
+
+
+def open_files(limit: int) -> Finding:
+    if limit == resource.RLIM_INFINITY or limit >= _FILES:
+        shown = "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}"
+        return Finding("open files", Mark.GOOD, shown)
+    remedy = f"each connection takes one: ulimit -n {_FILES}"
+    return Finding("open files", Mark.NOTE, f"at most {limit}", remedy)
+
+
+def gpu() -> Finding:
+    try:
+        import torch
+
+        seen = torch.cuda.is_available()
+        name = torch.cuda.get_device_name() if seen else "none that torch sees"
+    except Exception as error:  # a broken torch raises anything from ImportError to OSError
+        return Finding("gpu", Mark.MISSING, f"torch does not load: {error}", "reinstall torch")
+    if seen:
+        return Finding("gpu", Mark.NOTE, name, "kernels for it are to come: the CPU serves")
+    return Finding("gpu", Mark.GOOD, f"{name}: the CPU serves")
+
+
+def free_port(port: int) -> Finding:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            remedy = "choose another with --port, 0 for any free one"
+            return Finding(f"port {port}", Mark.NOTE, error.strerror or str(error), remedy)
+    return Finding(f"port {port}", Mark.GOOD, "free")
+
+
+def demo_model() -> Finding:
+    try:
+        layers = open_checkpoint(DEMO_MODEL).architecture.num_layers
+    except MorphError as error:
+        return Finding("demo model", Mark.MISSING, str(error), "reinstall morphserve")
+    return Finding("demo model", Mark.GOOD, f"{layers} layers")

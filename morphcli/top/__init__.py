@@ -1,0 +1,1 @@
+"""`morph top`: a running server, live in a terminal."""

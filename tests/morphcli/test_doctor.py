@@ -1,0 +1,123 @@
+"""`morph doctor`: what it finds here, and what it says of machines that lack something."""
+
+import json
+import resource
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from morphserve.morphcli import doctor
+from morphserve.morphcli.app import app
+from morphserve.morphcli.doctor import Mark
+from morphserve.runtime.kernels import native
+from morphserve.runtime.kernels.native import NativeUnavailable
+
+NAMES = [
+    *("python", "torch", "transformers", "tokenizers", "cpu", "cores", "memory", "kernels"),
+    *("OMP_WAIT_POLICY", "huge pages", "open files", "gpu", "port", "demo model"),
+]
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_machine_that_runs_these_tests_can_serve() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if line[0] in "✓!✗"]
+    assert all(line[2:].startswith(name) for line, name in zip(lines, NAMES, strict=True))
+    assert "✗" not in result.stdout
+
+
+def test_findings_are_one_json_document() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json", "--port", "8123"])
+    findings = json.loads(result.stdout)
+    assert [f["name"] for f in findings] == [n if n != "port" else "port 8123" for n in NAMES]
+    assert {f["mark"] for f in findings} <= {"good", "note"}
+    assert all(f["remedy"] for f in findings if f["mark"] != "good")
+
+
+def test_what_is_needed_and_missing_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DEMO_MODEL", "no/such/model")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "✗ demo model       there is no model folder no/such/model" in result.stdout
+    assert "can serve" not in result.stdout
+
+
+def test_an_old_python_and_a_missing_library_are_needed() -> None:
+    assert doctor.python((3, 10, 4)).mark is Mark.MISSING
+    assert doctor.python((3, 11, 0)).mark is Mark.GOOD
+    absent = doctor.library("no-such-distribution")
+    assert (absent.mark, absent.remedy) == (Mark.MISSING, "pip install no-such-distribution")
+
+
+@pytest.mark.parametrize(
+    ("flags", "mark", "extensions"),
+    [
+        ("flags : fpu sse4_2 avx2 avx512f avx512_bf16 avx512_vnni", Mark.GOOD, "BF16, VNNI"),
+        ("flags : fpu avx2", Mark.GOOD, ": AVX2"),
+        ("flags : fpu sse4_2", Mark.NOTE, "no vector extension that helps"),
+        ("Features : fp asimd asimddp bf16", Mark.GOOD, ": NEON, BF16"),
+    ],
+)
+def test_the_cpu_is_judged_by_its_instructions(
+    tmp_path: Path, flags: str, mark: Mark, extensions: str
+) -> None:
+    finding = doctor.cpu(write(tmp_path / "cpuinfo", f"processor : 0\n{flags}\n"))
+    assert finding.mark is mark and finding.found.endswith(extensions)
+
+
+def test_a_limit_on_processor_time_names_the_threads_to_use(tmp_path: Path) -> None:
+    write(tmp_path / "cpu.max", "50000 100000")
+    finding = doctor.cores(tmp_path)
+    assert (finding.mark, finding.remedy) == (Mark.NOTE, "serve with --threads 1")
+    assert "the time of 0.5" in finding.found
+    write(tmp_path / "cpu.max", "max 100000")
+    assert doctor.cores(tmp_path).mark is Mark.GOOD
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_the_groups_limit_counts_as_memory(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, str(2**30))
+    finding = doctor.memory(tmp_path)
+    assert finding.mark is Mark.NOTE and "its group may hold 1.0 GiB" in finding.found
+
+
+def test_kernels_that_do_not_build_say_what_runs_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    finding = doctor.kernels()
+    assert finding.mark is Mark.NOTE
+    assert "no C compiler" in finding.found and "torch runs instead" in finding.remedy
+
+    def fail() -> None:
+        raise NativeUnavailable("cc failed: no OpenMP")
+
+    assert doctor.kernels(fail).found == "cc failed: no OpenMP"
+
+
+def test_settings_of_the_system_are_judged(tmp_path: Path) -> None:
+    assert doctor.waiting("passive").mark is Mark.GOOD
+    assert doctor.waiting("ACTIVE").mark is Mark.NOTE
+    assert doctor.huge_pages(write(tmp_path / "a", "always [madvise] never")).mark is Mark.GOOD
+    assert doctor.huge_pages(write(tmp_path / "n", "always madvise [never]")).mark is Mark.NOTE
+    assert doctor.huge_pages(tmp_path / "absent").found == "not known"
+    assert doctor.open_files(1024).remedy.endswith("ulimit -n 4096")
+    assert doctor.open_files(resource.RLIM_INFINITY).mark is Mark.GOOD
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        finding = doctor.free_port(port)
+    assert finding.name == f"port {port}" and finding.mark is Mark.NOTE
+    assert "--port" in finding.remedy
