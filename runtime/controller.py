@@ -174,11 +174,13 @@ def _release(
     signals: Signals, state: ControlState, policy: Policy
 ) -> tuple[Decision | None, ControlState]:
     rung = _least_rung(signals, policy.promote_below, len(signals.capacities) - 1)
+    if state.calm_since_s is not None:
+        rung = max(rung, state.calm_rung)
     quiet = signals.memory_wait_s == 0 and signals.preemption_age_s >= policy.quiet_s
     if rung >= signals.rung or not quiet:
         return None, replace(state, calm_since_s=None)
     since = signals.now_s if state.calm_since_s is None else state.calm_since_s
-    state = replace(state, calm_since_s=since)
+    state = replace(state, calm_since_s=since, calm_rung=rung)
     dwell_s = 0.0 if signals.held else policy.dwell_s
     if signals.now_s - since < dwell_s or not _may_promote(signals, state, policy):
         return None, state
@@ -220,4 +222,6 @@ def _least_rung(signals: Signals, share: float, deepest: int) -> int:
 def _acted(state: ControlState, direction: int, now_s: float) -> ControlState:
     turned = state.direction not in (0, direction)
     flips = (*state.flips, now_s) if turned else state.flips
-    return replace(state, direction=direction, acted_s=now_s, flips=flips, told=False)
+    return replace(
+        state, direction=direction, acted_s=now_s, flips=flips, told=False, calm_since_s=None
+    )
