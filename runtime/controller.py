@@ -87,8 +87,7 @@ def _enter(
     if state.spent and signals.rung < deepest:
         deepest = min(deepest, signals.int8_rung)
         if signals.rung >= deepest:
-            spent = f"the quality budget is spent ({signals.token_share:.0%} with INT4 layers)"
-            return _stay(signals, state, pressure, spent)
+            return _stay(signals, state, pressure, _spent(signals, policy))
     wanted = _depth(signals, policy, pressure, deepest)
     if wanted is None:
         return None, state
@@ -153,6 +152,14 @@ def _objection(signals: Signals, rung: int) -> str | None:
     return None
 
 
+def _spent(signals: Signals, policy: Policy) -> str:
+    share, regained = signals.token_share, _REGAINED * policy.max_demoted_token_share
+    return (
+        f"the quality budget is spent ({share:.0%} of tokens made with INT4 layers, "
+        f"open again at {regained:.0%})"
+    )
+
+
 def _stay(
     signals: Signals, state: ControlState, pressure: Pressure, why: str
 ) -> tuple[Decision | None, ControlState]:
@@ -167,16 +174,18 @@ def _release(
     signals: Signals, state: ControlState, policy: Policy
 ) -> tuple[Decision | None, ControlState]:
     rung = _least_rung(signals, policy.promote_below, len(signals.capacities) - 1)
+    if state.calm_since_s is not None:
+        rung = max(rung, state.calm_rung)
     quiet = signals.memory_wait_s == 0 and signals.preemption_age_s >= policy.quiet_s
     if rung >= signals.rung or not quiet:
         return None, replace(state, calm_since_s=None)
     since = signals.now_s if state.calm_since_s is None else state.calm_since_s
-    state = replace(state, calm_since_s=since)
+    state = replace(state, calm_since_s=since, calm_rung=rung)
     dwell_s = 0.0 if signals.held else policy.dwell_s
     if signals.now_s - since < dwell_s or not _may_promote(signals, state, policy):
         return None, state
     capacity = signals.capacities[rung]
-    held = f", {signals.held} waiting for full precision" if signals.held else ""
+    held = f", {signals.held} waiting for a higher precision" if signals.held else ""
     reason = f"calm, {signals.demand} blocks wanted of {capacity}{held}: back to rung {rung}"
     return Decision(rung, reason), _acted(state, -1, signals.now_s)
 
@@ -213,4 +222,6 @@ def _least_rung(signals: Signals, share: float, deepest: int) -> int:
 def _acted(state: ControlState, direction: int, now_s: float) -> ControlState:
     turned = state.direction not in (0, direction)
     flips = (*state.flips, now_s) if turned else state.flips
-    return replace(state, direction=direction, acted_s=now_s, flips=flips, told=False)
+    return replace(
+        state, direction=direction, acted_s=now_s, flips=flips, told=False, calm_since_s=None
+    )

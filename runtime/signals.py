@@ -50,6 +50,7 @@ class ControlState:
 
     pressed_windows: int = 0  # consecutive looks under pressure
     calm_since_s: float | None = None
+    calm_rung: int = 0  # the deepest that demand needed in this time
     direction: int = 0  # of the latest action: 1 demote, -1 promote
     acted_s: float = NEVER
     flips: tuple[float, ...] = ()  # when the direction changed, within the last minute

@@ -130,6 +130,23 @@ def test_release_goes_only_as_far_as_demand_allows() -> None:
     assert run.rung == 2  # 90 <= 0.8 * 120
 
 
+def test_a_short_dip_of_demand_brings_back_only_what_it_has_left_free_all_the_time() -> None:
+    run = Run()
+    run.look(3, demand=115)
+    assert run.rung == 3
+    run.look(19, demand=90)  # fits under 0.8 of 120, the capacity of rung 2
+    assert run.look(4, demand=10)[-1] == 2
+    assert set(run.look(40, demand=90)) == {2}
+
+
+def test_after_a_return_calm_must_last_anew() -> None:
+    run = Run()
+    run.look(3, demand=115)
+    assert run.look(22, demand=90)[-1] == 2
+    assert set(run.look(19, demand=10)) == {2}
+    assert run.look(4, demand=10)[-1] == 0
+
+
 @pytest.mark.parametrize("unrest", [{"memory_wait_s": 0.05}, {"preemption_age_s": 1.0}])
 def test_no_release_while_something_waits_or_was_just_preempted(unrest: dict[str, float]) -> None:
     run = Run()

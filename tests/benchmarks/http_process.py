@@ -1,6 +1,6 @@
 """What the HTTP process can carry, on an engine that costs next to nothing.
 
-    python tests/benchmarks/http.py [--seconds N]
+    python tests/benchmarks/http_process.py [--seconds N]
 
 Requests per second of short whole answers, streamed chunks per second of 64 streams, time to the
 first byte, and 1,000 streams at once. Clients run on the same machine, in processes of their own.
