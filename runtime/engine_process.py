@@ -1,6 +1,7 @@
 """The engine's own process: messages in, steps and snapshots out, over one local socket."""
 
 import faulthandler
+import gc
 import logging
 import os
 import select
@@ -148,6 +149,8 @@ def _start(link: Link, make_engine: EngineFactory) -> tuple[EngineLike, list[byt
         bodies = link.receive(timeout_s=1.0)
     started = time.monotonic()
     engine = make_engine(msgspec.msgpack.decode(bodies[0], type=EngineConfig))
+    gc.collect()
+    gc.freeze()  # what lives as long as the process must not be searched for garbage in a step
     link.send(_with_import_time(engine.hello(), time.monotonic() - started))
     link.send(engine.snapshot())
     return engine, bodies[1:]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import signal
@@ -96,6 +97,8 @@ async def _run(
         engine = supervisor.client
         _say(start_line(engine.hello, engine.snapshot, config.cache.memory_budget))
         serving = _serving(engine, tokenizer, config, server)
+        gc.collect()
+        gc.freeze()  # searching what was loaded for garbage would hold up every stream
         async with serving.watchdog.watching():
             return await _serve(serving, supervisor, server, watch, listener, interrupts)
     finally:

@@ -1,6 +1,7 @@
 """Clients of a server under test: one request, an open loop of them, a crowd."""
 
 import asyncio
+import gc
 import json
 import random
 import time
@@ -183,6 +184,7 @@ def offer(url: str, load: Load) -> Seen:
 
 def _offer(url: str, load: Load) -> Seen:
     allow_files(MAX_FILES)
+    gc.freeze()  # the client's own pauses are not the server's
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_open_loop(url, load))
 

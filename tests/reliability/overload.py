@@ -95,16 +95,13 @@ def _judge_refusals(rules: Rules, load: str, refused: list[Answer], lag_s: list[
         honest == len(refused),
     )
     p50, p99 = (percentile([a.total_s for a in refused], share) * 1e3 for share in (0.5, 0.99))
+    late_ms = max(lag_s) * 1e3  # what the machine held up, it held up for both sides
     rules.check(
         f"L1 {load}",
         "refusals p99 <= 50 ms",
-        f"{p99:.0f} ms (p50 {p50:.0f} ms; the client itself is late by {_p99_ms(lag_s):.0f} ms)",
+        f"{p99:.0f} ms (p50 {p50:.0f} ms; the client itself was late by {late_ms:.0f} ms once)",
         p99 <= 50,
     )
-
-
-def _p99_ms(seconds: list[float]) -> float:
-    return percentile(seconds, 0.99) * 1e3
 
 
 class Memory:
