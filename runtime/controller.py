@@ -186,7 +186,10 @@ def _release(
         return None, state
     capacity = signals.capacities[rung]
     held = f", {signals.held} waiting for a higher precision" if signals.held else ""
-    reason = f"calm, {signals.demand} blocks wanted of {capacity}{held}: back to rung {rung}"
+    reason = (
+        f"calm, {capacity} blocks were enough for {signals.now_s - since:.1f} s, "
+        f"{signals.demand} wanted now{held}: back to rung {rung}"
+    )
     return Decision(rung, reason), _acted(state, -1, signals.now_s)
 
 

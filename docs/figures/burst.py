@@ -2,7 +2,7 @@
 
     morph quantize demo --method rtn -o demo.morph
     morph profile demo --bundle demo.morph
-    python docs/figures/burst.py demo.morph [--peak 3] [--policy balanced] [--out docs/burst.svg]
+    python docs/figures/burst.py demo.morph [--peak 3.5] [--policy balanced] [--out docs/burst.svg]
 
 Run by hand, on a machine that does nothing else; it takes less than two minutes. Server and
 requests stay on this machine. `--peak` is the burst's requests per second: raise it where the
@@ -193,7 +193,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--peak", type=float, default=3.0)
+    parser.add_argument("--peak", type=float, default=3.5)
     parser.add_argument("--policy", default="balanced")
     parser.add_argument("--out", type=Path, default=Path("docs/burst.svg"))
     given = parser.parse_args()
