@@ -43,12 +43,16 @@ class Control:
         self._state = ControlState()
         self._looked_s = float("-inf")
         self._failed_swaps = 0  # since the latest one that succeeded
-        self._held_until_s = float("-inf")  # no decision before, after a failed swap
+        self._held_until_s = float("-inf")  # no decision and no swap before, after a failed one
 
     def is_due(self, now_s: float) -> bool:
         """Whether it is time for a look at the signals."""
         rested = now_s - self._looked_s >= self._policy.window_s
-        return rested and now_s >= self._held_until_s
+        return rested and not self.is_paused(now_s)
+
+    def is_paused(self, now_s: float) -> bool:
+        """Whether no swap is to be started, as some have just failed."""
+        return now_s < self._held_until_s
 
     def look(self, signals: Signals) -> Decision | None:
         """Shows the controller the signals; its decision, if it made one, is the new target."""
@@ -75,9 +79,13 @@ class Control:
         self._failed_swaps = 0
 
     def swap_failed(self, rung: int, now_s: float) -> None:
-        """Gives up the target for the rung that is, and waits longer each time in a row."""
+        """Gives up the target for the rung that is, and waits longer each time in a row.
+
+        A pinned target is tried again after the wait.
+        """
         self._failed_swaps += 1
-        self.target = rung
+        if not self.pinned:
+            self.target = rung
         self._held_until_s = now_s + min(_LONGEST_PAUSE_S, 2.0**self._failed_swaps)
 
 

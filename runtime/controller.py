@@ -38,6 +38,8 @@ def decide(
 
 def _is_spent(signals: Signals, state: ControlState, policy: Policy) -> bool:
     limit = policy.max_demoted_token_share
+    if limit >= 1:
+        return False
     return signals.token_share > (_REGAINED * limit if state.spent else limit)
 
 
@@ -173,7 +175,9 @@ def _stay(
 def _release(
     signals: Signals, state: ControlState, policy: Policy
 ) -> tuple[Decision | None, ControlState]:
-    rung = _least_rung(signals, policy.promote_below, len(signals.capacities) - 1)
+    least = _least_rung(_with_paused(signals), policy.promote_below, len(signals.capacities) - 1)
+    fast = (r for r in range(least, signals.rung) if _is_fast(signals, policy, r))
+    rung = next(fast, signals.rung)
     if state.calm_since_s is not None:
         rung = max(rung, state.calm_rung)
     quiet = signals.memory_wait_s == 0 and signals.preemption_age_s >= policy.quiet_s
@@ -191,6 +195,27 @@ def _release(
         f"{signals.demand} wanted now{held}: back to rung {rung}"
     )
     return Decision(rung, reason), _acted(state, -1, signals.now_s)
+
+
+def _with_paused(signals: Signals) -> Signals:
+    """Demand that a return must leave room for: also of those that no deeper rung would help.
+
+    Unless some are held, which a return is for.
+    """
+    if signals.held:
+        return signals
+    return replace(signals, demand=max(signals.demand, signals.running_demand))
+
+
+def _is_fast(signals: Signals, policy: Policy, rung: int) -> bool:
+    """Whether a shallower rung keeps the targets, by the cost model, as far as this one does."""
+    urgent, ttft_s = signals.urgent, signals.ttft_s(rung)
+    if urgent and ttft_s is not None and ttft_s > policy.slo_share * urgent.target_s:
+        return False
+    target_s, decode_s = signals.tpot_target_s, signals.decode_s
+    if target_s is None or not decode_s:
+        return True
+    return not decode_s[signals.rung] <= target_s < decode_s[rung]
 
 
 def _restore(
@@ -217,9 +242,10 @@ def _may_promote(signals: Signals, state: ControlState, policy: Policy) -> bool:
 
 
 def _least_rung(signals: Signals, share: float, deepest: int) -> int:
-    """The shallowest rung that needs at most `share` of its capacity, else the deepest."""
-    fits = (r for r in range(deepest) if signals.demand <= share * signals.capacities[r])
-    return next(fits, deepest)
+    """The shallowest rung that needs at most `share` of its capacity, else of the most capacity."""
+    capacities = signals.capacities[: deepest + 1]
+    fits = (r for r, capacity in enumerate(capacities) if signals.demand <= share * capacity)
+    return next(fits, capacities.index(capacities[-1]))
 
 
 def _acted(state: ControlState, direction: int, now_s: float) -> ControlState:

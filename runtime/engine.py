@@ -70,6 +70,8 @@ class Engine:
 
     def pin(self, rung: int | None) -> None:
         """Holds a rung, whatever the traffic; None lets the controller decide again."""
+        if self._policy.static_layers >= 0:
+            return self._monitor.event("pin", f"policy {self._policy.name} never swaps: no pin")
         if event := self._control.pin(rung, len(self._parts.hello.capacities) - 1):
             self._monitor.event("pin", event)
 
@@ -192,7 +194,8 @@ class Engine:
         if not self._control.is_due(now_s):
             return
         parts, target = self._parts, self._control.target
-        settled = self._rung == target and not parts.swapper.in_flight
+        arrived = parts.ladder.next_swap(parts.layers.variants, (), target) is None
+        settled = arrived and not parts.swapper.in_flight
         signals = self._monitor.signals(now_s, parts.scheduler, target, settled)
         if decision := self._control.look(signals):
             self._monitor.event("decision", decision.reason, numbers(signals, decision.rung))
@@ -204,6 +207,8 @@ class Engine:
     def _start_swaps(self) -> None:
         """Starts what leads to the target rung, never both directions at once."""
         swapper, ladder = self._parts.swapper, self._parts.ladder
+        if self._control.is_paused(time.monotonic()):
+            return
         while swapper.has_room:
             moving = {swap.layer for swap in swapper.in_flight}
             step = ladder.next_swap(self._variants, moving, self._control.target)
@@ -213,7 +218,10 @@ class Engine:
             if any(swap.is_demotion is not down for swap in swapper.in_flight):
                 return
             if not swapper.start(step.layer, step.to):
-                return
+                # What runs frees blocks in time. But paused requests would hold theirs until the
+                # layers are precise again, and those wait for the blocks.
+                if swapper.in_flight or not self._parts.scheduler.yield_paused():
+                    return
 
     def _run(self, batch: Batch, started: float) -> list[TokenOutput]:
         done, sampled, lost = self._forward(batch)

@@ -64,15 +64,18 @@ class Ladder:
     ) -> Rung | None:
         """What leads on to rung `target`: demotion along the ladder, promotion back along it.
 
-        `variants` are those that layers have or are on their way to; layers in `moving` wait.
-        A layer goes straight to the variant that it has at `target`.
+        `variants` are those that layers have or are on their way to; layers in `moving` wait. On
+        the way down a layer goes straight to the variant that it has at `target`. On the way back
+        each step is undone by itself, the deepest first: that takes the fewest blocks, and requests
+        with a floor of precision run again as soon as can be.
         """
         wanted = self.variants_at(target)
-        down = [step.layer for step in self.steps]
-        for layer in down:
+        for step in self.steps:
+            layer = step.layer
             if layer not in moving and DEPTH[wanted[layer]] > DEPTH[variants[layer]]:
                 return Rung(layer, wanted[layer])
-        for layer in reversed(down):
-            if layer not in moving and DEPTH[wanted[layer]] < DEPTH[variants[layer]]:
-                return Rung(layer, wanted[layer])
+        for rung in range(len(self.steps) - 1, target - 1, -1):
+            step = self.steps[rung]
+            if step.layer not in moving and DEPTH[variants[step.layer]] >= DEPTH[step.to]:
+                return Rung(step.layer, self.variants_at(rung)[step.layer])
         return None

@@ -28,6 +28,9 @@ class Facts:
     max_step_tokens: int
 
 
+_TELL_PREEMPTIONS_S = 1.0  # between two events that tell of preemptions
+
+
 class Monitor:
     """Every update is O(1); counters count from the engine's start."""
 
@@ -52,7 +55,8 @@ class Monitor:
         self._events: list[Event] = []  # not yet taken
         self._num_events = 0
         self._num_preemptions = 0
-        self._preemptions_told = 0  # before the latest event that tells of some
+        self._preemptions_told = 0  # by events
+        self._told_s = NEVER  # when the latest of these events was
         self._preempted_s = NEVER
         self._blocked_since_s: float | None = None
 
@@ -75,13 +79,11 @@ class Monitor:
         """Notes what the scheduler ran into while it made a batch."""
         if scheduler.num_preemptions > self._num_preemptions:
             self._preempted_s = now_s
-            if not self._events or self._events[-1].kind != "preempt":
-                self._preemptions_told = self._num_preemptions
-            else:
-                self._events.pop()  # one line for a row of preemptions
             self._num_preemptions = scheduler.num_preemptions
-            count = self._num_preemptions - self._preemptions_told
-            self.event("preempt", f"{count} preempted, to be computed again")
+        untold = self._num_preemptions - self._preemptions_told
+        if untold and now_s - self._told_s >= _TELL_PREEMPTIONS_S:
+            self._told_s, self._preemptions_told = now_s, self._num_preemptions
+            self.event("preempt", f"{untold} preempted, to be computed again")
         if not scheduler.memory_blocked:
             self._blocked_since_s = None
         elif self._blocked_since_s is None:
@@ -129,13 +131,14 @@ class Monitor:
             chunk_s[rung] if chunk_s else 0.0,
             now_s,
         )
-        blocked = self._blocked_since_s
+        blocked, last = self._blocked_since_s, len(facts.capacities) - 1
         return Signals(
             now_s=now_s,
             rung=rung,
             demand=scheduler.demand(policy.horizon_tokens),
             running_demand=scheduler.num_used + load.growth,
-            capacities=facts.capacities,
+            # Rungs at which nobody may run who wants blocks are of no use.
+            capacities=facts.capacities[: max(rung, scheduler.useful_rung(last)) + 1],
             settled=settled,
             memory_wait_s=0.0 if blocked is None else now_s - blocked,
             preemption_age_s=now_s - self._preempted_s,
@@ -152,8 +155,8 @@ class Monitor:
 
     def token_share(self, now_s: float) -> float:
         """Of the tokens generated in the quality window, those made with INT4 layers."""
-        made = self._made.total(now_s)
-        return self._made_int4.total(now_s) / made if made else 0.0
+        made, made_int4 = self._made.total(now_s), self._made_int4.total(now_s)
+        return made_int4 / made if made else 0.0
 
     @property
     def slowdown(self) -> float | None:

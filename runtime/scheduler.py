@@ -114,8 +114,7 @@ class Scheduler:
             budget -= self._take_chunks(batch, budget)
         if self.num_preemptions == preemptions:  # else the preempted would come straight back
             budget -= self._take_new(batch, budget)
-        while not batch and self.waiting and self.running:  # which all wait for precision
-            self._preempt(self.running[-1])
+        while not batch and self.waiting and self.yield_paused():
             budget -= self._take_new(batch, budget)
         self.memory_blocked = (
             self._is_seat_free()
@@ -123,6 +122,18 @@ class Scheduler:
             and any(r.gains_below(rung) for r in self.waiting)
         )
         return batch
+
+    def yield_paused(self) -> bool:
+        """Takes the youngest paused request's blocks if no running one may run; whether it did."""
+        if not self.running or any(r.runs_at(self._rung) for r in self.running):
+            return False
+        self._take_back(self.running[-1])
+        return True
+
+    def useful_rung(self, last: int) -> int:
+        """The deepest rung, `last` at most, at which some request may run that wants blocks."""
+        wanting = (r for r in (*self.running, *self.waiting) if r.gains_below(self._rung))
+        return max((last if r.max_rung is None else r.max_rung for r in wanting), default=0)
 
     def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[tuple[Request, list[int]]]:
         """Notes what a step computed; `tokens` are those of the sampling slices, in batch order.
@@ -250,21 +261,28 @@ class Scheduler:
 
         And one more for each running request to grow into.
         """
-        found = self.reuse.find(request, self._rung)
-        idle = sum(not self._pool.is_used(block) for block in found.blocks)
-        new = self._blocks_for(request.num_tokens + 1) - len(found.blocks)
         room = self._pool.num_free
         if self.max_blocks is not None:
             room = min(room, self.max_blocks - self._pool.num_used)
+        wanted = self._blocks_for(request.num_tokens + 1)
+        if wanted - (request.num_tokens - 1) // self._block_tokens + len(self.running) > room:
+            return None  # even if all of it were cached, which takes a while to find out
+        found = self.reuse.find(request, self._rung)
+        idle = sum(not self._pool.is_used(block) for block in found.blocks)
+        new = wanted - len(found.blocks)
         return found if new + idle + len(self.running) <= room else None
 
     def _preempt(self, request: Request) -> None:
+        """Takes a request's blocks away as memory lacks."""
+        self._take_back(request)
+        self.num_preemptions += 1
+
+    def _take_back(self, request: Request) -> None:
         """Takes a request's blocks away; it waits first in line and is computed again."""
         self.running.remove(request)
         self._release(request)
         request.status = Status.WAITING
         request.num_preemptions += 1
-        self.num_preemptions += 1
         self._queue.put_back(request)
 
     def _append(self, request: Request, token: int | None) -> list[int]:

@@ -22,10 +22,10 @@ class Signals:
     now_s: float
     rung: int  # that is wanted; the layers are there or on their way
     demand: int  # blocks that running and waiting requests want over the policy's horizon
-    running_demand: int  # of these, what running requests want
-    capacities: Sequence[int]  # blocks at rung 0, 1, ... the deepest allowed
+    running_demand: int  # what running requests hold and want, paused ones included
+    capacities: Sequence[int]  # blocks at rung 0, 1, ... the deepest that is allowed and of use
     settled: bool  # no swap is under way
-    memory_wait_s: float  # how long the oldest waiting request has been waiting for blocks; 0: none
+    memory_wait_s: float  # how long requests have been waiting for blocks without a break; 0: none
     preemption_age_s: float  # time since the latest preemption
     arrival_age_s: float  # time since the latest arrival
     waiting: int  # requests, those held for precision included

@@ -333,3 +333,49 @@ def test_whatever_happens_rungs_stay_in_range_and_turn_at_most_every_two_seconds
     told = len(run.decisions)
     run.look(100)
     assert len(run.decisions) == told  # an idle controller does nothing
+
+
+def test_a_budget_of_every_token_is_never_spent() -> None:
+    run = Run(replace(POLICY, max_demoted_token_share=1.0))
+    run.look(23, demand=1000, token_share=1.03)
+    assert run.rung == 4
+
+
+def test_rungs_that_free_nothing_more_are_neither_taken_nor_kept() -> None:
+    capacities = (10, 14, 18, 18, 18)
+    run = Run()
+    run.look(3, demand=100, capacities=capacities)
+    assert run.rung == 2
+    run.rung = 4
+    run.look(40, demand=16, running_demand=16, capacities=capacities)
+    assert run.rung == 2
+
+
+def test_a_return_leaves_room_for_requests_that_no_deeper_rung_would_help() -> None:
+    run = Run()
+    run.look(3, demand=1000)
+    run.look(100, demand=0, running_demand=110)
+    assert run.rung == 4  # 110 > 0.8 * 130
+    run.look(40, demand=0, running_demand=10)
+    assert run.rung == 0
+
+
+def test_a_return_breaks_no_target_that_is_kept() -> None:
+    run = Run()
+    run.look(3, demand=1000)
+    slower = (0.05, 0.04, 0.03, 0.02, 0.01)
+    run.look(100, demand=10, tpot_target_s=0.035, decode_s=slower, chunk_s=slower)
+    assert run.rung == 2
+    run.look(100, demand=10, tpot_target_s=None, decode_s=slower, chunk_s=slower)
+    assert run.rung == 0
+
+
+def test_a_failed_swap_pauses_swaps_and_leaves_a_pin_where_it_is() -> None:
+    control = Control(POLICY, target=3)
+    control.swap_failed(rung=1, now_s=100.0)
+    assert control.target == 1
+    assert control.is_paused(101.9) and not control.is_paused(102.1)
+    control.pin(4, deepest=4)
+    control.swap_failed(rung=1, now_s=200.0)
+    assert control.target == 4 and control.pinned
+    assert control.is_paused(203.9) and not control.is_paused(204.1)
