@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 import tomllib
 import types
 from collections.abc import Iterator
@@ -28,6 +29,17 @@ _KINDS: dict[Any, tuple[type, ...]] = {  # what TOML may hold for an option of t
 def variable(name: str) -> str:
     """The environment variable of an option: MORPH_PORT of `port`."""
     return f"MORPH_{name.upper()}"
+
+
+def first_key(text: str | None) -> str | None:
+    """The key to ask a server with: MORPH_API_KEY may hold all that the server takes.
+
+    Raises ConfigError for what no header can carry.
+    """
+    key = next(iter((text or "").split()), None)
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise ConfigError("--api-key must be visible ASCII characters, no spaces")
+    return key
 
 
 class Command(TyperCommand):
