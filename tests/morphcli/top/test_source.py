@@ -197,6 +197,18 @@ def test_off_a_terminal_a_line_of_json_is_printed_per_look(tmp_path: Path) -> No
     assert decode(lines[0]).events == EVENTS
 
 
+def test_off_a_terminal_a_refused_key_is_the_end() -> None:
+    with answering(401) as (url, handler):
+        environment = os.environ | {"MORPH_API_KEY": "sk-1 sk-2"}
+        result = subprocess.run(
+            [*TOP, url], stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=60
+        )
+    assert result.returncode == 1 and result.stdout == b""
+    assert result.stderr.startswith(b"error: the server wants a key: --api-key or MORPH_API_KEY")
+    assert result.stderr.count(b"\n") == 1
+    assert [key for _, _, key, _ in handler.asked] == ["Bearer sk-1"]
+
+
 def test_nobody_reading_any_more_is_a_quiet_end() -> None:
     reader, writer = os.pipe()
     with answering(answer=encoded()) as (url, _):
