@@ -53,10 +53,15 @@ def serve(
     ] = 512,
     max_num_queued_tokens: Annotated[
         int | None,
-        _SCHEDULER(min=1, help="Prompt tokens that may wait. [default: 8 KV caches, the largest]"),
+        _SCHEDULER(
+            min=1,
+            help="Prompt tokens that may wait. [default: prompt tokens for 8 KV caches of the "
+            "deepest rung]",
+        ),
     ] = None,
     queue_timeout: Annotated[
-        float | None, _SCHEDULER(min=0, help="Seconds a request may wait. [default: no limit]")
+        float | None,
+        _SCHEDULER(help="Seconds a request may wait, above 0. [default: no limit]"),
     ] = None,
     bundle: Annotated[Path | None, _MORPHING(help="Folder made by `morph quantize`.")] = None,
     policy: Annotated[
@@ -89,7 +94,7 @@ def serve(
         _HTTP(metavar="ORIGIN", help="Of web pages that may call; may be repeated; *: any."),
     ] = None,
     overload_status: Annotated[
-        int, _HTTP(min=429, max=503, help="Of refusals when the queue is full: 503 or 429.")
+        int, _HTTP(help="Of refusals when the queue is full: 503 or 429.")
     ] = 503,
     shutdown_timeout: Annotated[
         float, _HTTP(min=0, help="Seconds for running requests to finish.")

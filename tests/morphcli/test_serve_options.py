@@ -148,6 +148,27 @@ def test_a_wrong_value_names_the_variable_it_came_from() -> None:
     assert "MORPH_PORT" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--queue-timeout 0", "--queue-timeout must be above 0 seconds, not 0: leave it out for"),
+        ("--overload-status 500", "--overload-status must be 503 or 429, not 500"),
+        ("--log-format xml", "--log-format must be text or json, not 'xml'"),
+        ("--max-num-batched-tokens 8", "--max-num-batched-tokens (8) must be at least --max-num-"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_flag(start: Started, words: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        start(*words.split())
+    assert sentence in str(raised.value)
+
+
+def test_help_announces_no_range_that_is_refused() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["serve", "--help"]).stdout.split())
+    assert "x>=0" not in shown.partition("--queue-timeout")[2].partition("Morphing:")[0]
+    assert "429<=x" not in shown
+
+
 def test_a_key_on_the_command_line_is_warned_of_and_not_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
