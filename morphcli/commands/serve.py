@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from morphserve.morphcli.settings import keys_on_command_line, read_config, variable
+from morphserve.morphcli.settings import (
+    is_on_command_line,
+    keys_on_command_line,
+    read_config,
+    variable,
+)
 
 if TYPE_CHECKING:
     from morphserve.configs.schema import EngineConfig, Policy, ServerConfig
@@ -124,6 +129,7 @@ def serve(
 
     A flag counts before its environment variable (MORPH_PORT for --port), that before --config.
     """
+    from morphserve.configs.errors import ConfigError
     from morphserve.configs.load import load_policy, parse_bytes, parse_slo, resolve_model
     from morphserve.configs.schema import (
         CacheConfig,
@@ -133,6 +139,10 @@ def serve(
         Slo,
     )
 
+    if is_on_command_line(ctx, "json") and not dry_run:
+        raise ConfigError(
+            "--json prints the memory plan: add --dry-run; a server's log has --log-format json"
+        )
     rules, folder = load_policy(policy), resolve_model(model)
     _check_folders(model, folder, bundle, rules)
     engine = EngineConfig(
