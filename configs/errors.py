@@ -23,3 +23,8 @@ class OutOfBudget(MorphError):
     """The memory budget cannot hold the model; the message holds the number that would."""
 
     exit_code = 5
+
+    def __init__(self, message: str, needed_bytes: int | None = None) -> None:
+        """`needed_bytes`: least --memory-budget that would do; None: the machine has too little."""
+        super().__init__(message)
+        self.needed_bytes = needed_bytes

@@ -20,7 +20,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1:
-            raise ConfigError(f"block_tokens must be at least 1, not {self.block_tokens}")
+            raise ConfigError(f"--block-size must be at least 1, not {self.block_tokens}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,17 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
+            raise ConfigError(f"--max-num-seqs must be at least 1, not {self.max_num_seqs}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
-                f"max_num_seqs ({self.max_num_seqs}): each running request needs one per step"
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
+                f"--max-num-seqs ({self.max_num_seqs}): each running request needs one per step"
             )
-        if self.queue_timeout_s is not None and self.queue_timeout_s <= 0:
-            raise ConfigError(f"queue_timeout_s must be above 0, not {self.queue_timeout_s}")
+        if self.queue_timeout_s is not None and not self.queue_timeout_s > 0:
+            raise ConfigError(
+                f"--queue-timeout must be above 0 seconds, not {self.queue_timeout_s:g}: leave it "
+                "out for no limit"
+            )
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -140,16 +143,19 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if self.max_queued < 1:
-            raise ConfigError(f"max_queued must be at least 1, not {self.max_queued}")
+            raise ConfigError(f"--max-num-queued-reqs must be at least 1, not {self.max_queued}")
         if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
-            raise ConfigError(f"max_queued_tokens must be at least 1, not {self.max_queued_tokens}")
+            raise ConfigError(
+                f"--max-num-queued-tokens must be at least 1, not {self.max_queued_tokens}"
+            )
         if self.overload_status not in (429, 503):
-            raise ConfigError(f"overload_status must be 503 or 429, not {self.overload_status}")
-        for name in ("engine_timeout_s", "sse_keep_alive_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+            raise ConfigError(f"--overload-status must be 503 or 429, not {self.overload_status}")
+        if not self.engine_timeout_s > 0:
+            raise ConfigError(f"--engine-timeout must be above 0, not {self.engine_timeout_s:g}")
+        if not self.sse_keep_alive_s > 0:
+            raise ConfigError(f"sse_keep_alive_s must be above 0, not {self.sse_keep_alive_s:g}")
         if self.log_format not in ("text", "json"):
-            raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
+            raise ConfigError(f"--log-format must be text or json, not {self.log_format!r}")
         self._check_access()
 
     def _check_access(self) -> None:

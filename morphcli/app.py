@@ -19,7 +19,7 @@ from morphserve.morphcli.commands.quantize import quantize
 from morphserve.morphcli.commands.serve import serve
 from morphserve.morphcli.commands.top import top
 from morphserve.morphcli.commands.verify_bundle import verify
-from morphserve.morphcli.settings import Command
+from morphserve.morphcli.settings import Command, misspelt
 
 app = typer.Typer(
     name="morph",
@@ -47,12 +47,15 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Version."),
     ] = False,
 ) -> None:
-    pass
+    commands = ctx.command.commands.values()  # type: ignore[attr-defined]
+    for name, meant in misspelt(os.environ, commands).items():
+        typer.echo(f"warning: {name} is no setting of morph: did you mean {meant}?", err=True)
 
 
 def main() -> None:

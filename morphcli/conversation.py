@@ -14,6 +14,7 @@ from morphserve.morphcli.bench.http import (
     Answer,
     HttpError,
     ServerSentEvents,
+    bearer,
     open_stream,
 )
 
@@ -132,10 +133,8 @@ class Server:
     @asynccontextmanager
     async def _ask(self, method: str, path: str, body: bytes) -> AsyncIterator[Answer]:
         """The answer, of status 200. Raises ServerRefused for anything else."""
-        keys = (self.api_key or "").split()  # MORPH_API_KEY may hold all that a server takes
-        headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         try:
-            async with open_stream(self.url, method, path, body, headers) as answer:
+            async with open_stream(self.url, method, path, body, bearer(self.api_key)) as answer:
                 if answer.status != 200:
                     raise ServerRefused(self._refusal(answer.status, await answer.read()))
                 yield answer

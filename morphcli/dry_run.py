@@ -6,6 +6,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from morphserve.configs.errors import OutOfBudget
 from morphserve.configs.schema import EngineConfig
 from morphserve.morphcli.settings import Setting
 from morphserve.quantize.machine import free_memory
@@ -38,11 +39,30 @@ class Plan(msgspec.Struct, frozen=True):
     free_bytes: int  # of this machine, now
     rungs: list[Room]  # no layer, one step, and the deepest that the policy allows
     settings: list[Setting]  # that are not left to their defaults
+    fits: bool = True
+
+
+class NoPlan(msgspec.Struct, frozen=True):
+    """Why there is none."""
+
+    reason: str
+    needed_bytes: (
+        int | None
+    )  # least --memory-budget that would do; None: the machine has too little
+    fits: bool = False
 
 
 def show_plan(config: EngineConfig, settings: list[Setting], json: bool) -> None:
-    """Prints the plan, or one JSON document. Raises MorphError, as the server would."""
-    plan = make_plan(foretell(config, outline_model(config)), settings)
+    """Prints the plan, or one JSON document, which tells too what does not fit.
+
+    Raises MorphError, as the server would.
+    """
+    try:
+        plan = make_plan(foretell(config, outline_model(config)), settings)
+    except OutOfBudget as error:
+        if json:
+            print(msgspec.json.encode(NoPlan(str(error), error.needed_bytes)).decode())
+        raise
     if json:
         print(msgspec.json.encode(plan).decode())
     else:

@@ -2,9 +2,10 @@
 
 import difflib
 import inspect
+import re
 import tomllib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -14,6 +15,7 @@ from typer.core import TyperCommand
 
 from morphserve.configs.errors import ConfigError
 
+_PREFIX = "MORPH_"
 _NOT_SETTINGS = ("config", "dry_run", "json", "help")
 _SECRETS = ("api_key", "admin_key")
 _KINDS: dict[Any, tuple[type, ...]] = {  # what TOML may hold for an option of this type
@@ -27,7 +29,32 @@ _KINDS: dict[Any, tuple[type, ...]] = {  # what TOML may hold for an option of t
 
 def variable(name: str) -> str:
     """The environment variable of an option: MORPH_PORT of `port`."""
-    return f"MORPH_{name.upper()}"
+    return f"{_PREFIX}{name.upper()}"
+
+
+def misspelt(given: Iterable[str], commands: Iterable[Any]) -> dict[str, str]:
+    """The variables of `given` that no command knows, and which each was meant to be.
+
+    Those that resemble no setting are left out: another program may share the prefix.
+    """
+    known = {param.envvar for command in commands for param in command.params if param.envvar}
+    bare = [name.removeprefix(_PREFIX) for name in known]  # alike by more than what all share
+    found = {}
+    for name in sorted(name for name in given if name.startswith(_PREFIX) and name not in known):
+        if near := difflib.get_close_matches(name.removeprefix(_PREFIX), bare, n=1):
+            found[name] = _PREFIX + near[0]
+    return found
+
+
+def first_key(text: str | None) -> str | None:
+    """The key to ask a server with: MORPH_API_KEY may hold all that the server takes.
+
+    Raises ConfigError for what no header can carry.
+    """
+    key = next(iter((text or "").split()), None)
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise ConfigError("--api-key must be visible ASCII characters, no spaces")
+    return key
 
 
 class Command(TyperCommand):
@@ -158,5 +185,10 @@ def _show(value: object) -> str:
 
 def keys_on_command_line(ctx: typer.Context) -> list[str]:
     """The secrets that every user of the machine can read in the list of processes."""
-    sources = {name: ctx.get_parameter_source(name) for name in _SECRETS}
-    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [name for name in _SECRETS if is_on_command_line(ctx, name)]
+
+
+def is_on_command_line(ctx: typer.Context, name: str) -> bool:
+    """Whether the parameter was given there, and not left out or set elsewhere."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

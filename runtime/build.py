@@ -197,7 +197,8 @@ def _plan(config: EngineConfig, model: LoadedModel, max_model_len: int) -> Memor
         raise OutOfBudget(
             f"a memory budget of {budget / 2**20:.1f} MiB leaves room for {tokens} tokens of KV "
             f"cache, less than one request of {max_model_len}: raise --memory-budget to "
-            f"{math.ceil(least / 2**20)}MiB or lower --max-model-len"
+            f"{math.ceil(least / 2**20)}MiB or lower --max-model-len",
+            needed_bytes=least,
         )
     _require_gain(_capacities(config, model, plan), cache.block_tokens)
     return plan

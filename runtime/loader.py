@@ -109,7 +109,7 @@ def choose_dtype(asked: str, checkpoint: str, kernels: Kernels) -> torch.dtype:
     if asked == "auto":
         return kernels.weight_dtype(dtypes[checkpoint])
     if asked not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype {asked!r} is not known: use auto, float32 or bfloat16")
+        raise ConfigError(f"--dtype {asked!r} is not known: use auto, float32 or bfloat16")
     return dtypes[asked]
 
 
@@ -142,5 +142,5 @@ def layer_order(config: EngineConfig, num_layers: int, bundle: Bundle | None) ->
             random.Random(config.seed).shuffle(layers)
             return layers
     raise ConfigError(
-        f"order {config.order!r} is not known: use bundle, front-to-back, back-to-front or random"
+        f"--order {config.order!r} is not known: use bundle, front-to-back, back-to-front or random"
     )

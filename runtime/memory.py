@@ -148,7 +148,8 @@ def plan_memory(
     if budget < least:
         raise OutOfBudget(
             f"a memory budget of {budget / 2**20:.1f} MiB cannot hold the model and any KV cache: "
-            f"raise --memory-budget to {least / 2**20:.1f} MiB or more"
+            f"raise --memory-budget to {least / 2**20:.1f} MiB or more",
+            needed_bytes=least,
         )
     num_pages = budget // page
     staging_pages = staging_bytes(sizes, 1) // page

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from morphserve.morphcli.bench.http import HttpError, ServerSentEvents, post_stream
+from morphserve.morphcli.bench.http import HttpError, ServerSentEvents, bearer, post_stream
 
 _LEAD_S = 0.3  # from reading the plan to the first possible send
 
@@ -37,6 +37,7 @@ class Plan(msgspec.Struct, frozen=True):
     model: str
     timeout_s: float  # per request, from its send
     requests: list[PlannedRequest]
+    api_key: str | None = None
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
@@ -143,7 +144,7 @@ async def _one(plan: Plan, request: PlannedRequest, body: bytes, started_s: floa
     )
     try:
         async with asyncio.timeout(plan.timeout_s):
-            await _stream(plan.url, body, due, outcome)
+            await _stream(plan, body, due, outcome)
     except TimeoutError:
         outcome.timed_out = True
         outcome.error = f"unfinished after {plan.timeout_s:g} s"
@@ -152,10 +153,10 @@ async def _one(plan: Plan, request: PlannedRequest, body: bytes, started_s: floa
     return outcome
 
 
-async def _stream(url: str, body: bytes, due: float, outcome: Outcome) -> None:
+async def _stream(plan: Plan, body: bytes, due: float, outcome: Outcome) -> None:
     text = hashlib.sha256()
     ended = False
-    async with post_stream(url, "/v1/completions", body) as answer:
+    async with post_stream(plan.url, "/v1/completions", body, bearer(plan.api_key)) as answer:
         outcome.status = answer.status
         if answer.status != 200:
             raise HttpError(f"refused with {answer.status}: {(await answer.read())[:200]!r}")

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -49,6 +49,7 @@ class Bench:
     output: Path  # folder of the servers' logs
     servers: ServerOptions | None = None
     url: str | None = None  # bench this server instead of starting any
+    api_key: str | None = field(default=None, repr=False)  # of that server
 
 
 def parse_policies(text: str) -> tuple[str, ...]:
@@ -82,11 +83,11 @@ def run_policy(bench: Bench, policy: str, on_outcome: _REPLAY_STEP) -> Run:
 
 
 def _run(bench: Bench, policy: str, url: str, on_outcome: _REPLAY_STEP) -> Run:
-    model = served_model(url)
+    model = served_model(url, bench.api_key)
     requests = _planned(bench)
     _warm_up(bench, url, model)
-    with Sampler(url) as sampler:
-        plan = Plan(url, model, bench.timeout_s, requests)
+    with Sampler(url, bench.api_key) as sampler:
+        plan = Plan(url, model, bench.timeout_s, requests, bench.api_key)
         started, outcomes = replay(plan, on_outcome)
         if not policy.startswith("static:"):
             _await_full_precision(sampler, bench.settle_s)
@@ -95,7 +96,8 @@ def _run(bench: Bench, policy: str, url: str, on_outcome: _REPLAY_STEP) -> Run:
 
 def _warm_up(bench: Bench, url: str, model: str) -> None:
     request = PlannedRequest(0, 0.0, bench.prompts.warm_up, 0, _WARM_UP_TOKENS)
-    _, (outcome,) = replay(Plan(url, model, bench.timeout_s, [request]), lambda _: None)
+    plan = Plan(url, model, bench.timeout_s, [request], bench.api_key)
+    _, (outcome,) = replay(plan, lambda _: None)
     if outcome.error is not None:
         raise ReplayFailed(f"{url} did not answer the warm-up request: {outcome.error}")
 

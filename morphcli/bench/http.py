@@ -26,6 +26,11 @@ def host_and_port(url: str) -> tuple[str, int]:
     return host, port
 
 
+def bearer(api_key: str | None) -> dict[str, str]:
+    """The headers that carry the key of a server, if it has one."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 class Answer:
     """Status and body of one response, filled as bytes arrive."""
 
@@ -103,9 +108,11 @@ async def open_stream(
         writer.close()
 
 
-def post_stream(url: str, path: str, body: bytes) -> AbstractAsyncContextManager[Answer]:
+def post_stream(
+    url: str, path: str, body: bytes, headers: Mapping[str, str] | None = None
+) -> AbstractAsyncContextManager[Answer]:
     """POST of JSON."""
-    return open_stream(url, "POST", path, body)
+    return open_stream(url, "POST", path, body, headers)
 
 
 class ServerSentEvents:

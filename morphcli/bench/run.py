@@ -1,7 +1,7 @@
 """A whole comparison: from a trace file to the run folder and its report."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -63,6 +63,7 @@ class BenchRequest:
     max_model_len: int | None = None
     prompts: Path | None = None  # text file; None: the model folder's held-out text
     url: str | None = None  # a running server; None: start one per policy
+    api_key: str | None = field(default=None, repr=False)  # of that server
     timeout_s: float = 120.0  # per request
     force: bool = False  # replace a finished run in `output`
 
@@ -135,6 +136,7 @@ def _bench(request: BenchRequest, schedule: Schedule, prompts: Prompts) -> Bench
         output=request.output,
         servers=None if request.url else options,
         url=request.url,
+        api_key=request.api_key,
     )
 
 

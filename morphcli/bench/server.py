@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from morphserve.configs.errors import MorphError
-from morphserve.morphcli.bench.http import host_and_port
+from morphserve.morphcli.bench.http import bearer, host_and_port
 from morphserve.quantize.manifest import Rung, Variant
 from morphserve.runtime.ladder import Ladder
 
@@ -183,21 +183,25 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def get(url: str, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
+def get(
+    url: str, path: str, timeout_s: float = 5.0, *, api_key: str | None = None
+) -> tuple[int, bytes]:
     """Status and body of one GET."""
     connection = http.client.HTTPConnection(*host_and_port(url), timeout=timeout_s)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=bearer(api_key))
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
         connection.close()
 
 
-def served_model(url: str) -> str:
+def served_model(url: str, api_key: str | None = None) -> str:
     """The id of the first model that the server at `url` offers."""
     try:
-        status, body = get(url, "/v1/models")
+        status, body = get(url, "/v1/models", api_key=api_key)
+        if status == 401:
+            raise ServerFailed(f"{url} wants an API key: set MORPH_API_KEY, or give --api-key")
         if status != 200:
             raise ServerFailed(f"{url}/v1/models answered {status}")
         return str(msgspec.json.decode(body)["data"][0]["id"])
@@ -213,9 +217,10 @@ class Sampler:
     It has no states of a server that serves none.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self.states: list[State] = []
         self._url = url
+        self._api_key = api_key
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="state-sampler", daemon=True)
 
@@ -231,7 +236,7 @@ class Sampler:
         due = time.monotonic()
         while not self._closing.is_set():
             with contextlib.suppress(OSError, http.client.HTTPException, msgspec.MsgspecError):
-                status, body = get(self._url, "/morph/v1/state")
+                status, body = get(self._url, "/morph/v1/state", api_key=self._api_key)
                 if status == 404:
                     return
                 if status == 200:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from morphserve.morphcli.settings import first_key
+
 _COMPARE = "full,static:all,morph"
 
 
@@ -24,6 +26,9 @@ def bench(
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="Bench a running OpenAI-compatible server instead.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="If the server at --url wants one.")
     ] = None,
     window: Annotated[str | None, typer.Option(help="Seconds of the trace, as t:92-154.")] = None,
     rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
@@ -76,6 +81,7 @@ def bench(
         max_model_len=max_model_len,
         prompts=prompts,
         url=url,
+        api_key=first_key(api_key) if url else None,
         force=force,
     )
     console = Console(stderr=True)

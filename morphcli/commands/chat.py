@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from morphserve.morphcli.settings import first_key
+
 if TYPE_CHECKING:
     from morphserve.morphcli.conversation import Reply, Server
 
@@ -29,7 +31,7 @@ def chat(
 
     from morphserve.morphcli.conversation import Server
 
-    server = Server(url, api_key)
+    server = Server(url, first_key(api_key))
     name = model or asyncio.run(server.first_model())
     typer.secho(f"{name} at {url}; /quit or Ctrl-D leaves", err=True, dim=True)
     messages: list[dict[str, str]] = []

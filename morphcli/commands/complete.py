@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from morphserve.morphcli.settings import first_key
+
 if TYPE_CHECKING:
     from morphserve.morphcli.conversation import Server
 
@@ -41,7 +43,7 @@ def complete(
     optional = {"model": model, "temperature": temperature, "stop": stop or None}
     fields: dict[str, Any] = {"prompt": _prompt(words[-1]), "max_tokens": max_tokens}
     fields |= {name: value for name, value in optional.items() if value is not None}
-    asyncio.run(_complete(Server(url, api_key), fields, json))
+    asyncio.run(_complete(Server(url, first_key(api_key)), fields, json))
 
 
 def _prompt(word: str) -> str:

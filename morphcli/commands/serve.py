@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from morphserve.morphcli.settings import keys_on_command_line, read_config, variable
+from morphserve.morphcli.settings import (
+    is_on_command_line,
+    keys_on_command_line,
+    read_config,
+    variable,
+)
 
 if TYPE_CHECKING:
     from morphserve.configs.schema import EngineConfig, Policy, ServerConfig
@@ -53,10 +58,15 @@ def serve(
     ] = 512,
     max_num_queued_tokens: Annotated[
         int | None,
-        _SCHEDULER(min=1, help="Prompt tokens that may wait. [default: 8 KV caches, the largest]"),
+        _SCHEDULER(
+            min=1,
+            help="Prompt tokens that may wait. [default: prompt tokens for 8 KV caches of the "
+            "deepest rung]",
+        ),
     ] = None,
     queue_timeout: Annotated[
-        float | None, _SCHEDULER(min=0, help="Seconds a request may wait. [default: no limit]")
+        float | None,
+        _SCHEDULER(help="Seconds a request may wait, above 0. [default: no limit]"),
     ] = None,
     bundle: Annotated[Path | None, _MORPHING(help="Folder made by `morph quantize`.")] = None,
     policy: Annotated[
@@ -89,7 +99,7 @@ def serve(
         _HTTP(metavar="ORIGIN", help="Of web pages that may call; may be repeated; *: any."),
     ] = None,
     overload_status: Annotated[
-        int, _HTTP(min=429, max=503, help="Of refusals when the queue is full: 503 or 429.")
+        int, _HTTP(help="Of refusals when the queue is full: 503 or 429.")
     ] = 503,
     shutdown_timeout: Annotated[
         float, _HTTP(min=0, help="Seconds for running requests to finish.")
@@ -119,6 +129,7 @@ def serve(
 
     A flag counts before its environment variable (MORPH_PORT for --port), that before --config.
     """
+    from morphserve.configs.errors import ConfigError
     from morphserve.configs.load import load_policy, parse_bytes, parse_slo, resolve_model
     from morphserve.configs.schema import (
         CacheConfig,
@@ -128,6 +139,10 @@ def serve(
         Slo,
     )
 
+    if is_on_command_line(ctx, "json") and not dry_run:
+        raise ConfigError(
+            "--json prints the memory plan: add --dry-run; a server's log has --log-format json"
+        )
     rules, folder = load_policy(policy), resolve_model(model)
     _check_folders(model, folder, bundle, rules)
     engine = EngineConfig(

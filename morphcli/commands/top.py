@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from morphserve.morphcli.settings import first_key
+
 if TYPE_CHECKING:
     from morphserve.morphcli.top.feeds import Feed
     from morphserve.morphcli.top.source import Keys
@@ -18,7 +20,8 @@ def top(
         str | None, typer.Option(envvar="MORPH_API_KEY", help="The server's key, if it wants one.")
     ] = None,
     admin_key: Annotated[
-        str | None, typer.Option(envvar="MORPH_ADMIN_KEY", help="Allows u, d, p and a.")
+        str | None,
+        typer.Option(envvar="MORPH_ADMIN_KEY", help="Allows to step, pin and free the rung."),
     ] = None,
 ) -> None:
     """Watch a server: layers, KV cache, queue, latency.
@@ -31,7 +34,7 @@ def top(
 
     from morphserve.morphcli.top.source import Keys
 
-    keys = Keys(api_key or None, admin_key or None)
+    keys = Keys(first_key(api_key), admin_key or None)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         try:
             return _print_lines(target, keys)

@@ -12,14 +12,28 @@ class _Moment(msgspec.Struct):
     time: float
 
 
+def _time(line: bytes) -> float:
+    return msgspec.json.decode(line, type=_Moment).time
+
+
+def _is_whole(line: bytes) -> bool:
+    """The last line is not where the recording was killed, or is still being written."""
+    try:
+        _time(line)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
 class Recording:
     """Lines of a file, each a state; one of them is shown now."""
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError for what is no recording."""
         try:
-            self._lines = [line for line in path.read_bytes().splitlines() if line.strip()]
-            self._times = [msgspec.json.decode(line, type=_Moment).time for line in self._lines]
+            lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+            self._lines = lines[:-1] if len(lines) > 1 and not _is_whole(lines[-1]) else lines
+            self._times = [_time(line) for line in self._lines]
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except (msgspec.DecodeError, RecursionError) as error:

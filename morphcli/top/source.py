@@ -20,6 +20,10 @@ class Away(Exception):
     """The server did not answer as hoped; the message says what is wrong, in a few words."""
 
 
+class WantsKey(Away):
+    """The server takes another key than this one, or none came."""
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """What the user may ask with; None: no key."""
@@ -71,7 +75,8 @@ class Server:
         with self._asking:
             status, answer = self._exchange(method, path, headers, body)
         if status >= 400:
-            raise Away(_refusal(status, answer, path))
+            refused = WantsKey if status == 401 else Away
+            raise refused(_refusal(status, answer, path))
         return answer
 
     def _exchange(

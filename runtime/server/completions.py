@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -43,10 +43,10 @@ class Completions:
         prompts = [
             await self._serving.encode(prompt, "prompt", special_tokens=special) for prompt in given
         ]
-        wanted = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
-        for prompt in prompts:
-            self._serving.fit(len(prompt), wanted, "prompt")
-        job = self._job("cmpl", prompts, fields, wanted, request)
+        limits = [self._serving.fit(len(prompt), fields.max_tokens, "prompt") for prompt in prompts]
+        if fields.max_tokens is None:
+            limits = [min(DEFAULT_MAX_TOKENS, room) for room in limits]
+        job = self._job("cmpl", prompts, fields, limits, request)
         if fields.echo:
             job.echo = [self._read(prompt) for prompt in given]
         reply = CompletionReply(job.id, int(time.time()), self._serving.model_name)
@@ -57,7 +57,7 @@ class Completions:
         self._take_places(request, fields.num_choices)
         prompt = await self._serving.encode_chat(plain_messages(fields.messages))
         max_tokens = self._serving.fit(len(prompt), fields.token_limit, "messages")
-        job = self._job("chatcmpl", [prompt], fields, max_tokens, request)
+        job = self._job("chatcmpl", [prompt], fields, [max_tokens], request)
         reply = ChatReply(job.id, int(time.time()), self._serving.model_name)
         return await self._answer(request, fields, job, reply)
 
@@ -76,14 +76,16 @@ class Completions:
         prefix: str,
         prompts: list[list[int]],
         fields: SamplingFields,
-        max_tokens: int,
+        limits: Sequence[int],
         request: Request,
     ) -> Job:
+        """`limits`: most output tokens of a choice, for each prompt."""
+        num_ids = self._serving.tokenizer.num_ids
         received, num_choices = request.state.received, len(prompts) * fields.num_choices
         return Job(
             id=f"{prefix}-{uuid.uuid4().hex}",
             prompts=prompts,
-            params=fields.sampling(max_tokens, self._serving.tokenizer.num_ids),
+            params=[fields.sampling(limit, num_ids) for limit in limits],
             rules=TextRules(
                 fields.stops,
                 include_stop=fields.include_stop_str_in_output is True,

@@ -56,7 +56,7 @@ class Job:
 
     id: str
     prompts: Sequence[list[int]]
-    params: SamplingParams
+    params: Sequence[SamplingParams]  # of each prompt
     rules: TextRules
     timers: Sequence[RequestTimer]  # one for each choice
     choices_per_prompt: int = 1
@@ -75,10 +75,11 @@ class Job:
 
     def params_of(self, choice: int) -> SamplingParams:
         """A seeded request's choices have the seeds seed, seed + 1, ... for each prompt."""
-        more = choice % self.choices_per_prompt
-        if self.params.seed is None or not more:
-            return self.params
-        return msgspec.structs.replace(self.params, seed=self.params.seed + more)
+        prompt, more = divmod(choice, self.choices_per_prompt)
+        params = self.params[prompt]
+        if params.seed is None or not more:
+            return params
+        return msgspec.structs.replace(params, seed=params.seed + more)
 
     def opening_of(self, choice: int) -> str:
         return self.echo[choice // self.choices_per_prompt] if self.echo else ""

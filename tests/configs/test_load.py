@@ -152,9 +152,9 @@ def test_demo_is_the_shipped_model_and_any_other_name_a_folder() -> None:
 
 
 def test_settings_are_checked_where_they_are_made() -> None:
-    with pytest.raises(ConfigError, match="max_num_seqs must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match="--max-num-seqs must be at least 1, not 0"):
         SchedulerConfig(max_num_seqs=0)
-    with pytest.raises(ConfigError, match=r"max_num_batched_tokens \(8\) must be at least"):
+    with pytest.raises(ConfigError, match=r"--max-num-batched-tokens \(8\) must be at least"):
         SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=8)
 
 
@@ -195,7 +195,7 @@ def test_what_a_server_cannot_be_told_is_refused(wrong: dict[str, Any], message:
 
 
 def test_waits_and_blocks_are_positive() -> None:
-    with pytest.raises(ConfigError, match="queue_timeout_s must be above 0, not 0"):
-        SchedulerConfig(queue_timeout_s=0)
-    with pytest.raises(ConfigError, match="block_tokens must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match="--queue-timeout must be above 0 seconds, not nan"):
+        SchedulerConfig(queue_timeout_s=float("nan"))
+    with pytest.raises(ConfigError, match="--block-size must be at least 1, not 0"):
         CacheConfig(block_tokens=0)

@@ -130,6 +130,18 @@ def test_a_budget_that_is_too_small_is_refused_with_the_number_that_does() -> No
     assert dry_run("demo", "--policy", "off", "--memory-budget", "33MiB").exit_code == 0
 
 
+def test_a_program_is_told_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["serve", "demo", "--policy", "off", "--dry-run", "--json", "--memory-budget"]
+    with pytest.raises(OutOfBudget) as raised:
+        app([*words, "20MiB"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is False and told["reason"] == str(raised.value)
+    app([*words, str(told["needed_bytes"])], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["fits"] is True
+    with pytest.raises(OutOfBudget):
+        app([*words, str(told["needed_bytes"] - 1)], standalone_mode=False)
+
+
 def test_weights_are_not_read(
     tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,28 @@ def test_a_wrong_value_names_the_variable_it_came_from() -> None:
     assert "MORPH_PORT" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--queue-timeout 0", "--queue-timeout must be above 0 seconds, not 0: leave it out for"),
+        ("--overload-status 500", "--overload-status must be 503 or 429, not 500"),
+        ("--json", "--json prints the memory plan: add --dry-run"),
+        ("--log-format xml", "--log-format must be text or json, not 'xml'"),
+        ("--max-num-batched-tokens 8", "--max-num-batched-tokens (8) must be at least --max-num-"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_flag(start: Started, words: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        start(*words.split())
+    assert sentence in str(raised.value)
+
+
+def test_help_announces_no_range_that_is_refused() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["serve", "--help"]).stdout.split())
+    assert "x>=0" not in shown.partition("--queue-timeout")[2].partition("Morphing:")[0]
+    assert "429<=x" not in shown
+
+
 def test_a_key_on_the_command_line_is_warned_of_and_not_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -190,6 +212,20 @@ def test_help_has_a_section_for_each_panel_in_order() -> None:
     lines = CliRunner().invoke(app, ["serve", "--help"]).stdout.splitlines()
     headings = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert headings == [*SECTIONS, "Options"]
+
+
+def test_a_misspelt_variable_is_told_once_and_those_of_other_programs_are_not() -> None:
+    words = ["serve", "demo", "--policy", "off", "--dry-run"]
+    environment = {"MORPH_PROT": "1", "MORPH_RATE_SCALE": "1", "MORPH_ZZZ": "1", "MORPH_": "1"}
+    result = CliRunner().invoke(app, words, env=environment)
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning: MORPH_PROT is no setting of morph: did you mean MORPH_PORT?\n"
+    )
+
+
+def test_a_variable_that_asks_for_json_is_no_mistake(start: Started) -> None:
+    start(MORPH_JSON="1")
 
 
 def test_every_option_of_every_command_has_its_variable() -> None:

@@ -44,6 +44,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._may_ask():
+            return self._json(401, {"error": {"message": "wrong key"}})
         self.server.bodies.append(body)
         self.server.started_s.append(time.monotonic())
         said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from fake_server import fake_server
 from rich.console import Console
+from typer.testing import CliRunner
 
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import Slo
+from morphserve.morphcli.app import app
 from morphserve.morphcli.bench.compare import (
     Bench,
     ReplayFailed,
@@ -171,6 +173,40 @@ def test_a_server_that_refuses_the_warm_up_is_not_benched(tmp_path: Path) -> Non
         with pytest.raises(ReplayFailed, match="the queue is full"):
             run_policy(replace(bench, url=url), "server", lambda _: None)
     assert len(server.bodies) == 1
+
+
+def test_a_server_that_wants_a_key_is_benched_with_it(tmp_path: Path) -> None:
+    bench = Bench(
+        ("server",), Schedule((Arrival(0.0, 1, 1),), 1.0), Prompts(("plain",), "plain"), 9.0, 0.0,
+        tmp_path,
+    )  # fmt: skip
+    with fake_server() as (url, server):
+        server.api_key, server.state = "sk-1", STATE
+        with pytest.raises(ServerFailed, match="wants an API key: set MORPH_API_KEY, or give"):
+            run_policy(replace(bench, url=url), "server", lambda _: None)
+        run = run_policy(replace(bench, url=url, api_key="sk-1"), "server", lambda _: None)
+    assert [outcome.error for outcome in run.outcomes] == [None]
+    assert run.states
+
+
+def test_the_command_sends_the_first_of_the_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[BenchRequest] = []
+
+    def run_bench(request: BenchRequest, console: Console) -> None:
+        asked.append(request)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("morphserve.morphcli.bench.run.run_bench", run_bench)
+    words = ["bench", "demo", "--trace", "t", "--output", str(tmp_path)]
+    environment = {"MORPH_API_KEY": "sk-1 sk-2"}
+    runner = CliRunner()
+    runner.invoke(app, [*words, "--url", "http://127.0.0.1:1"], env=environment)
+    started = ["--bundle", "b", "--memory-budget", "9MiB"]
+    runner.invoke(app, [*words, *started], env=environment)
+    assert [request.api_key for request in asked] == ["sk-1", None]
+    assert "sk-1" not in repr(asked)
 
 
 def test_a_running_server_is_benched_from_trace_to_report(tmp_path: Path) -> None:

@@ -183,6 +183,19 @@ def test_a_recording_that_is_none_is_refused(tmp_path: Path) -> None:
             Recording(path)
 
 
+def test_a_recording_that_was_cut_off_plays_to_its_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "session.jsonl"
+    whole = [encoded(time=1.0), encoded(time=2.0)]
+    path.write_bytes(b"\n".join([*whole, encoded(time=3.0)[:-9]]))
+    assert Recording(path).lines() == whole
+    path.write_bytes(b"\n".join([whole[0], whole[1][:-9], whole[1]]))
+    with pytest.raises(ConfigError, match="is no recording"):
+        Recording(path)
+    path.write_bytes(whole[0][:-9])
+    with pytest.raises(ConfigError, match="is no recording"):
+        Recording(path)
+
+
 def test_off_a_terminal_a_line_of_json_is_printed_per_look(tmp_path: Path) -> None:
     with answering(answer=encoded(running=7)) as (url, _):
         command = [*TOP, url]
@@ -195,6 +208,18 @@ def test_off_a_terminal_a_line_of_json_is_printed_per_look(tmp_path: Path) -> No
     path.write_bytes(b"".join(lines))
     assert [decode(line).running for line in Recording(path).lines()] == [7, 7, 7]
     assert decode(lines[0]).events == EVENTS
+
+
+def test_off_a_terminal_a_refused_key_is_the_end() -> None:
+    with answering(401) as (url, handler):
+        environment = os.environ | {"MORPH_API_KEY": "sk-1 sk-2"}
+        result = subprocess.run(
+            [*TOP, url], stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=60
+        )
+    assert result.returncode == 1 and result.stdout == b""
+    assert result.stderr.startswith(b"error: the server wants a key: --api-key or MORPH_API_KEY")
+    assert result.stderr.count(b"\n") == 1
+    assert [key for _, _, key, _ in handler.asked] == ["Bearer sk-1"]
 
 
 def test_nobody_reading_any_more_is_a_quiet_end() -> None:

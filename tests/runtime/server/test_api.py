@@ -51,6 +51,16 @@ async def test_max_tokens_is_16_unless_given(api: httpx.AsyncClient) -> None:
     assert (await complete(api, prompt="a"))["usage"]["completion_tokens"] == 16
 
 
+async def test_without_max_tokens_what_fits_is_enough(api: httpx.AsyncClient) -> None:
+    answer = await complete(api, prompt=[[5] * 2040, [5]])
+    assert answer["usage"]["completion_tokens"] == 8 + 16
+    answer = await complete(api, prompt=[5] * 2047)
+    assert answer["usage"]["completion_tokens"] == 1
+    refused = await post(api, "/v1/completions", prompt=[5] * 2048)
+    assert refused.status_code == 400
+    assert "2048 tokens and one of output together exceed" in refused.json()["error"]["message"]
+
+
 async def test_several_prompts_are_several_choices(
     api: httpx.AsyncClient, tokenizer: Tokenizer
 ) -> None:
