@@ -135,8 +135,6 @@ class Engine:
             predicted_step_s=monitor.predicted_step_s(),
             slowdown=monitor.slowdown,
             arrivals_per_s=monitor.arrivals.per_second(now_s),
-            prompt_tokens_per_s=monitor.prompts.per_second(now_s),
-            generated_tokens_per_s=monitor.generated.per_second(now_s),
             int4_token_share=monitor.token_share(now_s),
         )
 

@@ -130,6 +130,8 @@ def _server(server: Server) -> Iterator[Metric]:
 def _gauges(now: Snapshot) -> Iterator[tuple[str, str, float]]:
     yield "num_requests_running", "Requests in the batch.", now.running
     yield "num_requests_waiting", "Requests in the queue.", now.waiting
+    yield "num_requests_held", "Requests that wait for a higher precision.", now.held
+    yield "int4_token_share", "Of the latest tokens, those of INT4 steps.", now.int4_token_share
     yield "oldest_wait_seconds", "Age of the oldest request in the queue.", now.oldest_wait_s
     yield "kv_cache_usage_perc", "Used share of KV blocks, 0 to 1.", _usage(now)
     yield "kv_blocks_used", "KV blocks in use.", now.blocks_used

@@ -141,9 +141,7 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
     step_s: float  # duration of the latest step
     predicted_step_s: float | None  # what the cost model said of it; None without measured costs
     slowdown: float | None = None  # of the latest steps over what the cost model said of them
-    arrivals_per_s: float = 0.0  # over the latest ten seconds, like the next two
-    prompt_tokens_per_s: float = 0.0
-    generated_tokens_per_s: float = 0.0
+    arrivals_per_s: float = 0.0  # over the latest ten seconds
     int4_token_share: float = 0.0  # of the tokens generated in the policy's quality window
     held: int = 0  # requests that wait for precision, with their blocks if they were running
 

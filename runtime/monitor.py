@@ -40,8 +40,6 @@ class Monitor:
         self._policy, self._slo, self._facts = policy, slo, facts
         self._forecaster = forecaster
         self.arrivals = Rolling(_RATE_S)
-        self.prompts = Rolling(_RATE_S)  # tokens
-        self.generated = Rolling(_RATE_S)  # tokens
         self._made = Rolling(policy.quality_window_s)  # tokens
         self._made_int4 = Rolling(policy.quality_window_s)  # of these, with an INT4 layer
         self._arrived_s = NEVER
@@ -100,11 +98,8 @@ class Monitor:
         """Notes a step that was carried out through layers of these variants."""
         precision = lowest(variants)
         generated = sum(piece.samples for piece in batch)
-        prompt = sum(map(_new_prompt_tokens, batch))
         self.generated_tokens[precision] += generated
-        self.prompt_tokens += prompt
-        self.generated.add(now_s, generated)
-        self.prompts.add(now_s, prompt)
+        self.prompt_tokens += sum(map(_new_prompt_tokens, batch))
         self._made.add(now_s, generated)
         self._made_int4.add(now_s, generated if precision is Variant.INT4 else 0)
         self.steps += 1

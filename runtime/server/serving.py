@@ -19,6 +19,7 @@ from morphserve.runtime.tokenizer import PromptTooLong, TemplateError, Tokenizer
 
 _TOO_LONG = "context_length_exceeded"
 T = TypeVar("T")
+_EXPOSED_S = 0.1  # the engine's numbers come as often; making the text takes a millisecond
 _DRAINING = "the server is shutting down"
 _LONG_TEXT = 4096  # characters; tokenising more would hold up other streams for milliseconds
 
@@ -37,6 +38,8 @@ class Serving:
     slo: Slo = Slo()  # that the server promises
     watchdog: LoopWatchdog = field(default_factory=LoopWatchdog)
     draining: bool = False  # no new requests are taken
+    _exposed: bytes = b""
+    _exposed_s: float = float("-inf")
 
     @property
     def max_tokens(self) -> int:
@@ -54,7 +57,13 @@ class Serving:
         return self.engine.restarts
 
     def exposition(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Everything in Prometheus' text format, as it was at most 0.1 s ago."""
+        now_s = self.metrics.clock()
+        if now_s - self._exposed_s >= _EXPOSED_S:
+            self._exposed_s, self._exposed = now_s, self._expose()
+        return self._exposed
+
+    def _expose(self) -> bytes:
         server = Server(
             model=self.model_name,
             startup_s=self.engine.hello.startup_s,

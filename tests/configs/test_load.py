@@ -134,7 +134,9 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e6", "12 TB", "1,5G", "1.G", "96 Mi B", "nan"])
+@pytest.mark.parametrize(
+    "text", ["ttft=0s", "", "MiB", "-1", "1e6", "12 TB", "1,5G", "1.G", "96 Mi B", "nan"]
+)
 def test_what_is_not_a_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size: write for example 96MiB or 2GB"):
         parse_bytes(text)
