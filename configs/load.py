@@ -89,5 +89,5 @@ def parse_slo(text: str) -> Slo:
             raise ConfigError(f"--slo {text!r}: write for example ttft=2s,tpot=200ms")
         targets[f"{match[1]}_s"] = float(match[2]) / (1000 if match[3] == "ms" else 1)
     if not all(targets.values()):
-        raise ConfigError(f"--slo {text!r}: a target must be above 0")
+        raise ConfigError(f"--slo {text!r}: targets are above 0, as in ttft=2s,tpot=200ms")
     return Slo(**targets)

@@ -171,7 +171,7 @@ def test_targets_are_read_with_units() -> None:
     assert parse_slo("tpot = 1.5s") == Slo(None, 1.5)
 
 
-@pytest.mark.parametrize("text", ["", "ttft=2", "e2e=2s", "ttft<2s", "ttft=-1s"])
+@pytest.mark.parametrize("text", ["", "ttft=2", "e2e=2s", "ttft<2s", "ttft=-1s", "ttft=0s"])
 def test_targets_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="ttft=2s,tpot=200ms"):
         parse_slo(text)
