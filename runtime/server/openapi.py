@@ -103,11 +103,7 @@ def _responses(endpoint: Endpoint, *, keys_wanted: bool) -> dict[str, Json]:
     if endpoint.answers is not None:
         content[JSON] = {"schema": _reference(endpoint.answers)}
     if endpoint.streams is not None:
-        name = endpoint.streams.__name__
-        about = f"Server-sent events; data is a {name}" + (
-            ", the last is [DONE]." if endpoint.answers else "."
-        )
-        content[EVENTS] = {"schema": {"type": "string", "description": about}}
+        content[EVENTS] = {"schema": _event(endpoint)}
     if not content:
         media = endpoint.media.partition(";")[0]
         content[media] = {"schema": {"type": "object" if media == JSON else "string"}}
@@ -116,6 +112,18 @@ def _responses(endpoint: Endpoint, *, keys_wanted: bool) -> dict[str, Json]:
         error = {"schema": _reference(ErrorEnvelope)}
         answers[str(status)] = _with_id({"description": _ERRORS[status], "content": {JSON: error}})
     return answers
+
+
+def _event(endpoint: Endpoint) -> Json:
+    """The schema of each server-sent event of a stream, as tools that read streams take it."""
+    last = ", the last is [DONE]" if endpoint.answers else ""
+    data = {"contentMediaType": JSON, "contentSchema": _reference(endpoint.streams)}
+    return {
+        "type": "object",
+        "description": f"Server-sent events; data is a {endpoint.streams.__name__}{last}.",
+        "properties": {"data": {"type": "string", **data}},
+        "required": ["data"],
+    }
 
 
 def _with_id(response: Json) -> Json:

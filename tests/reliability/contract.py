@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import serve_fake_engine
-
 from morphserve.configs.load import load_policy, resolve_model
 from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.runtime.server.run import run_server
@@ -32,6 +30,12 @@ not_a_server_error.expected-statuses = ["2xx", "4xx", 503]
 positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 403, 404, 429, 503]
 """
 LATE_S = "15"
+# A fake engine whose longest answer takes a tenth of a second.
+ENGINE = """
+import sys, fake_engine, msgspec
+fake_engine.HELLO = msgspec.structs.replace(fake_engine.HELLO, max_model_len=64)
+sys.exit(fake_engine.main(fake_engine.FakeEngine))
+"""
 
 
 class Contract:
@@ -65,7 +69,7 @@ def main() -> int:
         "demo", port=0, api_keys=("sk-contract-user",), admin_key=ADMIN_KEY, shutdown_timeout_s=1.0
     )
     engine = EngineConfig(str(resolve_model("demo")), load_policy("balanced"))
-    run_server(engine, server, contract.watch, serve_fake_engine.COMMAND)
+    run_server(engine, server, contract.watch, (sys.executable, "-c", ENGINE))
     return contract.code
 
 
