@@ -157,6 +157,56 @@ async def test_what_is_no_request_is_a_400_in_the_envelope(serving: Serving) -> 
     assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error":{"message":"this is not' in answer
 
 
+_BODY = b'{"prompt": [5], "max_tokens": 2}'
+_LENGTH = b"Content-Length: %d\r\n\r\n" % len(_BODY)
+_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(_BODY), _BODY)
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"websocket"])
+@pytest.mark.parametrize(
+    "parts",
+    [[_LENGTH + _BODY], [_LENGTH, _BODY], [_CHUNKED], [_LENGTH + _BODY[:9], _BODY[9:]]],
+    ids=["at once", "body later", "chunked", "body in parts"],
+)
+async def test_the_wish_for_another_protocol_is_passed_over(
+    serving: Serving, parts: list[bytes], upgrade: bytes
+) -> None:
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+        b"Upgrade: %b\r\nHTTP2-Settings: AAMAAABkAARAAAAA\r\n" % upgrade
+    )
+    after = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    async with listening(serving, PATIENT) as port:
+        stream = await send(port, head)
+        for part in (*parts, after):
+            await asyncio.sleep(0.02)  # likely to come by itself
+            stream[1].write(part)
+        answer = await answer_of(stream)
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200 OK") == 2
+    assert b'"completion_tokens":2' in answer
+
+
+async def test_a_body_is_never_read_as_a_request(serving: Serving) -> None:
+    hidden = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\n"
+        b"Upgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(hidden)
+    )
+    async with listening(serving, PATIENT) as port:
+        stream = await send(port, head)
+        await asyncio.sleep(0.02)
+        stream[1].write(hidden)
+        answer = await answer_of(stream)
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
+
+
+async def test_a_server_is_no_proxy(serving: Serving) -> None:
+    async with listening(serving, PATIENT) as port:
+        request = b"CONNECT example.com:80 HTTP/1.1\r\nHost: example.com\r\n\r\n"
+        answer = await answer_of(await send(port, request, b"GET /health HTTP/1.1\r\n\r\n"))
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
+
+
 async def test_too_many_requests_sent_ahead_end_the_connection(
     serving: Serving, engine_thread: EngineThread
 ) -> None:
