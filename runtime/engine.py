@@ -87,7 +87,8 @@ class Engine:
         started = time.monotonic()
         self._commit_swaps()
         self._decide(started)
-        self._start_swaps()
+        if self._control.may_swap(started):
+            self._start_swaps()
         self._limit_admission()
         variants = self._parts.layers.variants
         outputs = [_output(r, []) for r in self._parts.scheduler.expire(started)]

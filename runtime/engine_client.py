@@ -88,6 +88,7 @@ class EngineClient:
         self.snapshots: deque[Snapshot] = deque(maxlen=KEPT_SNAPSHOTS)  # the latest, oldest first
         self.news = asyncio.Event()  # set when events come, and replaced by a fresh one
         self.failure = "the engine process ended unexpectedly"
+        self.held_rung: int | None = None  # an administrator's pin; it outlives the engine
         self.num_starts = 0
         self.num_heard = 0  # messages from the engine
         self.retry_after_s = 1.0  # what a client should wait while the engine is dead
@@ -167,6 +168,7 @@ class EngineClient:
 
     def pin(self, rung: int | None) -> None:
         """Asks the engine to hold a rung; None: to let the controller decide again."""
+        self.held_rung = rung
         self._send(Pin(rung))
 
     def abort_all(self) -> None:
@@ -252,6 +254,8 @@ class EngineClient:
     def _serve(self) -> None:
         assert self._greeted is not None
         self.died.clear()
+        if self.held_rung is not None:
+            self._send(Pin(self.held_rung))
         self.num_starts += 1
         self._greeted.set_result(None)
 

@@ -44,6 +44,20 @@ async def test_the_same_client_speaks_to_the_next_engine(engine_config: EngineCo
     await watched.close()
 
 
+async def test_a_pin_outlives_the_engine(engine_config: EngineConfig) -> None:
+    watched = Supervisor(engine_config, 60.0, COMMAND)
+    await watched.start()
+    running = asyncio.create_task(watched.run())
+    client = watched.client
+    client.pin(3)
+    assert await finish(client, [fake_engine.CRASH]) is FinishReason.ERROR
+    while not (client.restarts and client.events and client.events[-1].kind == "pin"):
+        await asyncio.sleep(0.005)
+    assert client.events[-1].text == "rung 3"
+    running.cancel()
+    await watched.close()
+
+
 async def test_an_engine_that_says_why_it_cannot_start_is_not_tried_again(
     engine_config: EngineConfig,
 ) -> None:
