@@ -143,7 +143,7 @@ class EngineClient:
     ) -> AsyncGenerator[Chunk]:
         """The request's chunks as the engine makes them; leaving early aborts it.
 
-        Raises EngineDead, RequestRefused or QueueTimeout before the first chunk. If the engine
+        Raises EngineDead, RequestRefused or QueueTimeout before the first token. If the engine
         dies later, the last chunk has finish reason `error`.
         """
         if self.died.is_set():
@@ -152,7 +152,7 @@ class EngineClient:
         self._queues[request_id] = queue
         try:
             self._send(Submit(request_id, prompt, params, demands))
-            submitted, finished = time.monotonic(), False
+            submitted, begun, finished = time.monotonic(), False, False
             while not finished:
                 chunk = await queue.get()
                 if isinstance(chunk, RequestRefused):
@@ -160,6 +160,9 @@ class EngineClient:
                 if chunk.finish_reason is FinishReason.TIMEOUT:
                     wait_s = time.monotonic() - submitted
                     raise QueueTimeout(f"the request waited {wait_s:.1f} s in the queue")
+                begun = begun or bool(chunk.tokens)
+                if chunk.finish_reason is FinishReason.ERROR and self.died.is_set() and not begun:
+                    raise EngineDead(self.failure)
                 finished = chunk.finish_reason is not None
                 yield chunk
         finally:

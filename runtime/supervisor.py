@@ -83,7 +83,7 @@ class Supervisor:
         """Returns when the engine serves for the first time; raises MorphError if it cannot."""
         started = time.monotonic()
         await self.client.start(self._config)
-        self._start_s = time.monotonic() - started
+        self._start_s = self.client.retry_after_s = time.monotonic() - started
 
     async def run(self) -> None:
         """Starts the engine again whenever it dies; returns when that is of no use any more."""

@@ -170,7 +170,8 @@ async def test_an_engine_that_dies_is_told_to_everyone(
     while serving.engine.snapshot.num_generated < 20:  # its first piece has been sent
         await asyncio.sleep(0.001)
     answer = await post(api, "/v1/completions", prompt=[fake_engine.CRASH])
-    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert answer.status_code == 503 and "told to crash" in answer.json()["error"]["message"]
+    assert "retry-after" in answer.headers
     last = (await streaming).text.split("\n\n")[-2]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
     for answer in (await api.get("/health"), await post(api, "/v1/completions", prompt="a")):
