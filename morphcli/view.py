@@ -52,7 +52,14 @@ async def _watch(
         group.create_task(watch_log(serving, log_interval_s))
         if not _is_in_foreground():
             return  # put into the background while it loaded
-        code = await show_view([*VIEW_COMMAND, serving.url], log, keys)
+        viewing = group.create_task(show_view([*VIEW_COMMAND, serving.url], log, keys))
+        stopping = group.create_task(serving.stopping.wait())
+        await asyncio.wait((viewing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not viewing.done():
+            viewing.cancel()  # the log goes on
+            return
+        stopping.cancel()
+        code = viewing.result()
         if code == INTERRUPTED:
             os.kill(os.getpid(), signal.SIGINT)  # as if there had been no view
         elif code:
@@ -124,7 +131,9 @@ class HeldLog:
     def release(self) -> None:
         """Shows what was kept back, and from now on everything at once."""
         with self._lock:
-            held, self._held = self._held or (), None
+            if self._held is None:
+                return
+            held, self._held = self._held, None
             if left_out := self._num_held - len(held):
                 self._show(f"({left_out} earlier lines are left out)\n".encode())
             for line in held:

@@ -265,12 +265,11 @@ def _monitor(config: EngineConfig, parts: Parts) -> Monitor:
     forecasts = forecaster(parts.cost_model, ladder, len(capacities), max_step_tokens)
     monitor = Monitor(config.policy, config.slo, facts, forecasts)
     if forecasts is None and config.policy.static_layers < 0 and len(capacities) > 1:
-        text = (
+        monitor.event(
+            "costs",
             "no measured costs for this device, so that no step times are predicted: run "
-            f"`morph profile {config.model} --bundle {config.bundle}`"
+            f"`morph profile {config.model} --bundle {config.bundle}`",
         )
-        logger.info(text)
-        monitor.event("costs", text)
     return monitor
 
 

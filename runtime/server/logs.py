@@ -24,12 +24,17 @@ def start_logging(log_format: str) -> None:
     logger.propagate = False
 
 
-def say(kind: str, message: str, fields: Mapping[str, object] | None = None) -> None:
+def say(
+    kind: str,
+    message: str,
+    fields: Mapping[str, object] | None = None,
+    level: int = logging.INFO,
+) -> None:
     """Logs what happens; `fields` are the numbers behind it, for `json` only.
 
     `kind` is start (no time is shown before it), interval or event.
     """
-    logger.info("%s", message, extra={_OWN_KIND: kind, _OWN_FIELDS: fields or {}})
+    logger.log(level, "%s", message, extra={_OWN_KIND: kind, _OWN_FIELDS: fields or {}})
 
 
 def printable(text: str) -> str:

@@ -51,6 +51,21 @@ def test_the_log_line_reads_like_vllms_and_adds_precision() -> None:
 
 
 @pytest.mark.parametrize("log", [TextLines], indirect=True)
+def test_what_happened_last_is_told_before_the_log_ends(log: io.StringIO) -> None:
+    server = serving()
+
+    async def watch() -> None:
+        watching = asyncio.create_task(watch_log(server, 1000.0))
+        await asyncio.sleep(0.02)
+        server.engine.events.append(Event(1, 0.0, "engine", "the engine process was killed"))
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+    asyncio.run(watch())
+    assert log.getvalue().endswith(" warning: engine: the engine process was killed\n")
+
+
+@pytest.mark.parametrize("log", [TextLines], indirect=True)
 def test_an_idle_server_says_so_once_and_tells_what_happens(log: io.StringIO) -> None:
     server = serving(running=0, waiting=0)
 

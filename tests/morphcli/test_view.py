@@ -147,6 +147,7 @@ def test_the_view_closes_and_the_server_goes_on_with_its_log(terminal: Terminal)
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for(r"stopping: 0 requests to finish")
     assert terminal.end() == 0
+    assert b"earlier lines are left out" not in terminal.seen
 
 
 def test_ctrl_c_in_the_view_ends_the_server(terminal: Terminal) -> None:

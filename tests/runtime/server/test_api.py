@@ -185,7 +185,7 @@ async def test_a_draining_server_finishes_and_takes_nothing_new(
     running = asyncio.create_task(complete(api, prompt="a", max_tokens=50))
     while not serving.engine.num_requests:
         await asyncio.sleep(0.001)
-    serving.draining = True
+    serving.stopping.set()
     refused = await post(api, "/v1/completions", prompt="a")
     assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
     assert (await api.get("/health")).status_code == 200

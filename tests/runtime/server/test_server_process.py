@@ -275,6 +275,20 @@ def test_an_engine_that_keeps_dying_ends_the_server_with_1_and_the_cause(server:
     assert "stopping: the engine failed: RuntimeError: told to crash" in log
 
 
+def test_an_engine_that_dies_while_its_requests_finish_ends_the_server_with_1_and_the_cause(
+    server: Server,
+) -> None:
+    stream = server.post(prompt=[5], max_tokens=2000, stream=True)
+    server.wait_for_running(1)
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: server.get("/ready")[0] == 503)
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    assert '"type":"server_error"' in read_all(stream)
+    assert server.wait() == 1
+    assert server.process.stderr is not None
+    assert "stopping: the engine process was killed by signal 9" in server.process.stderr.read()
+
+
 def test_a_dead_engine_is_503_with_its_cause_until_it_serves_again(server: Server) -> None:
     for _ in range(MAX_DEATHS - 1):  # the wait before the next start is longest then
         server.wait_until_ready()
@@ -301,7 +315,8 @@ def test_a_stuck_engine_is_replaced_and_its_stack_is_in_the_log(
     assert server.wait() == 0
     assert server.process.stderr is not None
     log = server.process.stderr.read()
-    assert "the engine said nothing for 1 s" in log
+    assert log.count("warning: engine: the engine said nothing for 1 s") == 1
+    assert log.count("the engine said nothing for 1 s") == 1
     assert "Fatal Python error: Aborted" in log and "fake_engine.py" in log
 
 
