@@ -17,8 +17,9 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from morphserve.runtime.server.admission import Admission
 from morphserve.runtime.server.endpoint import JSON
-from morphserve.runtime.server.errors import ApiError, bad_request, unavailable
+from morphserve.runtime.server.errors import ApiError, bad_request
 from morphserve.runtime.server.middleware import MAX_HEADER_BYTES
 
 MAX_CONNECTIONS = 8192
@@ -28,7 +29,8 @@ KEEP_ALIVE_S = 30  # between a response and the next request
 STALL_TIMEOUT_S = 60.0  # for a client to take what is buffered for it, at most 64 KiB and a chunk
 _LINGER_S = 2.0  # a client that still sends gets its refusal before the connection is gone
 _UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})  # the wish for another protocol
-_SPARE_FILES = 64  # open files for all but connections
+_MAX_LINGERING = 64  # refused connections, beside the open ones
+_SPARE_FILES = 64 + _MAX_LINGERING  # open files for all but connections that are served
 _HEAD_BYTES = MAX_HEADER_BYTES + 16 * 1024  # the request line and separators come on top
 
 
@@ -56,11 +58,12 @@ def _raise_open_files() -> int:
     return MAX_CONNECTIONS + _SPARE_FILES if soft == resource.RLIM_INFINITY else soft
 
 
-def http_config(app: Starlette, limits: Limits) -> uvicorn.Config:
-    """uvicorn's settings; connections are ours."""
+def http_config(app: Starlette, limits: Limits, admission: Admission) -> uvicorn.Config:
+    """uvicorn's settings; connections are ours, and `admission` counts those that are refused."""
+    connection = partial(Connection, limits=limits, admission=admission, lingering=set())
     return uvicorn.Config(
         app,
-        http=partial(Connection, limits=limits),  # type: ignore[arg-type]
+        http=connection,  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -98,9 +101,19 @@ class _Timer:
 class Connection(HttpToolsProtocol):
     """One client's connection: uvicorn's, with an end to every wait."""
 
-    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        limits: Limits,
+        admission: Admission,
+        lingering: set["Connection"],
+        **kwargs: Any,
+    ) -> None:
+        """`lingering`: of this server, those that were refused and are not gone yet."""
         super().__init__(*args, **kwargs)
         self._limits = limits
+        self._admission = admission
+        self._lingering = lingering
         # The rest of a request must come in time; a body that is being read has its own limit.
         self._incoming = _Timer(self.loop, limits.head_s, self._on_late_request)
         # The client must take what is buffered for it; with its connection its request is aborted.
@@ -117,12 +130,19 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._write(unavailable("too many connections are open"))
-            self._refused = True
-            return transport.close()
+            return self._turn_away()
         self._incoming.start()
 
+    def _turn_away(self) -> None:
+        message = "too many connections are open"
+        self._refuse(self._admission.unavailable("connections", message, 1.0))
+        self.connections.discard(self)  # it keeps nobody else out
+        if len(self._lingering) >= _MAX_LINGERING:
+            return self.transport.close()
+        self._lingering.add(self)
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lingering.discard(self)
         self._incoming.stop()
         self._outgoing.stop()
         self._unset_keepalive_if_required()

@@ -155,7 +155,7 @@ async def _serve(
     serving.url = listen(listener)
     on_loopback = _is_loopback(listener)
     app = make_app(serving, server, on_loopback=on_loopback)
-    http = _Http(http_config(app, limits_here()))
+    http = _Http(http_config(app, limits_here(), serving.admission))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
     _say(

@@ -36,7 +36,7 @@ def anyio_backend() -> tuple[str, dict[str, object]]:
 async def listening(serving: Serving, limits: Limits) -> AsyncIterator[int]:
     """The port of a server with these limits."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(http_config(make_app(serving), limits))
+        server = uvicorn.Server(http_config(make_app(serving), limits, serving.admission))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]
@@ -250,10 +250,29 @@ async def test_connections_over_the_limit_are_refused_and_others_served(serving:
         answer = await answer_of(await send(port))
         assert answer.startswith(b"HTTP/1.1 503 ") and b"too many connections" in answer
         assert b"Retry-After: 1" in answer
+        assert serving.refused["connections"] == 1
         open_ones[0][1].close()
         await until(lambda: _is_served(port))
         for _, writer in open_ones[1:]:
             writer.close()
+
+
+async def test_a_client_that_still_sends_gets_its_refusal(serving: Serving) -> None:
+    async with listening(serving, replace(PATIENT, max_connections=0)) as port:
+        streams = [await send(port) for _ in range(8)]
+        await asyncio.sleep(0.05)  # the refusals are likely to be sent
+        for _, writer in streams:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        answers = [await answer_of(stream) for stream in streams]
+        assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in answers)
+        many = [await send(port) for _ in range(200)]  # more than are waited for
+        await until(lambda: _are_refused(serving, 208))
+        for _, writer in many:
+            writer.close()
+
+
+async def _are_refused(serving: Serving, count: int) -> bool:
+    return serving.refused["connections"] == count
 
 
 async def _is_served(port: int) -> bool:
@@ -270,5 +289,5 @@ def test_open_files_are_taken_as_far_as_allowed() -> None:
         "print(limits_here().max_connections, *resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["192", "256", "256"]
+    assert ran.stdout.split() == ["128", "256", "256"]
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 0
