@@ -4,6 +4,8 @@ import asyncio
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -112,3 +114,21 @@ def test_a_failure_is_logged_with_its_traceback(log: io.StringIO) -> None:
     except ValueError:
         logging.getLogger("morphserve.x").exception("a step failed")
     assert "a step failed" in log.getvalue() and "ValueError: told to fail" in log.getvalue()
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_errors_of_libraries_are_logged_like_our_own(log_format: str) -> None:
+    code = (
+        "import logging, sys; from morphserve.runtime.server.logs import start_logging, say\n"
+        "logging.basicConfig(); start_logging(sys.argv[1])\n"
+        "logging.getLogger('asyncio').info('nothing of note')\n"
+        "try: raise RuntimeError('secret\\x1b[31m')\n"
+        "except RuntimeError: logging.getLogger('uvicorn.error').exception('it broke')\n"
+        "say('event', 'ours')\n"
+    )
+    command = [sys.executable, "-c", code, log_format]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "\x1b" not in log and "it broke" in log and "RuntimeError: secret" in log
+    assert log.count("ours") == 1 and "nothing of note" not in log
+    if log_format == "json":
+        assert [json.loads(line)["kind"] for line in log.splitlines()] == ["log", "event"]
