@@ -13,7 +13,7 @@ from morphserve.runtime.server.endpoint import Access, Endpoint
 from morphserve.runtime.server.errors import ApiError, on_crash, on_http_error, on_known_error
 from morphserve.runtime.server.keys import KeyCheck, Keys
 from morphserve.runtime.server.middleware import Gate, RequestIds
-from morphserve.runtime.server.origins import Origins
+from morphserve.runtime.server.origins import Origins, normal_origin
 from morphserve.runtime.server.routes import endpoints
 from morphserve.runtime.server.serving import Serving
 
@@ -49,19 +49,18 @@ def _guards(
     keys = Keys(server.api_keys, server.admin_key)
     access = {endpoint.path: endpoint.access for endpoint in table}
     counted = frozenset(e.path for e in table if e.takes and e.access is not Access.ADMIN)
+    origins = [normal_origin(origin) for origin in server.allowed_origins]
     cors = Middleware(
         CORSMiddleware,
-        allow_origins=server.allowed_origins,
+        allow_origins=origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=["X-Request-Id", "Retry-After"],
     )
     return [
         Middleware(RequestIds),
-        Middleware(
-            Origins, allowed=server.allowed_origins, host=server.host, on_loopback=on_loopback
-        ),
-        *([cors] if server.allowed_origins else []),
+        Middleware(Origins, allowed=origins, host=server.host, on_loopback=on_loopback),
+        *([cors] if origins else []),
         Middleware(KeyCheck, keys=keys, access=access),
         Middleware(Gate, serving=serving, counted=counted),
     ]

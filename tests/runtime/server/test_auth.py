@@ -56,7 +56,7 @@ async def test_every_route_but_the_public_ones_wants_a_key(
     public = {
         e.path for e in endpoints(serving, 15.0, keys_wanted=True) if e.access is Access.PUBLIC
     }
-    assert {"/health", "/ready"} <= public <= {"/", "/page.js", "/health", "/ready"}
+    assert public == {"/", "/page.js", "/health", "/ready", "/docs", "/openapi.json"}
     for endpoint in endpoints(serving, 15.0, keys_wanted=True):
         answer = await guarded.request(endpoint.method, endpoint.path)
         if endpoint.path in public:
@@ -214,6 +214,29 @@ async def test_pages_of_other_origins_may_not_post(
     assert read.status_code == 200
     allowed = read.headers.get("access-control-allow-origin")
     assert allowed == (origin if origin == "https://chat.example.com" else None)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin"),
+    [
+        ("https://Chat.Example.com:443", "https://chat.example.com"),
+        ("http://chat.example.com:80", "http://chat.example.com"),
+        ("https://chat.example.com:80", "https://chat.example.com:80"),
+        ("http://[::1]:8443", "http://[::1]:8443"),
+    ],
+)
+async def test_origins_are_compared_as_browsers_write_them(
+    serving: Serving, allowed: str, origin: str
+) -> None:
+    config = ServerConfig("demo", allowed_origins=(allowed,))
+    async with client_of(make_app(serving, config)) as api:
+        body, headers = {"prompt": "a"}, {"Origin": origin}
+        answer = await api.post("/v1/completions", json=body, headers=headers)
+        asked = {**headers, "Access-Control-Request-Method": "POST"}
+        preflight = await api.options("/v1/completions", headers=asked)
+    for told in (answer, preflight):
+        assert told.status_code == 200
+        assert told.headers["access-control-allow-origin"] == origin
 
 
 async def test_an_allowed_page_may_ask_first(local: httpx.AsyncClient) -> None:
