@@ -16,6 +16,7 @@ from morphserve.runtime.server.middleware import Gate, RequestIds
 from morphserve.runtime.server.origins import Origins, normal_origin
 from morphserve.runtime.server.routes import endpoints
 from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.server.turned_away import TurnedAway
 
 
 def make_app(
@@ -46,6 +47,7 @@ def _guards(
     serving: Serving, server: ServerConfig, table: Sequence[Endpoint], on_loopback: bool
 ) -> list[Middleware]:
     """In the order in which a request meets them."""
+    turned_away = TurnedAway(serving.admission.refused)
     keys = Keys(server.api_keys, server.admin_key)
     access = {endpoint.path: endpoint.access for endpoint in table}
     counted = frozenset(e.path for e in table if e.takes and e.access is not Access.ADMIN)
@@ -59,8 +61,14 @@ def _guards(
     )
     return [
         Middleware(RequestIds),
-        Middleware(Origins, allowed=origins, host=server.host, on_loopback=on_loopback),
+        Middleware(
+            Origins,
+            allowed=origins,
+            host=server.host,
+            on_loopback=on_loopback,
+            turned_away=turned_away,
+        ),
         *([cors] if origins else []),
-        Middleware(KeyCheck, keys=keys, access=access),
+        Middleware(KeyCheck, keys=keys, access=access, turned_away=turned_away),
         Middleware(Gate, serving=serving, counted=counted),
     ]

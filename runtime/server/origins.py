@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from morphserve.runtime.server.errors import ApiError
+from morphserve.runtime.server.turned_away import TurnedAway
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -31,9 +32,17 @@ def normal_origin(origin: str) -> str:
 class Origins:
     """Checks `Host`, where the server is `on_loopback`, and `Origin` before anything else."""
 
-    def __init__(self, app: ASGIApp, allowed: Iterable[str], host: str, on_loopback: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        allowed: Iterable[str],
+        host: str,
+        on_loopback: bool,
+        turned_away: TurnedAway,
+    ) -> None:
         """`allowed` are as `normal_origin` has them, `host` is what the server listens on."""
         self._app = app
+        self._turned_away = turned_away
         self._allowed = frozenset(allowed)
         # A proxy on this machine may pass its own name on: it is in the origins of its pages.
         named = {_name(_host_of(origin)) for origin in self._allowed}
@@ -42,6 +51,7 @@ class Origins:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := self._refusal(scope)):
+            self._turned_away.add(refusal, scope)
             return await refusal.response()(scope, receive, send)
         await self._app(scope, receive, send)
 

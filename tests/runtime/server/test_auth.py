@@ -2,6 +2,7 @@
 
 import hmac
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,9 +13,11 @@ from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import ServerConfig
 from morphserve.runtime.server.app import make_app
 from morphserve.runtime.server.endpoint import Access
+from morphserve.runtime.server.errors import ApiError
 from morphserve.runtime.server.keys import AdminRate, Keys
 from morphserve.runtime.server.routes import endpoints
 from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.server.turned_away import LOG_INTERVAL_S, TurnedAway
 
 pytestmark = pytest.mark.anyio
 ALICE, BOB, ADMIN = "sk-alice-1", "sk-bob-2", "sk-admin-3"
@@ -154,6 +157,33 @@ def test_keys_and_origins_that_could_never_match_are_refused(wrong: dict[str, An
     with pytest.raises(ConfigError) as raised:
         ServerConfig("demo", **wrong)
     assert "same-key" not in str(raised.value) and "words" not in str(raised.value)
+
+
+async def test_refused_keys_are_counted_and_told_once_a_minute(
+    guarded: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    for key in ("wrong-1", "wrong-2", "wrong-3"):
+        error_of(await guarded.get("/v1/models", headers=bearer(key)), 401)
+    error_of(await guarded.post("/morph/v1/free", headers=bearer(ALICE)), 403)
+    metrics = (await guarded.get("/metrics", headers=bearer(ALICE))).text
+    assert 'morph:admission_rejections_total{reason="invalid_api_key"} 3.0' in metrics
+    assert 'morph:admission_rejections_total{reason="forbidden"} 1.0' in metrics
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("1 request was refused, the latest from 127.0.0.1 (401: this key is not")
+    assert "wrong" not in line
+
+
+def test_the_next_line_says_how_many_there_were(caplog: pytest.LogCaptureFixture) -> None:
+    now, refused = 100.0, Counter[str]()
+    turned_away = TurnedAway(refused, lambda: now)
+    for _ in range(5):
+        turned_away.add(ApiError(403, "no", code="forbidden_origin"), {"client": None})
+        now += LOG_INTERVAL_S / 4
+    assert refused == {"forbidden_origin": 5}
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 request was refused, the latest from an unknown address (403: no)",
+        "4 requests were refused, the latest from an unknown address (403: no)",
+    ]
 
 
 def test_admin_calls_are_a_few_per_second() -> None:
