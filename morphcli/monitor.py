@@ -1,6 +1,7 @@
 """What a running server tells in its log: a line per interval, and what happens as it happens."""
 
 import asyncio
+import logging
 from collections import deque
 
 import msgspec
@@ -36,11 +37,21 @@ async def _log_intervals(serving: Serving, interval_s: float) -> None:
 
 async def _log_events(serving: Serving) -> None:
     told: Event | None = None
-    while True:
-        for event in _after(told, serving.engine.events):
-            say("event", event_line(event), {"event": msgspec.to_builtins(event)})
-            told = event
-        await asyncio.sleep(_EVENTS_S)
+    try:
+        while True:
+            told = _tell(told, serving.engine.events)
+            await asyncio.sleep(_EVENTS_S)
+    finally:
+        _tell(told, serving.engine.events)
+
+
+def _tell(told: Event | None, events: deque[Event]) -> Event | None:
+    """Logs what came after `told`; the latest event that is told now."""
+    for event in _after(told, events):
+        level = logging.WARNING if event.kind == "engine" else logging.INFO
+        say("event", event_line(event), {"event": msgspec.to_builtins(event)}, level)
+        told = event
+    return told
 
 
 def _after(told: Event | None, events: deque[Event]) -> list[Event]:

@@ -10,6 +10,7 @@ import termios
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from morphserve.morphcli.monitor import watch_log
 from morphserve.runtime.server.logs import say
@@ -27,14 +28,21 @@ _SANE = b"\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1003l\x1b[?1006l\x1b[?1004l\x1b[?
 def choose_watch(
     no_monitor: bool, log_interval_s: float, keys: Mapping[str, str] | None = None
 ) -> Watch:
-    """The live view if stdin and stderr are a terminal and nobody declined it, else log lines.
+    """The live view if the terminal is ours and nobody declined it, else log lines.
 
     `keys` are environment variables with which the view may ask the server.
     """
-    if no_monitor or not (os.isatty(0) and os.isatty(2)):
+    if no_monitor or not (os.isatty(0) and os.isatty(2) and _is_in_foreground()):
         return lambda serving: watch_log(serving, log_interval_s)
     log = HeldLog()
     return lambda serving: _watch(serving, log, log_interval_s, keys or {})
+
+
+def _is_in_foreground() -> bool:
+    """Whether the terminal is ours: a job in the background that reads from it is stopped."""
+    with contextlib.suppress(OSError):
+        return os.tcgetpgrp(0) == os.getpgrp()
+    return False
 
 
 async def _watch(
@@ -42,7 +50,16 @@ async def _watch(
 ) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(watch_log(serving, log_interval_s))
-        code = await show_view([*VIEW_COMMAND, serving.url], log, keys)
+        if not _is_in_foreground():
+            return  # put into the background while it loaded
+        viewing = group.create_task(show_view([*VIEW_COMMAND, serving.url], log, keys))
+        stopping = group.create_task(serving.stopping.wait())
+        await asyncio.wait((viewing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not viewing.done():
+            viewing.cancel()  # the log goes on
+            return
+        stopping.cancel()
+        code = viewing.result()
         if code == INTERRUPTED:
             os.kill(os.getpid(), signal.SIGINT)  # as if there had been no view
         elif code:
@@ -64,10 +81,19 @@ async def show_view(command: Sequence[str], log: "HeldLog", keys: Mapping[str, s
         finally:
             await _end(view)
     finally:
+        _restore(log.terminal, modes)
+        log.release()
+
+
+def _restore(terminal: int, modes: list[Any]) -> None:
+    # A job in the background may do this only while it ignores the signal.
+    stopper = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    try:
         with contextlib.suppress(termios.error, OSError):  # the terminal may be gone
             termios.tcsetattr(0, termios.TCSANOW, modes)
-            os.write(log.terminal, _SANE)
-        log.release()
+            os.write(terminal, _SANE)
+    finally:
+        signal.signal(signal.SIGTTOU, stopper)
 
 
 async def _end(view: asyncio.subprocess.Process) -> None:
@@ -105,7 +131,9 @@ class HeldLog:
     def release(self) -> None:
         """Shows what was kept back, and from now on everything at once."""
         with self._lock:
-            held, self._held = self._held or (), None
+            if self._held is None:
+                return
+            held, self._held = self._held, None
             if left_out := self._num_held - len(held):
                 self._show(f"({left_out} earlier lines are left out)\n".encode())
             for line in held:

@@ -43,16 +43,16 @@ class Control:
         self._state = ControlState()
         self._looked_s = float("-inf")
         self._failed_swaps = 0  # since the latest one that succeeded
-        self._held_until_s = float("-inf")  # no decision and no swap before, after a failed one
+        self._paused_until_s = float("-inf")  # no decision and no swap before, after a failed one
 
     def is_due(self, now_s: float) -> bool:
         """Whether it is time for a look at the signals."""
         rested = now_s - self._looked_s >= self._policy.window_s
-        return rested and not self.is_paused(now_s)
+        return rested and self.may_swap(now_s)
 
-    def is_paused(self, now_s: float) -> bool:
-        """Whether no swap is to be started, as some have just failed."""
-        return now_s < self._held_until_s
+    def may_swap(self, now_s: float) -> bool:
+        """Whether the pause that follows a failed swap is over."""
+        return now_s >= self._paused_until_s
 
     def look(self, signals: Signals) -> Decision | None:
         """Shows the controller the signals; its decision, if it made one, is the new target."""
@@ -72,6 +72,7 @@ class Control:
             was, self.pinned = self.pinned, False
             self._state = replace(self._state, pressed_windows=0, calm_since_s=None)
             return "the controller decides again" if was else None
+        self._paused_until_s = float("-inf")  # who asks now is not made to wait
         self.pinned, self.target = True, min(max(rung, 0), deepest)
         return f"held at rung {self.target}"
 
@@ -86,7 +87,7 @@ class Control:
         self._failed_swaps += 1
         if not self.pinned:
             self.target = rung
-        self._held_until_s = now_s + min(_LONGEST_PAUSE_S, 2.0**self._failed_swaps)
+        self._paused_until_s = now_s + min(_LONGEST_PAUSE_S, 2.0**self._failed_swaps)
 
 
 def _log(record: Record) -> None:

@@ -89,7 +89,8 @@ class Engine:
         started = time.monotonic()
         self._commit_swaps()
         self._decide(started)
-        self._start_swaps()
+        if self._control.may_swap(started):
+            self._start_swaps()
         self._limit_admission()
         variants = self._parts.layers.variants
         outputs = [_output(r, []) for r in self._parts.scheduler.expire(started)]
@@ -205,8 +206,6 @@ class Engine:
     def _start_swaps(self) -> None:
         """Starts what leads to the target rung, never both directions at once."""
         swapper, ladder = self._parts.swapper, self._parts.ladder
-        if self._control.is_paused(time.monotonic()):
-            return
         while swapper.has_room:
             moving = {swap.layer for swap in swapper.in_flight}
             step = ladder.next_swap(self._variants, moving, self._control.target)
@@ -270,12 +269,11 @@ def _monitor(config: EngineConfig, parts: Parts) -> Monitor:
     forecasts = forecaster(parts.cost_model, ladder, len(capacities), max_step_tokens)
     monitor = Monitor(config.policy, config.slo, facts, forecasts)
     if forecasts is None and config.policy.static_layers < 0 and len(capacities) > 1:
-        text = (
+        monitor.event(
+            "costs",
             "no measured costs for this device, so that no step times are predicted: run "
-            f"`morph profile {config.model} --bundle {config.bundle}`"
+            f"`morph profile {config.model} --bundle {config.bundle}`",
         )
-        logger.info(text)
-        monitor.event("costs", text)
     return monitor
 
 

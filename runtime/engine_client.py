@@ -88,6 +88,7 @@ class EngineClient:
         self.snapshots: deque[Snapshot] = deque(maxlen=KEPT_SNAPSHOTS)  # the latest, oldest first
         self.news = asyncio.Event()  # set when events come, and replaced by a fresh one
         self.failure = "the engine process ended unexpectedly"
+        self.held_rung: int | None = None  # an administrator's pin; it outlives the engine
         self.num_starts = 0
         self.num_heard = 0  # messages from the engine
         self.retry_after_s = 1.0  # what a client should wait while the engine is dead
@@ -142,7 +143,7 @@ class EngineClient:
     ) -> AsyncGenerator[Chunk]:
         """The request's chunks as the engine makes them; leaving early aborts it.
 
-        Raises EngineDead, RequestRefused or QueueTimeout before the first chunk. If the engine
+        Raises EngineDead, RequestRefused or QueueTimeout before the first token. If the engine
         dies later, the last chunk has finish reason `error`.
         """
         if self.died.is_set():
@@ -151,7 +152,7 @@ class EngineClient:
         self._queues[request_id] = queue
         try:
             self._send(Submit(request_id, prompt, params, demands))
-            submitted, finished = time.monotonic(), False
+            submitted, begun, finished = time.monotonic(), False, False
             while not finished:
                 chunk = await queue.get()
                 if isinstance(chunk, RequestRefused):
@@ -159,6 +160,9 @@ class EngineClient:
                 if chunk.finish_reason is FinishReason.TIMEOUT:
                     wait_s = time.monotonic() - submitted
                     raise QueueTimeout(f"the request waited {wait_s:.1f} s in the queue")
+                begun = begun or bool(chunk.tokens)
+                if chunk.finish_reason is FinishReason.ERROR and self.died.is_set() and not begun:
+                    raise EngineDead(self.failure)
                 finished = chunk.finish_reason is not None
                 yield chunk
         finally:
@@ -167,6 +171,7 @@ class EngineClient:
 
     def pin(self, rung: int | None) -> None:
         """Asks the engine to hold a rung; None: to let the controller decide again."""
+        self.held_rung = rung
         self._send(Pin(rung))
 
     def abort_all(self) -> None:
@@ -252,6 +257,8 @@ class EngineClient:
     def _serve(self) -> None:
         assert self._greeted is not None
         self.died.clear()
+        if self.held_rung is not None:
+            self._send(Pin(self.held_rung))
         self.num_starts += 1
         self._greeted.set_result(None)
 

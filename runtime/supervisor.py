@@ -1,7 +1,6 @@
 """The engine process, started, watched, and started again when it dies."""
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -23,8 +22,6 @@ MAX_BACKOFF_S = 30.0
 _EXIT_S = 0.5  # for an engine that was told to stop; it has nothing to save
 _STACK_S = 2.0  # for a stuck engine to write down where it stands
 _LOOKS = 20  # of the watchdog within its time-out
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,7 @@ class Supervisor:
         """Returns when the engine serves for the first time; raises MorphError if it cannot."""
         started = time.monotonic()
         await self.client.start(self._config)
-        self._start_s = time.monotonic() - started
+        self._start_s = self.client.retry_after_s = time.monotonic() - started
 
     async def run(self) -> None:
         """Starts the engine again whenever it dies; returns when that is of no use any more."""
@@ -92,7 +89,7 @@ class Supervisor:
             served_s = await self._until_death()
             num_deaths = 1 if served_s >= GOOD_SERVICE_S else num_deaths + 1
             wait_s = backoff_s(num_deaths)
-            self._say(f"{self.client.failure} ({num_deaths} of {MAX_DEATHS} times in a row)")
+            self.client.note(f"{self.client.failure} ({num_deaths} of {MAX_DEATHS} times in a row)")
             if num_deaths >= MAX_DEATHS:
                 return
             try:
@@ -137,11 +134,7 @@ class Supervisor:
         self.client.attach(self._process.sock, self._process.wait)
         await self.client.start(self._config)
         self._start_s = time.monotonic() - started
-        self._say(f"the engine serves again, {self._start_s:.1f} s after it was started")
-
-    def _say(self, text: str) -> None:
-        self.client.note(text)
-        logger.warning("%s", text)
+        self.client.note(f"the engine serves again, {self._start_s:.1f} s after it was started")
 
 
 async def _happens(event: asyncio.Event, timeout_s: float) -> bool:

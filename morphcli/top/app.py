@@ -28,7 +28,7 @@ _KINDS: dict[str, tuple[str, ...]] = {  # of events; none: all
     "all": (),
     "decisions": ("decision", "pin"),
     "swaps": ("demote", "promote", "swap_failed"),
-    "trouble": ("preempt", "swap_failed", "error"),
+    "trouble": ("preempt", "swap_failed", "error", "engine"),
 }
 Draw = Callable[[int, int], Text]  # into so many columns and lines
 

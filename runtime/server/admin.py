@@ -1,6 +1,5 @@
 """What an administrator does to the rung: hold it, move it, leave it to the controller."""
 
-import time
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -43,22 +42,19 @@ class Admin:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._asked = 0  # the rung of the latest pin
-        self._asked_at = 0.0  # seconds since the epoch
 
     async def pin(self, _request: Request, fields: PinRequest) -> Response:
         return self._pin(fields.rung, "rung")
 
     async def step(self, _request: Request, fields: StepRequest) -> Response:
-        snapshot = self._serving.engine.snapshot
-        # Two steps may come before a snapshot that shows the first.
-        now = self._asked if snapshot.time <= self._asked_at else snapshot.target_rung
+        engine = self._serving.engine
+        # The pin itself, not a snapshot: two steps may come before one that shows the first.
+        now = engine.snapshot.target_rung if engine.held_rung is None else engine.held_rung
         return self._pin(now + fields.by, "by")
 
     async def free(self, _request: Request) -> Response:
         self._check_engine()
         self._serving.engine.pin(None)
-        self._asked_at = 0.0
         return json_answer(Target(self._serving.engine.snapshot.target_rung, pinned=False))
 
     def _pin(self, rung: int, field: str) -> Response:
@@ -67,7 +63,6 @@ class Admin:
         if not 0 <= rung <= deepest:
             raise bad_request(f"there is no rung {rung}: this server has 0 to {deepest}", field)
         self._serving.engine.pin(rung)
-        self._asked, self._asked_at = rung, time.time()
         return json_answer(Target(rung, pinned=True))
 
     def _check_engine(self) -> None:

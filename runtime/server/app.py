@@ -13,9 +13,10 @@ from morphserve.runtime.server.endpoint import Access, Endpoint
 from morphserve.runtime.server.errors import ApiError, on_crash, on_http_error, on_known_error
 from morphserve.runtime.server.keys import KeyCheck, Keys
 from morphserve.runtime.server.middleware import Gate, RequestIds
-from morphserve.runtime.server.origins import Origins
+from morphserve.runtime.server.origins import Origins, normal_origin
 from morphserve.runtime.server.routes import endpoints
 from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.server.turned_away import TurnedAway
 
 
 def make_app(
@@ -46,12 +47,14 @@ def _guards(
     serving: Serving, server: ServerConfig, table: Sequence[Endpoint], on_loopback: bool
 ) -> list[Middleware]:
     """In the order in which a request meets them."""
+    turned_away = TurnedAway(serving.admission.refused)
     keys = Keys(server.api_keys, server.admin_key)
     access = {endpoint.path: endpoint.access for endpoint in table}
     counted = frozenset(e.path for e in table if e.takes and e.access is not Access.ADMIN)
+    origins = [normal_origin(origin) for origin in server.allowed_origins]
     cors = Middleware(
         CORSMiddleware,
-        allow_origins=server.allowed_origins,
+        allow_origins=origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=["X-Request-Id", "Retry-After"],
@@ -59,9 +62,13 @@ def _guards(
     return [
         Middleware(RequestIds),
         Middleware(
-            Origins, allowed=server.allowed_origins, host=server.host, on_loopback=on_loopback
+            Origins,
+            allowed=origins,
+            host=server.host,
+            on_loopback=on_loopback,
+            turned_away=turned_away,
         ),
-        *([cors] if server.allowed_origins else []),
-        Middleware(KeyCheck, keys=keys, access=access),
+        *([cors] if origins else []),
+        Middleware(KeyCheck, keys=keys, access=access, turned_away=turned_away),
         Middleware(Gate, serving=serving, counted=counted),
     ]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import resource
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from morphserve.runtime.server.admission import Admission
 from morphserve.runtime.server.endpoint import JSON
-from morphserve.runtime.server.errors import ApiError, bad_request, unavailable
+from morphserve.runtime.server.errors import ApiError, bad_request
 from morphserve.runtime.server.middleware import MAX_HEADER_BYTES
 
 MAX_CONNECTIONS = 8192
@@ -25,7 +28,9 @@ HEAD_TIMEOUT_S = 20.0  # from a connection's start, or a request's first byte, t
 KEEP_ALIVE_S = 30  # between a response and the next request
 STALL_TIMEOUT_S = 60.0  # for a client to take what is buffered for it, at most 64 KiB and a chunk
 _LINGER_S = 2.0  # a client that still sends gets its refusal before the connection is gone
-_SPARE_FILES = 64  # open files for all but connections
+_UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})  # the wish for another protocol
+_MAX_LINGERING = 64  # refused connections, beside the open ones
+_SPARE_FILES = 64 + _MAX_LINGERING  # open files for all but connections that are served
 _HEAD_BYTES = MAX_HEADER_BYTES + 16 * 1024  # the request line and separators come on top
 
 
@@ -53,11 +58,12 @@ def _raise_open_files() -> int:
     return MAX_CONNECTIONS + _SPARE_FILES if soft == resource.RLIM_INFINITY else soft
 
 
-def http_config(app: Starlette, limits: Limits) -> uvicorn.Config:
-    """uvicorn's settings; connections are ours."""
+def http_config(app: Starlette, limits: Limits, admission: Admission) -> uvicorn.Config:
+    """uvicorn's settings; connections are ours, and `admission` counts those that are refused."""
+    connection = partial(Connection, limits=limits, admission=admission, lingering=set())
     return uvicorn.Config(
         app,
-        http=partial(Connection, limits=limits),  # type: ignore[arg-type]
+        http=connection,  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -95,14 +101,25 @@ class _Timer:
 class Connection(HttpToolsProtocol):
     """One client's connection: uvicorn's, with an end to every wait."""
 
-    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        limits: Limits,
+        admission: Admission,
+        lingering: set["Connection"],
+        **kwargs: Any,
+    ) -> None:
+        """`lingering`: of this server, those that were refused and are not gone yet."""
         super().__init__(*args, **kwargs)
         self._limits = limits
+        self._admission = admission
+        self._lingering = lingering
         # The rest of a request must come in time; a body that is being read has its own limit.
         self._incoming = _Timer(self.loop, limits.head_s, self._on_late_request)
         # The client must take what is buffered for it; with its connection its request is aborted.
         self._outgoing = _Timer(self.loop, limits.stall_s, lambda: self.transport.abort())
         self._unparsed_bytes = 0  # since a part of a request was complete
+        self._fed = b""  # what the parser was given last
         self._in_head = self._in_body = self._refused = False
         self._running: RequestResponseCycle | None = None  # `cycle` may be of a request sent ahead
 
@@ -113,12 +130,19 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._write(unavailable("too many connections are open"))
-            self._refused = True
-            return transport.close()
+            return self._turn_away()
         self._incoming.start()
 
+    def _turn_away(self) -> None:
+        message = "too many connections are open"
+        self._refuse(self._admission.unavailable("connections", message, 1.0))
+        self.connections.discard(self)  # it keeps nobody else out
+        if len(self._lingering) >= _MAX_LINGERING:
+            return self.transport.close()
+        self._lingering.add(self)
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lingering.discard(self)
         self._incoming.stop()
         self._outgoing.stop()
         self._unset_keepalive_if_required()
@@ -135,6 +159,7 @@ class Connection(HttpToolsProtocol):
         if not self._is_answering:
             self._incoming.start()
         self._unparsed_bytes += len(data)
+        self._fed = data
         super().data_received(data)
         if self._unparsed_bytes > _HEAD_BYTES:
             limit = f"{MAX_HEADER_BYTES // 1024} KiB"
@@ -149,6 +174,8 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # the parser stops here; _unsupported_upgrade_warning goes on without the wish
         if len(self.pipeline) >= MAX_PIPELINED:
             return self._refuse(bad_request(f"more than {MAX_PIPELINED} requests were sent ahead"))
         was_answering = self._is_answering
@@ -164,9 +191,29 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_body = False
         self._unparsed_bytes = 0
         super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The request goes on as if it had not asked for another protocol, body included.
+
+        The parser takes what follows the head for the other protocol's bytes: another one is
+        given the head again, without that wish.
+        """
+        stopped = sys.exc_info()[1]
+        assert isinstance(stopped, httptools.HttpParserUpgrade)
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        rest = self._fed[stopped.args[0] :]
+        if method == b"CONNECT":
+            return self._refuse(bad_request("this server is no proxy"))
+        kept = [field for field in self.headers if field[0] not in _UPGRADE_HEADERS]
+        head = [b"%b %b HTTP/%b" % (method, self.url, version), *map(b": ".join, kept)]
+        self.parser = httptools.HttpRequestParser(self)
+        self._unparsed_bytes = 0
+        self.data_received(b"\r\n".join([*head, b"", rest]))
 
     def _on_late_request(self) -> None:
         if self._in_head:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from morphserve.runtime.latency import Clock
 from morphserve.runtime.server.endpoint import Access
 from morphserve.runtime.server.errors import ApiError
+from morphserve.runtime.server.turned_away import TurnedAway
 
 ADMIN_CALLS_PER_S = 5
 
@@ -75,8 +76,11 @@ class KeyCheck:
     gets `cache_namespace`: the caller's, or "" where no API key is asked for.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, access: Mapping[str, Access]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, access: Mapping[str, Access], turned_away: TurnedAway
+    ) -> None:
         self._app = app
+        self._turned_away = turned_away
         self._keys = keys
         self._access = access
         self._rate = AdminRate()
@@ -87,6 +91,7 @@ class KeyCheck:
         key = _bearer(scope)
         caller = None if key is None else self._keys.caller(key)
         if refusal := self._refusal(scope["path"], key, caller):
+            self._turned_away.add(refusal, scope)
             return await refusal.response()(scope, receive, send)
         namespace = caller.namespace if caller and self._keys.wanted else ""
         scope.setdefault("state", {})["cache_namespace"] = namespace

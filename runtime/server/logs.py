@@ -14,22 +14,28 @@ _OWN_KIND = "morph_kind"
 
 
 def start_logging(log_format: str) -> None:
-    """From now on everything below `morphserve` goes to stderr as `text` or `json`."""
+    """From now on everything goes to stderr as `text` or `json`: ours, and others' warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
-    for old in logger.handlers[:]:
-        logger.removeHandler(old)
-    logger.addHandler(handler)
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
     logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
-def say(kind: str, message: str, fields: Mapping[str, object] | None = None) -> None:
+def say(
+    kind: str,
+    message: str,
+    fields: Mapping[str, object] | None = None,
+    level: int = logging.INFO,
+) -> None:
     """Logs what happens; `fields` are the numbers behind it, for `json` only.
 
     `kind` is start (no time is shown before it), interval or event.
     """
-    logger.info("%s", message, extra={_OWN_KIND: kind, _OWN_FIELDS: fields or {}})
+    logger.log(level, "%s", message, extra={_OWN_KIND: kind, _OWN_FIELDS: fields or {}})
 
 
 def printable(text: str) -> str:
@@ -46,7 +52,10 @@ class TextLines(logging.Formatter):
             line = f"{record.levelname.lower()}: {line}"
         if getattr(record, _OWN_KIND, "log") != "start":
             line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {line}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if not record.exc_info:
+            return line
+        traceback = self.formatException(record.exc_info).split("\n")
+        return "\n".join([line, *map(printable, traceback)])
 
 
 class JsonLines(logging.Formatter):

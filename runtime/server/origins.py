@@ -15,17 +15,35 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from morphserve.runtime.server.errors import ApiError
+from morphserve.runtime.server.turned_away import TurnedAway
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def normal_origin(origin: str) -> str:
+    """An origin as browsers write it: in lower case, without the port that its scheme implies."""
+    origin = origin.lower()
+    return origin.removesuffix(_DEFAULT_PORTS.get(origin.partition("://")[0], ""))
 
 
 class Origins:
     """Checks `Host`, where the server is `on_loopback`, and `Origin` before anything else."""
 
-    def __init__(self, app: ASGIApp, allowed: Iterable[str], host: str, on_loopback: bool) -> None:
-        """`host` is the name that the server was told to listen on."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        allowed: Iterable[str],
+        host: str,
+        on_loopback: bool,
+        turned_away: TurnedAway,
+    ) -> None:
+        """`allowed` are as `normal_origin` has them, `host` is what the server listens on."""
         self._app = app
-        self._allowed = frozenset(origin.lower() for origin in allowed)
+        self._turned_away = turned_away
+        self._allowed = frozenset(allowed)
         # A proxy on this machine may pass its own name on: it is in the origins of its pages.
         named = {_name(_host_of(origin)) for origin in self._allowed}
         self._names = frozenset({"localhost", host.lower(), *named}) - {"*"}
@@ -33,6 +51,7 @@ class Origins:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := self._refusal(scope)):
+            self._turned_away.add(refusal, scope)
             return await refusal.response()(scope, receive, send)
         await self._app(scope, receive, send)
 

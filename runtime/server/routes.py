@@ -211,6 +211,6 @@ def _describing(api: Documentation) -> list[Endpoint]:
     return [
         Endpoint("GET", "/", page, tag, "This server live in a browser.", public, media=HTML),
         Endpoint("GET", "/page.js", script, tag, "Its script.", public, media="text/javascript"),
-        Endpoint("GET", "/docs", api.page, tag, "This page.", media=HTML),
-        Endpoint("GET", "/openapi.json", api.openapi, tag, "This document."),
+        Endpoint("GET", "/docs", api.page, tag, "This page.", public, media=HTML),
+        Endpoint("GET", "/openapi.json", api.openapi, tag, "This document.", public),
     ]

@@ -70,7 +70,8 @@ def run_server(
     """Serves until a signal, or until the engine cannot be kept alive.
 
     Returns the exit code: 0, 1 for the engine, 128 + signal while it still loads. `watch` runs
-    beside the server once it serves. Raises MorphError if it cannot start.
+    beside the server from when it serves to its end; what hides the log ends with
+    `Serving.stopping`. Raises MorphError if it cannot start.
     """
     open_standard_files()
     start_logging(server.log_format)
@@ -157,7 +158,7 @@ async def _serve(
     serving.url = listen(listener)
     on_loopback = _is_loopback(listener)
     app = make_app(serving, server, on_loopback=on_loopback)
-    http = _Http(http_config(app, limits_here()))
+    http = _Http(http_config(app, limits_here(), serving.admission))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
     _say(
@@ -168,13 +169,14 @@ async def _serve(
     watching = asyncio.create_task(_watch(watch, serving))
     try:
         await _first_of(interrupts.first.wait(), supervisor.run())
-        serving.draining = True
-        await _end(watching)  # a live view would hide the words that follow
-        if not interrupts.first.is_set():
-            logger.error("stopping: %s", serving.engine.failure)
-            return 1
-        await _drain(serving, server.shutdown_timeout_s, interrupts.second)
-        return 0
+        serving.stopping.set()
+        if interrupts.first.is_set():
+            was_dead = serving.engine.died.is_set()
+            await _drain(serving, server.shutdown_timeout_s, interrupts.second)
+            if was_dead or not serving.engine.died.is_set():
+                return 0
+        logger.error("stopping: %s", serving.engine.failure)
+        return 1
     finally:
         await _first_of(serving.idle(), asyncio.sleep(_ABORT_GRACE_S))
         http.should_exit = True

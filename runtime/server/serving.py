@@ -37,9 +37,14 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
     slo: Slo = Slo()  # that the server promises
     watchdog: LoopWatchdog = field(default_factory=LoopWatchdog)
-    draining: bool = False  # no new requests are taken
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)  # takes no new requests
     _exposed: bytes = b""
     _exposed_s: float = float("-inf")
+
+    @property
+    def draining(self) -> bool:
+        """Whether no new requests are taken."""
+        return self.stopping.is_set()
 
     @property
     def max_tokens(self) -> int:

@@ -4,6 +4,8 @@ import asyncio
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +50,21 @@ def test_the_log_line_reads_like_vllms_and_adds_precision() -> None:
         "Running: 4 reqs, Waiting: 3 reqs, Preemptions: 0, KV cache usage: 50.0% of 60 blocks, "
         "INT4 layers: 1/4"
     )
+
+
+@pytest.mark.parametrize("log", [TextLines], indirect=True)
+def test_what_happened_last_is_told_before_the_log_ends(log: io.StringIO) -> None:
+    server = serving()
+
+    async def watch() -> None:
+        watching = asyncio.create_task(watch_log(server, 1000.0))
+        await asyncio.sleep(0.02)
+        server.engine.events.append(Event(1, 0.0, "engine", "the engine process was killed"))
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+    asyncio.run(watch())
+    assert log.getvalue().endswith(" warning: engine: the engine process was killed\n")
 
 
 @pytest.mark.parametrize("log", [TextLines], indirect=True)
@@ -97,3 +114,21 @@ def test_a_failure_is_logged_with_its_traceback(log: io.StringIO) -> None:
     except ValueError:
         logging.getLogger("morphserve.x").exception("a step failed")
     assert "a step failed" in log.getvalue() and "ValueError: told to fail" in log.getvalue()
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_errors_of_libraries_are_logged_like_our_own(log_format: str) -> None:
+    code = (
+        "import logging, sys; from morphserve.runtime.server.logs import start_logging, say\n"
+        "logging.basicConfig(); start_logging(sys.argv[1])\n"
+        "logging.getLogger('asyncio').info('nothing of note')\n"
+        "try: raise RuntimeError('secret\\x1b[31m')\n"
+        "except RuntimeError: logging.getLogger('uvicorn.error').exception('it broke')\n"
+        "say('event', 'ours')\n"
+    )
+    command = [sys.executable, "-c", code, log_format]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "\x1b" not in log and "it broke" in log and "RuntimeError: secret" in log
+    assert log.count("ours") == 1 and "nothing of note" not in log
+    if log_format == "json":
+        assert [json.loads(line)["kind"] for line in log.splitlines()] == ["log", "event"]

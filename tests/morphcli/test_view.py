@@ -24,13 +24,13 @@ DEADLINE_S = 60.0
 class Terminal:
     """A server on a terminal of its own; `seen` is what has been written there."""
 
-    def __init__(self) -> None:
+    def __init__(self, become: str) -> None:
         self.fd, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.modes = termios.tcgetattr(theirs)
         self.seen = b""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _BECOME_SESSION, str(serve_on_terminal.__file__)],
+            [sys.executable, "-c", become, str(serve_on_terminal.__file__)],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -88,15 +88,41 @@ _BECOME_SESSION = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     "os.execv(sys.executable, [sys.executable, sys.argv[1]])"
 )
+# The server is not the job that the terminal belongs to, as after `morph serve ... &`.
+_BECOME_BACKGROUND = (
+    "import fcntl, os, signal, subprocess, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "server = subprocess.Popen([sys.executable, sys.argv[1]], process_group=0); "
+    "signal.signal(signal.SIGTERM, lambda *_: server.terminate()); "
+    "ended = os.waitpid(server.pid, os.WUNTRACED)[1]; "
+    "os.WIFSTOPPED(ended) and server.kill(); sys.exit(ended and 9)"
+)
 
 
 @pytest.fixture
 def terminal() -> Iterator[Terminal]:
-    terminal = Terminal()
+    terminal = Terminal(_BECOME_SESSION)
     try:
         yield terminal
     finally:
         terminal.close()
+
+
+@pytest.fixture
+def background() -> Iterator[Terminal]:
+    terminal = Terminal(_BECOME_BACKGROUND)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+def test_a_server_in_the_background_shows_its_log_and_no_view(background: Terminal) -> None:
+    url = background.wait_for(r"serving demo on (http://[\d.:]+)")[1].decode()
+    background.wait_for(r"demote: layer 1 to INT4")
+    assert answers(url) and background.is_sane()
+    background.process.send_signal(signal.SIGTERM)
+    background.wait_for(r"stopping: 0 requests to finish")
+    assert background.end() == 0
 
 
 def serving(terminal: Terminal) -> str:
@@ -121,6 +147,7 @@ def test_the_view_closes_and_the_server_goes_on_with_its_log(terminal: Terminal)
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for(r"stopping: 0 requests to finish")
     assert terminal.end() == 0
+    assert b"earlier lines are left out" not in terminal.seen
 
 
 def test_ctrl_c_in_the_view_ends_the_server(terminal: Terminal) -> None:

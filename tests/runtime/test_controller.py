@@ -290,6 +290,19 @@ def test_a_pin_survives_pressure_until_it_is_freed() -> None:
     assert control.target == 4
 
 
+def test_a_pin_survives_a_failed_swap_which_is_tried_again_after_a_pause() -> None:
+    control = Control(POLICY, target=0)
+    control.pin(3, deepest=4)
+    control.swap_failed(rung=1, now_s=100.0)
+    assert (control.target, control.pinned) == (3, True)
+    assert [control.may_swap(now_s) for now_s in (101.0, 102.0)] == [False, True]
+    control.pin(None, deepest=4)
+    control.swap_failed(rung=1, now_s=200.0)
+    assert control.target == 1 and not control.may_swap(203.0) and control.may_swap(204.0)
+    control.pin(2, deepest=4)
+    assert control.may_swap(200.0)
+
+
 LOOKS = st.fixed_dictionaries(
     {
         "demand": st.integers(0, 300),
@@ -374,8 +387,8 @@ def test_a_failed_swap_pauses_swaps_and_leaves_a_pin_where_it_is() -> None:
     control = Control(POLICY, target=3)
     control.swap_failed(rung=1, now_s=100.0)
     assert control.target == 1
-    assert control.is_paused(101.9) and not control.is_paused(102.1)
+    assert not control.may_swap(101.9) and control.may_swap(102.1)
     control.pin(4, deepest=4)
     control.swap_failed(rung=1, now_s=200.0)
     assert control.target == 4 and control.pinned
-    assert control.is_paused(203.9) and not control.is_paused(204.1)
+    assert not control.may_swap(203.9) and control.may_swap(204.1)

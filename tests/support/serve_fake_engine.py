@@ -14,6 +14,7 @@ import fake_engine
 from morphserve.configs.errors import MorphError
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import EngineConfig, ServerConfig
+from morphserve.morphcli.monitor import watch_log
 from morphserve.runtime.server.run import run_server
 from morphserve.runtime.server.serving import Serving
 
@@ -26,10 +27,10 @@ def stand_still(seconds: int) -> None:
     ctypes.PyDLL(None).sleep(seconds)
 
 
-async def watch(seconds: int, _serving: Serving) -> None:
-    """SIGUSR1 blocks the event loop for so long."""
+async def watch(seconds: int, serving: Serving) -> None:
+    """Logs as `morph serve` does; SIGUSR1 blocks the event loop for so long."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, stand_still, seconds)
-    await asyncio.Event().wait()
+    await watch_log(serving, interval_s=3600.0)
 
 
 def main() -> int:

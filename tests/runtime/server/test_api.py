@@ -180,7 +180,8 @@ async def test_an_engine_that_dies_is_told_to_everyone(
     while serving.engine.snapshot.num_generated < 20:  # its first piece has been sent
         await asyncio.sleep(0.001)
     answer = await post(api, "/v1/completions", prompt=[fake_engine.CRASH])
-    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert answer.status_code == 503 and "told to crash" in answer.json()["error"]["message"]
+    assert "retry-after" in answer.headers
     last = (await streaming).text.split("\n\n")[-2]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
     for answer in (await api.get("/health"), await post(api, "/v1/completions", prompt="a")):
@@ -194,7 +195,7 @@ async def test_a_draining_server_finishes_and_takes_nothing_new(
     running = asyncio.create_task(complete(api, prompt="a", max_tokens=50))
     while not serving.engine.num_requests:
         await asyncio.sleep(0.001)
-    serving.draining = True
+    serving.stopping.set()
     refused = await post(api, "/v1/completions", prompt="a")
     assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
     assert (await api.get("/health")).status_code == 200

@@ -2,6 +2,7 @@
 
 import hmac
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,9 +13,11 @@ from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import ServerConfig
 from morphserve.runtime.server.app import make_app
 from morphserve.runtime.server.endpoint import Access
+from morphserve.runtime.server.errors import ApiError
 from morphserve.runtime.server.keys import AdminRate, Keys
 from morphserve.runtime.server.routes import endpoints
 from morphserve.runtime.server.serving import Serving
+from morphserve.runtime.server.turned_away import LOG_INTERVAL_S, TurnedAway
 
 pytestmark = pytest.mark.anyio
 ALICE, BOB, ADMIN = "sk-alice-1", "sk-bob-2", "sk-admin-3"
@@ -56,7 +59,7 @@ async def test_every_route_but_the_public_ones_wants_a_key(
     public = {
         e.path for e in endpoints(serving, 15.0, keys_wanted=True) if e.access is Access.PUBLIC
     }
-    assert {"/health", "/ready"} <= public <= {"/", "/page.js", "/health", "/ready"}
+    assert public == {"/", "/page.js", "/health", "/ready", "/docs", "/openapi.json"}
     for endpoint in endpoints(serving, 15.0, keys_wanted=True):
         answer = await guarded.request(endpoint.method, endpoint.path)
         if endpoint.path in public:
@@ -156,6 +159,33 @@ def test_keys_and_origins_that_could_never_match_are_refused(wrong: dict[str, An
     assert "same-key" not in str(raised.value) and "words" not in str(raised.value)
 
 
+async def test_refused_keys_are_counted_and_told_once_a_minute(
+    guarded: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    for key in ("wrong-1", "wrong-2", "wrong-3"):
+        error_of(await guarded.get("/v1/models", headers=bearer(key)), 401)
+    error_of(await guarded.post("/morph/v1/free", headers=bearer(ALICE)), 403)
+    metrics = (await guarded.get("/metrics", headers=bearer(ALICE))).text
+    assert 'morph:admission_rejections_total{reason="invalid_api_key"} 3.0' in metrics
+    assert 'morph:admission_rejections_total{reason="forbidden"} 1.0' in metrics
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("1 request was refused, the latest from 127.0.0.1 (401: this key is not")
+    assert "wrong" not in line
+
+
+def test_the_next_line_says_how_many_there_were(caplog: pytest.LogCaptureFixture) -> None:
+    now, refused = 100.0, Counter[str]()
+    turned_away = TurnedAway(refused, lambda: now)
+    for _ in range(5):
+        turned_away.add(ApiError(403, "no", code="forbidden_origin"), {"client": None})
+        now += LOG_INTERVAL_S / 4
+    assert refused == {"forbidden_origin": 5}
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 request was refused, the latest from an unknown address (403: no)",
+        "4 requests were refused, the latest from an unknown address (403: no)",
+    ]
+
+
 def test_admin_calls_are_a_few_per_second() -> None:
     now = 100.0
     rate = AdminRate(lambda: now)
@@ -214,6 +244,29 @@ async def test_pages_of_other_origins_may_not_post(
     assert read.status_code == 200
     allowed = read.headers.get("access-control-allow-origin")
     assert allowed == (origin if origin == "https://chat.example.com" else None)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin"),
+    [
+        ("https://Chat.Example.com:443", "https://chat.example.com"),
+        ("http://chat.example.com:80", "http://chat.example.com"),
+        ("https://chat.example.com:80", "https://chat.example.com:80"),
+        ("http://[::1]:8443", "http://[::1]:8443"),
+    ],
+)
+async def test_origins_are_compared_as_browsers_write_them(
+    serving: Serving, allowed: str, origin: str
+) -> None:
+    config = ServerConfig("demo", allowed_origins=(allowed,))
+    async with client_of(make_app(serving, config)) as api:
+        body, headers = {"prompt": "a"}, {"Origin": origin}
+        answer = await api.post("/v1/completions", json=body, headers=headers)
+        asked = {**headers, "Access-Control-Request-Method": "POST"}
+        preflight = await api.options("/v1/completions", headers=asked)
+    for told in (answer, preflight):
+        assert told.status_code == 200
+        assert told.headers["access-control-allow-origin"] == origin
 
 
 async def test_an_allowed_page_may_ask_first(local: httpx.AsyncClient) -> None:

@@ -36,7 +36,7 @@ def anyio_backend() -> tuple[str, dict[str, object]]:
 async def listening(serving: Serving, limits: Limits) -> AsyncIterator[int]:
     """The port of a server with these limits."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(http_config(make_app(serving), limits))
+        server = uvicorn.Server(http_config(make_app(serving), limits, serving.admission))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]
@@ -157,6 +157,56 @@ async def test_what_is_no_request_is_a_400_in_the_envelope(serving: Serving) -> 
     assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error":{"message":"this is not' in answer
 
 
+_BODY = b'{"prompt": [5], "max_tokens": 2}'
+_LENGTH = b"Content-Length: %d\r\n\r\n" % len(_BODY)
+_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(_BODY), _BODY)
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"websocket"])
+@pytest.mark.parametrize(
+    "parts",
+    [[_LENGTH + _BODY], [_LENGTH, _BODY], [_CHUNKED], [_LENGTH + _BODY[:9], _BODY[9:]]],
+    ids=["at once", "body later", "chunked", "body in parts"],
+)
+async def test_the_wish_for_another_protocol_is_passed_over(
+    serving: Serving, parts: list[bytes], upgrade: bytes
+) -> None:
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+        b"Upgrade: %b\r\nHTTP2-Settings: AAMAAABkAARAAAAA\r\n" % upgrade
+    )
+    after = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    async with listening(serving, PATIENT) as port:
+        stream = await send(port, head)
+        for part in (*parts, after):
+            await asyncio.sleep(0.02)  # likely to come by itself
+            stream[1].write(part)
+        answer = await answer_of(stream)
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200 OK") == 2
+    assert b'"completion_tokens":2' in answer
+
+
+async def test_a_body_is_never_read_as_a_request(serving: Serving) -> None:
+    hidden = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\n"
+        b"Upgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(hidden)
+    )
+    async with listening(serving, PATIENT) as port:
+        stream = await send(port, head)
+        await asyncio.sleep(0.02)
+        stream[1].write(hidden)
+        answer = await answer_of(stream)
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
+
+
+async def test_a_server_is_no_proxy(serving: Serving) -> None:
+    async with listening(serving, PATIENT) as port:
+        request = b"CONNECT example.com:80 HTTP/1.1\r\nHost: example.com\r\n\r\n"
+        answer = await answer_of(await send(port, request, b"GET /health HTTP/1.1\r\n\r\n"))
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
+
+
 async def test_too_many_requests_sent_ahead_end_the_connection(
     serving: Serving, engine_thread: EngineThread
 ) -> None:
@@ -200,10 +250,29 @@ async def test_connections_over_the_limit_are_refused_and_others_served(serving:
         answer = await answer_of(await send(port))
         assert answer.startswith(b"HTTP/1.1 503 ") and b"too many connections" in answer
         assert b"Retry-After: 1" in answer
+        assert serving.refused["connections"] == 1
         open_ones[0][1].close()
         await until(lambda: _is_served(port))
         for _, writer in open_ones[1:]:
             writer.close()
+
+
+async def test_a_client_that_still_sends_gets_its_refusal(serving: Serving) -> None:
+    async with listening(serving, replace(PATIENT, max_connections=0)) as port:
+        streams = [await send(port) for _ in range(8)]
+        await asyncio.sleep(0.05)  # the refusals are likely to be sent
+        for _, writer in streams:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        answers = [await answer_of(stream) for stream in streams]
+        assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in answers)
+        many = [await send(port) for _ in range(200)]  # more than are waited for
+        await until(lambda: _are_refused(serving, 208))
+        for _, writer in many:
+            writer.close()
+
+
+async def _are_refused(serving: Serving, count: int) -> bool:
+    return serving.refused["connections"] == count
 
 
 async def _is_served(port: int) -> bool:
@@ -220,5 +289,5 @@ def test_open_files_are_taken_as_far_as_allowed() -> None:
         "print(limits_here().max_connections, *resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["192", "256", "256"]
+    assert ran.stdout.split() == ["128", "256", "256"]
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 0

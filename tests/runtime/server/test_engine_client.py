@@ -124,11 +124,11 @@ async def test_a_refusal_is_raised_with_the_engines_numbers(client: EngineClient
 async def test_a_failing_step_ends_requests_with_an_error_and_the_engine_with_1(
     client: EngineClient, engine_thread: EngineThread, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = asyncio.create_task(collect(client, [5], 100_000))
-    await asyncio.sleep(0)
-    chunks = [c async for c in client.generate("b", [fake_engine.CRASH], SamplingParams(3))]
-    assert chunks == [Chunk([], Variant.FULL, FinishReason.ERROR)]
-    assert (await other)[-1].finish_reason is FinishReason.ERROR
+    other = client.generate("a", [5], SamplingParams(100_000))
+    await anext(other)
+    with pytest.raises(EngineDead, match="told to crash"):  # it has no token yet
+        await anext(client.generate("b", [fake_engine.CRASH], SamplingParams(3)))
+    assert [chunk async for chunk in other][-1].finish_reason is FinishReason.ERROR
     assert client.died.is_set() and "told to crash" in client.failure
     while not engine_thread.exit_codes:
         await asyncio.sleep(0.001)

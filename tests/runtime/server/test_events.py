@@ -43,7 +43,7 @@ async def test_what_is_kept_comes_first_then_what_happens_and_draining_ends_it(
     await asyncio.sleep(0.05)
     await happen(engine_thread, client, 4)
     await happen(engine_thread, client, 5, 6)
-    serving.draining = True
+    serving.stopping.set()
     assert await ids_of(await answer) == [1, 2, 3, 4, 5, 6]
 
 
@@ -59,7 +59,7 @@ async def test_a_reader_resumes_after_the_last_event_it_has_seen(
     ids: list[int],
 ) -> None:
     await happen(engine_thread, client, 2, 3)
-    serving.draining = True
+    serving.stopping.set()
     answer = await api.get("/morph/v1/events", headers={"Last-Event-ID": last})
     assert await ids_of(answer) == ids
 
@@ -68,7 +68,7 @@ async def test_what_has_been_dropped_is_missing_and_the_ids_tell(
     api: httpx.AsyncClient, serving: Serving, client: EngineClient, engine_thread: EngineThread
 ) -> None:
     await happen(engine_thread, client, *range(2, KEPT_EVENTS + 11))
-    serving.draining = True
+    serving.stopping.set()
     answer = await api.get("/morph/v1/events", headers={"Last-Event-ID": "5"})
     assert await ids_of(answer) == list(range(11, KEPT_EVENTS + 11))
 

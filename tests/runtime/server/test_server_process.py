@@ -238,13 +238,14 @@ def test_a_killed_engine_is_told_to_clients_and_started_again(server: Server) ->
     engine = server.engine_pid()
     subprocess.run(["kill", "-9", str(engine)], check=True)
     assert '"type":"server_error"' in read_all(stream)
-    assert read_all(silent).startswith("HTTP/1.1 500")
+    answer = read_all(silent)  # none of it was told: the client may try again
+    assert answer.startswith("HTTP/1.1 503") and "retry-after: " in answer
     server.wait_until_ready()
     assert server.engine_pid() != engine
     answer = read_all(server.post(prompt="import os\n", max_tokens=3))
     assert answer.startswith("HTTP/1.1 200")
     state = server.state()
-    assert state["engine_restarts"] == 1
+    assert state["engine_restarts"] == 1 and state["refused"] == {"engine_down": 1}
     told = [event["text"] for event in state["events"] if event["kind"] == "engine"]
     assert "was killed by signal 9 (out of memory?)" in told[0] and "serves again" in told[1]
     ids = [event["id"] for event in state["events"]]
@@ -266,12 +267,26 @@ def test_restarts_leave_no_files_and_no_processes_behind(server: Server) -> None
 def test_an_engine_that_keeps_dying_ends_the_server_with_1_and_the_cause(server: Server) -> None:
     for _ in range(MAX_DEATHS):
         server.wait_until_ready()
-        assert read_all(server.post(prompt=[fake_engine.CRASH])).startswith("HTTP/1.1 500")
+        assert read_all(server.post(prompt=[fake_engine.CRASH])).startswith("HTTP/1.1 503")
     assert server.wait() == 1
     assert server.process.stderr is not None
     log = server.process.stderr.read()
     assert "RuntimeError: told to crash" in log and "Traceback" in log
     assert "stopping: the engine failed: RuntimeError: told to crash" in log
+
+
+def test_an_engine_that_dies_while_its_requests_finish_ends_the_server_with_1_and_the_cause(
+    server: Server,
+) -> None:
+    stream = server.post(prompt=[5], max_tokens=2000, stream=True)
+    server.wait_for_running(1)
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: server.get("/ready")[0] == 503)
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    assert '"type":"server_error"' in read_all(stream)
+    assert server.wait() == 1
+    assert server.process.stderr is not None
+    assert "stopping: the engine process was killed by signal 9" in server.process.stderr.read()
 
 
 def test_a_dead_engine_is_503_with_its_cause_until_it_serves_again(server: Server) -> None:
@@ -294,13 +309,14 @@ def test_a_stuck_engine_is_replaced_and_its_stack_is_in_the_log(
 ) -> None:
     server = start_server("--engine-timeout", "1")
     stuck = server.post(prompt=[fake_engine.STUCK], max_tokens=3)
-    assert read_all(stuck).startswith("HTTP/1.1 500")
+    assert read_all(stuck).startswith("HTTP/1.1 503")
     until(lambda: server.state()["engine_restarts"] == 1)
     server.process.terminate()
     assert server.wait() == 0
     assert server.process.stderr is not None
     log = server.process.stderr.read()
-    assert "the engine said nothing for 1 s" in log
+    assert log.count("warning: engine: the engine said nothing for 1 s") == 1
+    assert log.count("the engine said nothing for 1 s") == 1
     assert "Fatal Python error: Aborted" in log and "fake_engine.py" in log
 
 

@@ -43,7 +43,7 @@ async def test_a_finished_request_is_told_without_its_text(api: httpx.AsyncClien
 
 
 async def test_a_server_that_drains_says_so(serving: Serving, api: httpx.AsyncClient) -> None:
-    serving.draining = True
+    serving.stopping.set()
     assert (await state(api)).status == "draining"
 
 
