@@ -296,6 +296,8 @@ class EngineClient:
             self._greeted.set_exception(error)
         elif self.num_starts:
             self.snapshot = _after_death(self.snapshot)
+            self.snapshots.clear()
+            self.snapshots.append(self.snapshot)
         for request_id in list(self._queues):
             self._finish(request_id, FinishReason.ERROR)
 
@@ -303,7 +305,16 @@ class EngineClient:
 def _after_death(last: Snapshot) -> Snapshot:
     """What is left of an engine's numbers when its process has gone."""
     return msgspec.structs.replace(
-        last, running=0, waiting=0, oldest_wait_s=0.0, demand=0, blocks_used=0, swapping={}
+        last,
+        running=0,
+        waiting=0,
+        held=0,
+        oldest_wait_s=0.0,
+        demand=0,
+        blocks_used=0,
+        blocks_cached=0,
+        arrivals_per_s=0.0,
+        swapping={},
     )
 
 

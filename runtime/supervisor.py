@@ -21,6 +21,7 @@ FIRST_BACKOFF_S = 0.5  # before the second start in a row; the first is at once
 MAX_BACKOFF_S = 30.0
 _EXIT_S = 0.5  # for an engine that was told to stop; it has nothing to save
 _STACK_S = 2.0  # for a stuck engine to write down where it stands
+_PATIENCE = 10  # times its first start may a restart take, if that is longer than the time-out
 _LOOKS = 20  # of the watchdog within its time-out
 
 
@@ -132,7 +133,12 @@ class Supervisor:
         started = time.monotonic()
         self._process = launch_engine(self._command)
         self.client.attach(self._process.sock, self._process.wait)
-        await self.client.start(self._config)
+        try:
+            async with asyncio.timeout(max(self._timeout_s, _PATIENCE * self._start_s)):
+                await self.client.start(self._config)
+        except TimeoutError:
+            self._process.process.kill()
+            raise EngineDead("the engine did not start in time") from None
         self._start_s = time.monotonic() - started
         self.client.note(f"the engine serves again, {self._start_s:.1f} s after it was started")
 

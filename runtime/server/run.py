@@ -161,9 +161,9 @@ async def _serve(
     http = _Http(http_config(app, limits_here(), serving.admission))
     listening = asyncio.create_task(http.serve(sockets=[listener]))
     _say(f"serving {serving.model_name} on {serving.url}")
-    _say(
-        f"""try: curl {serving.url}/v1/completions -d '{{"prompt": "import ", "max_tokens": 16}}'"""
-    )
+    key = "-H 'Authorization: Bearer KEY' " if server.api_keys else ""
+    body = """'{"prompt": "import ", "max_tokens": 16}'"""
+    _say(f"try: curl {serving.url}/v1/completions {key}-d {body}")
     if not on_loopback and not server.api_keys:
         _say("warning: other machines can reach this server, and it checks no key")
     watching = asyncio.create_task(_watch(watch, serving))

@@ -381,14 +381,3 @@ def test_a_return_breaks_no_target_that_is_kept() -> None:
     assert run.rung == 2
     run.look(100, demand=10, tpot_target_s=None, decode_s=slower, chunk_s=slower)
     assert run.rung == 0
-
-
-def test_a_failed_swap_pauses_swaps_and_leaves_a_pin_where_it_is() -> None:
-    control = Control(POLICY, target=3)
-    control.swap_failed(rung=1, now_s=100.0)
-    assert control.target == 1
-    assert not control.may_swap(101.9) and control.may_swap(102.1)
-    control.pin(4, deepest=4)
-    control.swap_failed(rung=1, now_s=200.0)
-    assert control.target == 4 and control.pinned
-    assert not control.may_swap(203.9) and control.may_swap(204.1)
