@@ -16,6 +16,7 @@ from morphserve.morphcli.bench.traces import read_azure
 
 QUEUED = 64
 W = {"prompt": "def main():\n    return ", "max_tokens": 32, "ignore_eos": True}
+_LONG = 4  # times as long lasts the heaviest load, in which memory must stay flat
 TURN_S = 2.0  # between two changes of direction of swaps
 RESTORE_S = 30.0  # for layers to come back after the last request
 
@@ -32,7 +33,8 @@ def overload(rules: Rules, given: Given) -> None:
         for factor in (1, 2, 5, 10):
             memory = Memory(server)
             with memory:
-                seen = offer(server.url, poisson(rate * factor, given.seconds, **W))
+                seconds = given.seconds * (_LONG if factor == 10 else 1)
+                seen = offer(server.url, poisson(rate * factor, seconds, **W))
             goodput[factor] = sum(answer.done for answer in seen.answers) / seen.seconds
             refused += _judge(rules, f"{factor}x", seen, goodput[factor])
             if factor == 10:

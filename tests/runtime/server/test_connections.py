@@ -189,10 +189,10 @@ async def test_the_wish_for_another_protocol_is_passed_over(
 async def test_a_body_is_never_read_as_a_request(serving: Serving) -> None:
     hidden = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
     head = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
         b"Upgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(hidden)
     )
-    async with listening(serving, PATIENT) as port:
+    async with listening(serving, replace(PATIENT, keep_alive_s=1)) as port:
         stream = await send(port, head)
         await asyncio.sleep(0.02)
         stream[1].write(hidden)
