@@ -19,6 +19,7 @@ from morphserve.runtime.server.serving import Serving
 
 INTERRUPTED = 130  # exit code of a view that was closed with Ctrl-C
 VIEW_COMMAND = (sys.executable, "-P", "-m", "morphserve.morphcli", "top")
+_MARK = b"\0\n"  # in stderr: what comes after it is held
 _KEPT_LINES = 200  # of what is written while the view is open
 _END_S = 2.0  # from the wish that the view ends to its end
 # Leaves the other screen, shows the cursor, ends reports of mouse, focus and pasting.
@@ -117,6 +118,7 @@ class HeldLog:
         self._held: deque[bytes] | None = None  # lines; None: they go to the terminal at once
         self._num_held = 0
         self._lock = threading.Lock()
+        self._is_holding = threading.Event()
         reader, writer = os.pipe()
         os.dup2(writer, 2)
         os.close(writer)
@@ -125,8 +127,10 @@ class HeldLog:
         atexit.register(self.close)
 
     def hold(self) -> None:
-        with self._lock:
-            self._held, self._num_held = deque(maxlen=_KEPT_LINES), 0
+        """Keeps back what is written from now on; what was written before is shown."""
+        self._is_holding.clear()
+        os.write(2, _MARK)
+        self._is_holding.wait(_END_S)
 
     def release(self) -> None:
         """Shows what was kept back, and from now on everything at once."""
@@ -158,7 +162,10 @@ class HeldLog:
     def _take(self, lines: Sequence[bytes]) -> None:
         with self._lock:
             for line in lines:
-                if self._held is None:
+                if line.endswith(_MARK):
+                    self._held, self._num_held = deque(maxlen=_KEPT_LINES), 0
+                    self._is_holding.set()
+                elif self._held is None:
                     self._show(line)
                 else:
                     self._held.append(line)
