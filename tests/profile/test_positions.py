@@ -1,12 +1,14 @@
 """Positions of different precision share one cache, as in a server that swaps between tokens."""
 
 from collections.abc import Callable
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from morphserve.configs.errors import ConfigError
 from morphserve.profile.mixes import Model, mix_of
@@ -71,13 +73,14 @@ def test_every_schedule_is_that_of_two_models_that_hand_one_cache_over(
     int4 = transformers_model(checkpoint, model, Variant.INT4)
     text = windows(number, length)
     sizes = [end - start for start, end in pairwise([*starts, length])]
+    # transformers 5.24 renamed it.
+    parameter = "cache" if "cache" in signature(full.forward).parameters else "past_key_values"
 
     def log_probabilities(parts: str) -> Tensor:
-        cache, pieces = None, []
+        cache, pieces = DynamicCache(config=full.config), []
         for precision, tokens in zip(parts, text.tokens.split(sizes, dim=1), strict=True):
-            output = (int4 if precision == "q" else full)(tokens, past_key_values=cache)
-            cache = output.past_key_values
-            pieces.append(output.logits)
+            forward = int4 if precision == "q" else full
+            pieces.append(forward(tokens, **{parameter: cache}).logits)
         return torch.cat(pieces, dim=1).log_softmax(dim=-1)[:, :-1]
 
     reference = log_probabilities("ffffffff")
