@@ -19,7 +19,7 @@ from morphserve.morphcli.bench import http
 from morphserve.morphcli.bench.http import HttpError, ServerSentEvents, host_and_port
 
 PATIENCE_S = 120.0
-MAX_REQUESTS = 20_000  # of one open loop
+MAX_REQUESTS = 120_000  # of one open loop
 _LAG_S = 0.01  # between looks at the client's own delay
 
 
