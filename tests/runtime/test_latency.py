@@ -63,3 +63,9 @@ def test_one_snapshot_has_no_rate() -> None:
 
 def test_an_engine_that_was_started_again_made_no_negative_tokens() -> None:
     assert recent_rates([point(1.0, 100, 100), point(2.0, 0, 7)]) == Rates(0.0, 0.0)
+
+
+def test_a_clock_that_is_set_makes_no_rate_negative_or_endless() -> None:
+    for jump_s in (-86_400.0, 0.0, 86_400.0):
+        rates = recent_rates([point(1e6, 100, 100), point(1e6 + 1 + jump_s, 200, 300)])
+        assert 0 <= rates.prompt <= 100 and 0 <= rates.generation <= 200
