@@ -66,6 +66,10 @@ class Outcome(msgspec.Struct, tag=True):
     tokens_full: int | None = None  # tokens per precision, where the server reports them
     tokens_int4: int | None = None
     text_sha256: str | None = None
+    queue_s: float | None = None  # received to first scheduled, where the server reports it
+    text: str | None = None  # where it was asked to be kept
+    token_ids: list[int] | None = None  # of the output, where the server reports them
+    precisions: list[tuple[str, int]] | None = None  # runs of output tokens made at a precision
 
     @property
     def lag_s(self) -> float:

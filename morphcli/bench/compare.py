@@ -13,7 +13,6 @@ from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.configs.load import load_policy
 from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest, Started
 from morphserve.morphcli.bench.prompts import Prompts
-from morphserve.morphcli.bench.schedule import Schedule
 from morphserve.morphcli.bench.server import (
     Sampler,
     ServerOptions,
@@ -22,6 +21,7 @@ from morphserve.morphcli.bench.server import (
     served_model,
 )
 from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.traces.schedule import Schedule
 
 _NAMES = {
     "full": "off",

@@ -12,8 +12,8 @@ from morphserve.configs.load import DEMO_MODEL, load_policy, parse_bytes
 from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig, Slo
 from morphserve.morphcli.bench.forecast import Server, first_tokens
 from morphserve.morphcli.bench.run import BenchRequest
-from morphserve.morphcli.bench.schedule import Schedule, Shape, shape_trace
-from morphserve.morphcli.bench.traces import read_azure
+from morphserve.morphcli.traces.readers import read_trace
+from morphserve.morphcli.traces.schedule import Schedule, Shape, shape_trace
 from morphserve.profile.mixes import Model
 from morphserve.profile.orders import RankSettings
 from morphserve.profile.ranking import draw_texts, rank
@@ -73,7 +73,7 @@ def fit_load(settings: DemoSettings, bundle: Path, budget: str) -> DemoSettings:
     By the measured costs, it then keeps the target for nearly all requests at the deepest rung of
     its policy; at full precision it would not.
     """
-    server, trace = _morphed(settings, bundle, budget), read_azure(_TRACE)
+    server, trace = _morphed(settings, bundle, budget), read_trace(_TRACE)
     low, high = _RATE_SCALES
     while high / low > _RATE_STEP:
         middle = math.sqrt(low * high)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from morphserve.configs.schema import SchedulerConfig
-from morphserve.morphcli.bench.schedule import Schedule
+from morphserve.morphcli.traces.schedule import Schedule
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.costs import CostModel

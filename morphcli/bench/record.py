@@ -12,12 +12,12 @@ import msgspec
 
 from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.configs.schema import Slo
-from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
 from morphserve.morphcli.bench.server import Mix
 from morphserve.morphcli.bench.summary import PolicySummary, Run
+from morphserve.morphcli.traces.schedule import Burst, Schedule, Shape
 from morphserve.quantize.manifest import Variant
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SUMMARY = "summary.json"
 _REQUESTS, _TIMELINE = "requests.jsonl", "timeline.jsonl"
 
@@ -67,10 +67,25 @@ class MixPerplexity(msgspec.Struct, frozen=True):
 
     layers: list[Variant]
     perplexity: float
+    kl: float | None = None  # nats per token from full precision
 
     def __str__(self) -> str:
         counts = ((self.layers.count(v), v.value.upper()) for v in (Variant.INT8, Variant.INT4))
         return " + ".join(f"{count} {name}" for count, name in counts if count) or "full precision"
+
+
+class LoadPoint(msgspec.Struct, frozen=True):
+    """One policy at one load of a sweep. None: the request at that rank was never answered."""
+
+    policy: str
+    rate: float  # over the schedule's
+    offered_per_s: float
+    attainment: float  # share of offered requests within the target
+    goodput_per_s: float
+    output_tokens_per_s: float
+    ttft_p95_s: float | None
+    tpot_p95_s: float | None
+    repeats: int = 1
 
 
 class Summary(msgspec.Struct):
@@ -83,6 +98,8 @@ class Summary(msgspec.Struct):
     perplexities: list[MixPerplexity]  # of each mix of layers that was served, best first
     same_text_as_first: dict[str, float]  # share of equal greedy answers, by policy
     created: str
+    runs: list[PolicySummary] = []  # each repeat alone, in the order in which they ran
+    curve: list[LoadPoint] = []  # of a sweep over load
     schema_version: int = SCHEMA_VERSION
 
 

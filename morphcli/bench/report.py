@@ -6,11 +6,11 @@ from importlib import resources
 from string import Template
 
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.schedule import Burst, Schedule, rate_per_second
 from morphserve.morphcli.bench.summary import Run, show_s
 from morphserve.morphcli.bench.table import Row, policy_title, table_rows
 from morphserve.morphcli.bench.timeline import draw_timeline, make_frame
 from morphserve.morphcli.bench.verdict import verdict
+from morphserve.morphcli.traces.schedule import Burst, Schedule, rate_per_second
 
 _DEFINITIONS = {
     "full precision": "The model as it was trained. With few requests it is all anyone needs.",

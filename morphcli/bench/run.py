@@ -38,11 +38,11 @@ from morphserve.morphcli.bench.record import (
     write_summary,
 )
 from morphserve.morphcli.bench.report import render_report
-from morphserve.morphcli.bench.schedule import Schedule, Shape, find_burst, shape_trace
 from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
 from morphserve.morphcli.bench.summary import Run, mean_perplexity, summarise, tokens_per_mix
 from morphserve.morphcli.bench.table import policy_title, table_rows
-from morphserve.morphcli.bench.traces import read_azure
+from morphserve.morphcli.traces.readers import read_trace
+from morphserve.morphcli.traces.schedule import Schedule, Shape, find_burst, shape_trace
 
 REPORT = "report.html"
 _SETTLE_S = 30.0  # longest wait for full precision after the last answer
@@ -89,7 +89,7 @@ def run_bench(request: BenchRequest, console: Console) -> Summary:
 
     Everything that can be checked is checked before the first server starts.
     """
-    trace = read_azure(request.trace)
+    trace = read_trace(request.trace)
     schedule = shape_trace(trace, request.shape)
     if skipped := trace.describe_bad_rows():
         console.print(f"[yellow]warning:[/] {escape(skipped)}", highlight=False)

@@ -59,12 +59,14 @@ def percentiles(values: Iterable[float | None]) -> Percentiles:
 
 
 class Run(msgspec.Struct):
-    """All that was recorded of one policy."""
+    """All that was recorded of one policy under one schedule."""
 
     policy: str
     started_epoch_s: float  # wall clock at second 0 of the schedule
     outcomes: list[Outcome]
     states: list[State]
+    repeat: int = 0  # of the same schedule against the same policy, from 0
+    rate: float = 1.0  # of a sweep: requests per second, over those of the schedule
 
     def at_s(self, state: State) -> float:
         """Seconds of the schedule at which `state` was read."""
@@ -87,8 +89,47 @@ class ServerFigures(msgspec.Struct, frozen=True):
     later_episodes: int  # times that layers were swapped again after the burst
 
 
+class Interval(msgspec.Struct, frozen=True):
+    """95 % confidence interval of the mean over repeats."""
+
+    low: float
+    high: float
+
+
+class Repeats(msgspec.Struct, frozen=True):
+    """How far the repeats of one policy differ; None: unknown in one of them."""
+
+    count: int
+    slo_miss_share: Interval | None
+    ttft_p95_s: Interval | None
+    tpot_p95_s: Interval | None
+    output_tokens_per_s: Interval | None
+    perplexity: Interval | None
+
+
+class PositionShare(msgspec.Struct, frozen=True):
+    """Of output tokens at these places in their answers, the share made below full precision."""
+
+    start: int  # 0 is an answer's first token
+    end: int
+    tokens: int
+    below_full: float
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What the answers of one policy were worth. Shares from 0 to 1; None: not measured."""
+
+    tokens: dict[Variant, int]  # by the lowest precision of the steps that made them
+    positions: list[PositionShare] = []
+    same_text: float | None = None  # of answers, the text at full precision
+    token_agreement: float | None = None  # of tokens, the one at its place at full precision
+    same_prefix_tokens: float | None = None  # mean, before the first token that differs
+    f1: float | None = None  # against references
+    rouge_l: float | None = None  # against references
+
+
 class PolicySummary(msgspec.Struct):
-    """The figures of one policy."""
+    """The figures of one policy: of one run, or of all its repeats together."""
 
     policy: str
     offered: int
@@ -110,6 +151,11 @@ class PolicySummary(msgspec.Struct):
     faults: list[str]  # reasons for which the run proves nothing; empty for a valid run
     server: ServerFigures | None  # None: the server gives no state
     perplexity: float | None = None  # of the precisions served, weighted by tokens
+    kl: float | None = None  # nats per token from full precision, weighted alike
+    itl_s: Percentiles = Percentiles(None, None, None)  # every gap between two streamed pieces
+    queue_s: Percentiles = Percentiles(None, None, None)  # received to first scheduled, if told
+    repeats: Repeats | None = None  # None: one run
+    answers: Answers | None = None
 
     @property
     def slo_miss_share(self) -> float:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench import plot
 from morphserve.morphcli.bench.plot import Scale
-from morphserve.morphcli.bench.schedule import Burst
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import Run, meets, show_s
+from morphserve.morphcli.traces.schedule import Burst
 
 WIDTH = 420
 _LEFT, _RIGHT, _TOP, _TITLE, _GAP = 46, 12, 18, 24, 12

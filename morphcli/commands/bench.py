@@ -55,8 +55,8 @@ def bench(
     from morphserve.configs.load import parse_slo
     from morphserve.morphcli.bench.compare import parse_policies
     from morphserve.morphcli.bench.run import REPORT, BenchRequest, print_table, run_bench
-    from morphserve.morphcli.bench.schedule import Shape, parse_window
     from morphserve.morphcli.bench.verdict import verdict
+    from morphserve.morphcli.traces.schedule import Shape, parse_window
 
     if url is not None and compare is not None:
         raise ConfigError("--compare starts servers of its own: leave it out with --url")

@@ -11,8 +11,8 @@ from typing import Any
 from clients import Answer, Load, Seen, closed_loop, offer, poisson
 from harness import Given, Rules, Server, get, make_bundle, percentile, serving, tight
 
-from morphserve.morphcli.bench.schedule import Shape, shape_trace
-from morphserve.morphcli.bench.traces import read_azure
+from morphserve.morphcli.traces.readers import read_trace
+from morphserve.morphcli.traces.schedule import Shape, shape_trace
 
 QUEUED = 64
 W = {"prompt": "def main():\n    return ", "max_tokens": 32, "ignore_eos": True}
@@ -184,7 +184,7 @@ def _burst(seconds: float) -> Load:
     shape = Shape(
         rate_scale=0.15, time_scale=1 / 20, length_scale=0.1, max_prompt=384, max_output=64
     )
-    schedule = shape_trace(read_azure(trace), shape)
+    schedule = shape_trace(read_trace(trace), shape)
     # 20 times its speed lasts 3 s; then as long a pause, in which layers come back.
     starts = range(0, max(1, int(seconds)), 2 * int(schedule.duration_s + 1))
     arrivals = [(start + a.time_s, a) for start in starts for a in schedule.arrivals]

@@ -9,10 +9,10 @@ from morphserve.morphcli.bench.record import (
     Summary,
     trace_facts,
 )
-from morphserve.morphcli.bench.schedule import Burst, Schedule, Shape
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise
-from morphserve.morphcli.bench.traces import Arrival
+from morphserve.morphcli.traces.arrivals import Arrival
+from morphserve.morphcli.traces.schedule import Burst, Schedule, Shape
 from morphserve.quantize.manifest import Rung, Variant
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)

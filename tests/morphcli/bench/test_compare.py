@@ -25,7 +25,6 @@ from morphserve.morphcli.bench.compare import (
 )
 from morphserve.morphcli.bench.prompts import Prompts
 from morphserve.morphcli.bench.run import BenchRequest, run_bench
-from morphserve.morphcli.bench.schedule import Schedule, Shape
 from morphserve.morphcli.bench.server import (
     Sampler,
     ServerFailed,
@@ -36,7 +35,8 @@ from morphserve.morphcli.bench.server import (
     running_server,
     served_model,
 )
-from morphserve.morphcli.bench.traces import Arrival
+from morphserve.morphcli.traces.arrivals import Arrival
+from morphserve.morphcli.traces.schedule import Schedule, Shape
 
 SERVE = """
 import sys

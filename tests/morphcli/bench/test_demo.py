@@ -9,8 +9,8 @@ from morphserve.configs.schema import SchedulerConfig
 from morphserve.morphcli.bench import demo
 from morphserve.morphcli.bench.demo import DemoSettings, fit_load
 from morphserve.morphcli.bench.forecast import Server, first_tokens
-from morphserve.morphcli.bench.schedule import shape_trace
-from morphserve.morphcli.bench.traces import read_azure
+from morphserve.morphcli.traces.readers import read_trace
+from morphserve.morphcli.traces.schedule import shape_trace
 from morphserve.quantize.costs import Curve
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.costs import AttentionCost, CostModel
@@ -37,7 +37,7 @@ def test_a_faster_machine_is_given_more_requests(monkeypatch: pytest.MonkeyPatch
 
 def test_the_load_is_borne_and_a_third_more_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = fitted(monkeypatch, 4e-4)
-    trace = read_azure(Path(demo.__file__).with_name("azure2023_burst.csv"))
+    trace = read_trace(Path(demo.__file__).with_name("azure2023_burst.csv"))
 
     def late(scale: float) -> float:
         shape = replace(settings.shape, rate_scale=scale * settings.shape.rate_scale)

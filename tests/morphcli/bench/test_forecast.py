@@ -6,8 +6,8 @@ import pytest
 
 from morphserve.configs.schema import SchedulerConfig
 from morphserve.morphcli.bench.forecast import Server, first_tokens
-from morphserve.morphcli.bench.schedule import Schedule
-from morphserve.morphcli.bench.traces import Arrival
+from morphserve.morphcli.traces.arrivals import Arrival
+from morphserve.morphcli.traces.schedule import Schedule
 from morphserve.quantize.costs import Curve
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.costs import AttentionCost, CostModel

@@ -14,11 +14,11 @@ from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.plot import Scale, nice_ceiling, spans, steps
 from morphserve.morphcli.bench.record import Summary, append_run, open_record, write_summary
 from morphserve.morphcli.bench.report import render_report
-from morphserve.morphcli.bench.schedule import Burst
 from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
 from morphserve.morphcli.bench.timeline import draw_timeline, make_frame
 from morphserve.morphcli.bench.verdict import verdict
+from morphserve.morphcli.traces.schedule import Burst
 
 QUICK = [answered(i, 0.2) for i in range(5)]
 SLOW = [answered(0, 0.2), *(answered(i, 3.0) for i in range(1, 4)), unanswered(4, status=503)]
@@ -249,7 +249,7 @@ def test_the_run_folder_can_be_read_back(tmp_path: Path) -> None:
         append_run(tmp_path, run)
     write_summary(tmp_path, summary)
     written = json.loads((tmp_path / "summary.json").read_text())
-    assert written["schema_version"] == 2
+    assert written["schema_version"] == 3
     assert written["policies"][0]["slo_misses"] == 4
     assert written["policies"][0]["ttft_s"]["p95"] is None
     assert written["policies"][0]["faults"] == []

@@ -5,14 +5,14 @@ import random
 import pytest
 
 from morphserve.configs.errors import ConfigError
-from morphserve.morphcli.bench.schedule import (
+from morphserve.morphcli.traces.arrivals import Arrival, Trace, TraceError
+from morphserve.morphcli.traces.schedule import (
     Shape,
     find_burst,
     parse_window,
     rate_per_second,
     shape_trace,
 )
-from morphserve.morphcli.bench.traces import Arrival, Trace, TraceError
 
 STEADY = Trace("steady.csv", tuple(Arrival(i / 4, 100 + i, 40) for i in range(400)))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from morphserve.configs.errors import ConfigError
-from morphserve.morphcli.bench.traces import Arrival, Trace, TraceError
+from morphserve.morphcli.traces.arrivals import Arrival, Trace, TraceError
 
 _LEAST_BURST = 10  # arrivals in 5 s; fewer are no burst, however rare others are
 

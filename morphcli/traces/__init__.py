@@ -1,0 +1,1 @@
+"""Request traces: reading, describing, cutting, making."""
