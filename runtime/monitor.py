@@ -1,6 +1,5 @@
 """Counts what happens in the engine and turns it into the controller's signals."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from morphserve.runtime.forecast import Forecaster
 from morphserve.runtime.ladder import DEPTH, lowest
 from morphserve.runtime.load import Load, most_urgent, running_load
 from morphserve.runtime.messages import Event
+from morphserve.runtime.parts import SYSTEM_CLOCK, Clock
 from morphserve.runtime.scheduler import Batch, Scheduler, Slice
 from morphserve.runtime.signals import NEVER, Signals
 from morphserve.runtime.windows import Rolling
@@ -35,10 +35,16 @@ class Monitor:
     """Every update is O(1); counters count from the engine's start."""
 
     def __init__(
-        self, policy: Policy, slo: Slo, facts: Facts, forecaster: Forecaster | None
+        self,
+        policy: Policy,
+        slo: Slo,
+        facts: Facts,
+        forecaster: Forecaster | None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._policy, self._slo, self._facts = policy, slo, facts
         self._forecaster = forecaster
+        self._clock = clock
         self.arrivals = Rolling(_RATE_S)
         self._made = Rolling(policy.quality_window_s)  # tokens
         self._made_int4 = Rolling(policy.quality_window_s)  # of these, with an INT4 layer
@@ -60,7 +66,9 @@ class Monitor:
 
     def event(self, kind: str, text: str, numbers: dict[str, float] | None = None) -> None:
         self._num_events += 1
-        self._events.append(Event(self._num_events, time.time(), kind, text, numbers or {}))
+        self._events.append(
+            Event(self._num_events, self._clock.epoch_s(), kind, text, numbers or {})
+        )
 
     def take_events(self) -> list[Event]:
         """What has happened since the last call."""
@@ -96,15 +104,29 @@ class Monitor:
         self, batch: Batch, variants: Sequence[Variant], now_s: float, step_s: float
     ) -> None:
         """Notes a step that was carried out through layers of these variants."""
-        precision = lowest(variants)
-        generated = sum(piece.samples for piece in batch)
-        self.generated_tokens[precision] += generated
+        self._generated(sum(piece.samples for piece in batch), variants, now_s)
         self.prompt_tokens += sum(map(_new_prompt_tokens, batch))
-        self._made.add(now_s, generated)
-        self._made_int4.add(now_s, generated if precision is Variant.INT4 else 0)
         self.steps += 1
         self.step_s = step_s
         self._latest, self._latest_variants = batch, tuple(variants)
+
+    def skipped(
+        self, steps: int, generated: int, variants: Sequence[Variant], now_s: float
+    ) -> None:
+        """Notes decode steps that a simulation did at once, the latest one at `now_s`."""
+        self._generated(generated, variants, now_s)
+        self.steps += steps
+
+    def expect(self, slowdown: float) -> None:
+        """Starts from a slowdown that is known, where it would have to be learnt."""
+        if self._forecaster is not None:
+            self._forecaster.slowdown = slowdown
+
+    def _generated(self, count: int, variants: Sequence[Variant], now_s: float) -> None:
+        precision = lowest(variants)
+        self.generated_tokens[precision] += count
+        self._made.add(now_s, count)
+        self._made_int4.add(now_s, count if precision is Variant.INT4 else 0)
 
     def signals(
         self,
