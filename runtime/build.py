@@ -106,11 +106,11 @@ def assemble(config: EngineConfig, model: LoadedModel, layout: Layout) -> Device
         swapper=Swapper(arena, plan, layers, pool, scheduler.move_blocks),
         model=forward,
         runner=Runner(forward, architecture.eos_token_ids),
-        cost_model=_cost_model(model),
+        cost_model=measured_costs(model),
     )
 
 
-def _cost_model(model: LoadedModel) -> CostModel | None:
+def measured_costs(model: LoadedModel) -> CostModel | None:
     """Of the times that were measured on this device with these kernels, threads and dtype."""
     dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
     here = (device_name(), model.kernels.name, threads, dtype)

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Sequence
 
 import msgspec
 
@@ -54,9 +55,9 @@ class Engine:
         max_rung = self._max_rung(message.demands.min_precision)
         if reason := self._never(len(prompt), params.max_tokens, max_rung):
             return Refused(message.request_id, reason)
-        vocab = self._parts.vocab_size
-        if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids, *params.logit_bias)):
-            return Refused(message.request_id, f"token ids must lie between 0 and {vocab - 1}")
+        if not self._are_tokens((*prompt, *params.stop_token_ids, *params.logit_bias)):
+            last = self._parts.vocab_size - 1
+            return Refused(message.request_id, f"token ids must lie between 0 and {last}")
         now_s = self._clock.now_s()
         self._monitor.arrived(now_s)
         self._parts.scheduler.add(
@@ -162,6 +163,9 @@ class Engine:
                 "allows: ask without a minimum precision"
             )
         return None
+
+    def _are_tokens(self, ids: Sequence[int]) -> bool:
+        return all(0 <= token < self._parts.vocab_size for token in ids)
 
     def _seeded(self, params: SamplingParams) -> SamplingParams:
         if params.seed is not None or params.temperature == 0:

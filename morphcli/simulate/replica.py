@@ -1,0 +1,164 @@
+"""One simulated server: an engine, the admission in front of it, and the clients it answers."""
+
+import math
+from collections import deque
+from functools import lru_cache
+
+from morphserve.configs.schema import EngineConfig
+from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.simulate.engine import SimulatedEngine, Stretch
+from morphserve.morphcli.simulate.router import ReplicaLoad
+from morphserve.morphcli.simulate.target import Target
+from morphserve.morphcli.traces.arrivals import Arrival
+from morphserve.runtime.messages import Step, Submit
+from morphserve.runtime.request import SamplingParams
+from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, Ticket
+from morphserve.runtime.server.errors import ApiError
+
+MAX_QUEUED = 512  # prompts beside those that run, as a server's default
+
+
+class Replica:
+    """Answers requests in the order of their arrival; its time goes on as it is told."""
+
+    def __init__(
+        self, config: EngineConfig, target: Target, timeout_s: float, slowdown: float = 1.0
+    ) -> None:
+        self.engine = SimulatedEngine(config, target, slowdown)
+        self._timeout_s = timeout_s  # of a request
+        self._stretch: Stretch | None = None  # under way
+        self._flying: dict[str, tuple[Outcome, Ticket]] = {}
+        self._deadlines: deque[tuple[float, str]] = deque()
+        hello = self.engine.hello()
+        self._full_blocks = hello.capacities[0]
+        self._admission = Admission(
+            config.scheduler.max_num_seqs + MAX_QUEUED,
+            QUEUED_CACHES * hello.capacities[-1] * hello.block_tokens,
+            clock=self.engine.clock.now_s,
+        )
+
+    @property
+    def next_s(self) -> float:
+        """When something happens next, if no request comes before."""
+        if self._deadlines and self._deadlines[0][0] < self._next_step_s:
+            return self._deadlines[0][0]
+        return self._next_step_s
+
+    @property
+    def _next_step_s(self) -> float:
+        if self._stretch is not None:
+            return self._stretch.end_s(self._stretch.steps)
+        return math.inf if self.engine.is_at_rest else self.engine.clock.seconds
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every answer has ended and every layer is back."""
+        return self.engine.is_at_rest
+
+    def load(self) -> ReplicaLoad:
+        """What a router may know."""
+        scheduler = self.engine.scheduler
+        return ReplicaLoad(
+            running=len(scheduler.running),
+            waiting=len(self._flying) - len(scheduler.running),
+            used_blocks=scheduler.num_used,
+            full_blocks=self._full_blocks,
+            rung=self.engine.rung,
+            queued_tokens=self._admission.queued_tokens,
+        )
+
+    def submit(self, index: int, arrival: Arrival) -> Outcome:
+        """Sends a request at its time, up to which the replica has run."""
+        self._cut(arrival.time_s)
+        outcome = Outcome(
+            index, arrival.time_s, arrival.time_s, arrival.prompt_tokens, arrival.output_tokens
+        )
+        try:
+            ticket = self._enter(arrival)
+        except ApiError as error:
+            outcome.status, outcome.error = error.status, "refused: the queue is full"
+            return outcome
+        params = SamplingParams(arrival.output_tokens, temperature=0.0, ignore_eos=True)
+        request = Submit(str(index), _prompt(arrival.prompt_tokens), params)
+        if refused := self.engine.submit(request):
+            self._admission.leave(ticket)
+            outcome.status, outcome.error = 400, refused.message
+            return outcome
+        self._flying[request.request_id] = outcome, ticket
+        self._deadlines.append((arrival.time_s + self._timeout_s, request.request_id))
+        return outcome
+
+    def run_until(self, time_s: float) -> None:
+        """All that happens before `time_s`; a step or stretch that crosses it goes on beyond."""
+        while self._deadlines and self._deadlines[0][0] <= time_s:
+            deadline_s, request_id = self._deadlines.popleft()
+            if request_id in self._flying:
+                self._run(deadline_s)
+                self._give_up(request_id, deadline_s)
+        self._run(time_s)
+
+    def _run(self, time_s: float) -> None:
+        engine = self.engine
+        while True:
+            if self._stretch is not None:
+                if self._stretch.end_s(self._stretch.steps) > time_s:
+                    return
+                engine.skip(self._stretch, self._stretch.steps)
+                self._stretch = None
+            if engine.clock.seconds >= time_s or engine.is_at_rest:
+                return
+            self._stretch = engine.stretch()
+            if self._stretch is None and (step := engine.turn()):
+                self._take(step)
+
+    def _take(self, step: Step) -> None:
+        now_s = self.engine.clock.seconds
+        for output in step.outputs:
+            outcome, ticket = self._flying[output.request_id]
+            if outcome.ttft_s is None and output.tokens:
+                outcome.ttft_s = now_s - outcome.intended_s
+                outcome.queue_s = output.queued_s
+                self._admission.started(ticket, 0)
+            if output.finish_reason is not None:
+                self._end(output.request_id, output.finish_reason, now_s)
+
+    def _end(self, request_id: str, reason: str, now_s: float) -> None:
+        outcome, ticket = self._flying.pop(request_id)
+        self._admission.leave(ticket)
+        outcome.status, outcome.finish_reason = 200, reason
+        outcome.e2e_s = now_s - outcome.intended_s
+        outcome.output_tokens = outcome.max_tokens
+        if reason != "length":
+            outcome.error = f"ended with {reason}"
+
+    def _give_up(self, request_id: str, now_s: float) -> None:
+        """The client leaves."""
+        if request_id not in self._flying:
+            return
+        self._cut(now_s)
+        self.engine.abort(request_id)
+        outcome, ticket = self._flying.pop(request_id)
+        self._admission.leave(ticket)
+        outcome.timed_out, outcome.error = True, f"unfinished after {self._timeout_s:g} s"
+
+    def _cut(self, time_s: float) -> None:
+        """Ends the stretch with the step that is under way, and brings an idle clock to now."""
+        if self._stretch is not None:
+            if steps := self._stretch.begun_before(time_s):
+                self.engine.skip(self._stretch, steps)
+            self._stretch = None
+        self.engine.clock.seconds = max(self.engine.clock.seconds, time_s)
+
+    def _enter(self, arrival: Arrival) -> Ticket:
+        ticket = self._admission.enter()
+        try:
+            self._admission.queue(ticket, [arrival.prompt_tokens])
+        except ApiError:
+            self._admission.leave(ticket)
+            raise
+        return ticket
+
+
+@lru_cache(maxsize=4096)
+def _prompt(num_tokens: int) -> list[int]:
+    return [0] * num_tokens
