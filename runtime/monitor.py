@@ -49,6 +49,7 @@ class Monitor:
         self._made = Rolling(policy.quality_window_s)  # tokens
         self._made_int4 = Rolling(policy.quality_window_s)  # of these, with an INT4 layer
         self._arrived_s = NEVER
+        self._expected: float | None = None  # slowdown of steps that are skipped
         self._latest: Batch = []
         self._latest_variants: tuple[Variant, ...] = ()
         self.prompt_tokens = 0
@@ -116,9 +117,11 @@ class Monitor:
         """Notes decode steps that a simulation did at once, the latest one at `now_s`."""
         self._generated(generated, variants, now_s)
         self.steps += steps
+        self._latest = []
 
     def expect(self, slowdown: float) -> None:
-        """Starts from a slowdown that is known, where it would have to be learnt."""
+        """Takes the slowdown of steps that are skipped for known; others are measured."""
+        self._expected = slowdown
         if self._forecaster is not None:
             self._forecaster.slowdown = slowdown
 
@@ -193,6 +196,8 @@ class Monitor:
             return (), ()
         if predicted := self.predicted_step_s():
             forecaster.observe(self.step_s, predicted)
+        elif self._expected is not None:
+            forecaster.observe(self._expected, 1.0)
         batch = max(1, load.num_decodes), load.context_tokens
         return forecaster.decode_s(*batch), forecaster.chunk_s(*batch)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from morphserve.morphcli.simulate.counted import CountedBatch
 from morphserve.morphcli.simulate.target import Target
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.memory import MemoryPlan
@@ -102,6 +103,22 @@ class SimulatedDevice:
         self.pass_time(self.slowdown * self._target.costs.step_seconds(self._variants, spans))
         return [_TOKEN for piece in batch if piece.samples]
 
+    def run_counted(self, batch: CountedBatch) -> None:
+        """The step of a batch whose decodes are counted."""
+        costs, num_layers = self._target.costs, len(self._variants)
+        tokens = batch.decodes + sum(end - start for start, end in batch.prefills)
+        step_s = (
+            costs.layers_seconds(self._variants, tokens)
+            + num_layers * self._attention(batch)
+            + costs.rest_seconds(batch.decodes + len(batch.prefills))
+        )
+        self.pass_time(self.slowdown * step_s)
+
+    def _attention(self, batch: CountedBatch) -> float:
+        costs = self._target.costs
+        seconds = costs.prefill.seconds(batch.prefills)
+        return seconds + (costs.decode.of(batch.decodes, batch.context) if batch.decodes else 0.0)
+
     def idle(self) -> None:
         """A step without a batch."""
         self.pass_time(0.0 if self._copying_s else self._target.idle_step_s)
@@ -111,6 +128,14 @@ class SimulatedDevice:
         self._latest_s = seconds
         self._clock.seconds += seconds + self._copying_s
         self._copying_s = 0.0
+
+    def longest_step_s(self, tokens: int, num_seqs: int, context: int) -> float:
+        """No step of at most so many tokens takes longer at full precision, unless slowed down."""
+        costs, num_layers = self._target.costs, len(self._variants)
+        attention = costs.prefill.of(tokens, tokens * (tokens + 1) / 2)
+        attention += costs.decode.of(num_seqs, context)
+        linears = num_layers * costs.layer_seconds(Variant.FULL, tokens)
+        return linears + num_layers * attention + costs.rest_seconds(num_seqs + 1)
 
     def decode_seconds(self, num_seqs: int, context_tokens: int) -> tuple[float, float]:
         """(seconds of a decode step, how much longer than it each step after it takes)

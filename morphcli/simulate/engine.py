@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from morphserve.configs.schema import EngineConfig
 from morphserve.morphcli.bench.server import State
+from morphserve.morphcli.simulate.counted import CountedBatch, CountedScheduler
 from morphserve.morphcli.simulate.device import SimulatedClock, SimulatedDevice, SimulatedLayers
-from morphserve.morphcli.simulate.scheduler import SkippingScheduler
+from morphserve.morphcli.simulate.pool import CountingPool
 from morphserve.morphcli.simulate.target import Target
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layout import DeviceMemory, Layout, lay_out
@@ -18,6 +18,8 @@ from morphserve.runtime.memory import ModelSizes
 from morphserve.runtime.messages import Step
 from morphserve.runtime.parts import Parts
 from morphserve.runtime.swapper import Swapper
+
+_FEW = 8  # waiting requests that are looked at one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,11 @@ class SimulatedEngine(Engine):
             DeviceMemory(target.memory_bytes, lambda: target.memory_bytes - target.reserved_bytes),
         )
         self.clock = SimulatedClock()
-        parts, self._device, self._skipping = _parts(config, target, layout, self.clock)
+        self._slo, self._limits = config.slo, config.scheduler
+        parts, self._device, self.scheduler = _parts(config, target, layout, self.clock)
         super().__init__(config, parts, self.clock)
         self._device.slowdown = slowdown
         self._monitor.expect(slowdown)
-
-    @property
-    def scheduler(self) -> SkippingScheduler:
-        return self._skipping
 
     @property
     def rung(self) -> int:
@@ -74,7 +73,7 @@ class SimulatedEngine(Engine):
 
     def state(self) -> State:
         """What a run is judged by, at this moment."""
-        parts, scheduler, monitor = self._parts, self._skipping, self._monitor
+        parts, scheduler, monitor = self._parts, self.scheduler, self._monitor
         return State(
             time=self.clock.seconds,
             layers=list(parts.layers.variants),
@@ -91,10 +90,10 @@ class SimulatedEngine(Engine):
             generated_tokens=dict(monitor.generated_tokens),
         )
 
-    def turn(self) -> Step | None:
+    def turn(self) -> Step | CountedBatch | None:
         """One step, or the time until the next look where there is nothing to do."""
         before_s = self.clock.seconds
-        step = self.step()
+        step = self._count_step() or self._whole_step()
         if self.clock.seconds == before_s:
             self._device.idle()
         return step
@@ -106,46 +105,89 @@ class SimulatedEngine(Engine):
 
     def stretch(self) -> Stretch | None:
         """The quiet steps that lie ahead, if there are any worth skipping."""
-        scheduler = self._skipping
-        if not self._has_arrived or scheduler.num_held or not scheduler.running:
+        scheduler = self.scheduler
+        if not self._may_count():
             return None
+        scheduler.start_counting()
         steps = scheduler.quiet_steps()
         if steps < 2:
             return None
-        timing = self._device.decode_seconds(len(scheduler.running), scheduler.context_tokens)
-        found = Stretch(steps, self.clock.seconds, *timing)
+        found = Stretch(
+            steps, self.clock.seconds, *self._device.decode_seconds(*scheduler.decoding)
+        )
         if self._is_calm(steps):
             return found
         steps = found.begun_before(self._control.due_s())
-        return Stretch(steps, self.clock.seconds, *timing) if steps > 1 else None
+        return replace(found, steps=steps) if steps > 1 else None
 
     def skip(self, stretch: Stretch, steps: int) -> None:
         """Does the first so many steps of a stretch."""
-        scheduler, end_s = self._skipping, stretch.end_s(steps)
-        scheduler.skip(steps)
+        self.clock.seconds = stretch.end_s(steps)
+        self.scheduler.skip(steps)
+        self._note(steps, steps * self.scheduler.decoding[0])
+
+    def _count_step(self) -> CountedBatch | None:
+        """A step on counts; None where the parts have to be shown each request."""
+        if not self._may_count():
+            return None
+        scheduler, started_s = self.scheduler, self.clock.seconds
+        scheduler.start_counting()
+        if self._control.is_due(started_s):
+            self._control.rest(started_s)
+        self._limit_admission()
+        batch = scheduler.count_step(started_s)
+        if batch is None or not batch.decodes and not batch.prefills:
+            return None
+        self._monitor.scheduled(scheduler, started_s)
+        self._device.run_counted(batch)
+        self._note(1, batch.sampled)
+        return batch
+
+    def _whole_step(self) -> Step | None:
+        self.scheduler.settle()
+        return self.step()
+
+    def _note(self, steps: int, generated: int) -> None:
         variants = self._parts.layers.variants
-        self._monitor.skipped(steps, steps * len(scheduler.running), variants, end_s)
-        self.clock.seconds = end_s
+        self._monitor.skipped(steps, generated, variants, self.clock.seconds)
+
+    def _may_count(self) -> bool:
+        """Whether the next step can neither lead to a decision nor meet a swap."""
+        if not self._has_arrived or not self.scheduler.running and not self.scheduler.waiting:
+            return False
+        return not self._control.is_due(self.clock.seconds) or self._is_calm(0)
 
     def _is_calm(self, steps: int) -> bool:
-        """Whether no look within so many quiet steps can lead to anything."""
+        """Whether a look after so many quiet steps, or before, cannot lead to anything."""
         if self._policy.static_layers >= 0:
             return True
-        scheduler, hello = self._skipping, self._parts.hello
-        if self._control.target or scheduler.waiting or self._control.pinned:
+        scheduler, hello = self.scheduler, self._parts.hello
+        waiting = scheduler.waiting
+        if self._control.target or scheduler.memory_blocked or len(waiting) > _FEW:
             return False
-        ahead = 2 + (steps + self._policy.horizon_tokens) // hello.block_tokens
-        most = scheduler.num_used + len(scheduler.running) * ahead
-        return most <= self._policy.demote_above * hello.capacities[0]
+        horizon, size = steps + self._policy.horizon_tokens, hello.block_tokens
+        most = scheduler.num_used + len(scheduler.running) * (2 + horizon // size)
+        most += sum(2 + (request.num_tokens + horizon) // size for request in waiting)
+        fits = most <= self._policy.demote_above * hello.capacities[0]
+        return fits and (not waiting or self._is_soon())
+
+    def _is_soon(self) -> bool:
+        """Whether every waiting request is predicted well within its target, at worst."""
+        target_s = self._slo.ttft_s
+        if target_s is None:
+            return True
+        scheduler = self.scheduler
+        scheduler.start_counting()
+        decodes, context = scheduler.decoding
+        budget = self._limits.max_num_batched_tokens
+        steps = -(-scheduler.queued_tokens // max(1, budget - len(scheduler.running)))
+        slowdown = self._monitor.slowdown or 1.0
+        chunk_s = self._device.longest_step_s(budget, len(scheduler.running), context) * slowdown
+        age_s = self.clock.seconds - scheduler.waiting[0].arrival_s
+        return age_s + steps * chunk_s <= self._policy.slo_share * target_s
 
     def _are_tokens(self, ids: Sequence[int]) -> bool:
         return True  # a simulated prompt has a length and no content
-
-    def _decide(self, now_s: float) -> None:
-        if self._has_arrived and self._is_calm(0) and not self._skipping.num_held:
-            self._control.rest(now_s)
-        else:
-            super()._decide(now_s)
 
 
 def ladder_of(config: EngineConfig, target: Target) -> Ladder:
@@ -171,21 +213,19 @@ def _served(sizes: ModelSizes, config: EngineConfig, ladder: Ladder) -> ModelSiz
 
 def _parts(
     config: EngineConfig, target: Target, layout: Layout, clock: SimulatedClock
-) -> tuple[Parts, SimulatedDevice, SkippingScheduler]:
+) -> tuple[Parts, SimulatedDevice, CountedScheduler]:
     plan = layout.plan
-    pool = BlockPool(plan.base_blocks)
+    pool = CountingPool(plan.base_blocks)
     for layer, slab in enumerate(plan.slabs):
         for part in slab.freed_between(Variant.FULL, layout.variants[layer]):
             pool.publish((layer, part), slab.blocks[part])
     layers = SimulatedLayers(plan, layout.variants)
     device = SimulatedDevice(target, plan, layers, clock)
-    scheduler = SkippingScheduler(
+    scheduler = CountedScheduler(
         config.scheduler,
         pool,
         config.cache.block_tokens,
         layout.max_model_len,
-        eos_token_ids=(),
-        prefix_caching=False,
     )
     swapper = Swapper(
         device, plan, layers, pool, scheduler.move_blocks, device.copy, device.allowance

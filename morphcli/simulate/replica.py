@@ -2,16 +2,18 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache
 
 from morphserve.configs.schema import EngineConfig
 from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.simulate.counted import CountedBatch
 from morphserve.morphcli.simulate.engine import SimulatedEngine, Stretch
 from morphserve.morphcli.simulate.router import ReplicaLoad
 from morphserve.morphcli.simulate.target import Target
 from morphserve.morphcli.traces.arrivals import Arrival
-from morphserve.runtime.messages import Step, Submit
-from morphserve.runtime.request import SamplingParams
+from morphserve.runtime.messages import Step, Submit, TokenOutput
+from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, Ticket
 from morphserve.runtime.server.errors import ApiError
 
@@ -108,25 +110,40 @@ class Replica:
             if engine.clock.seconds >= time_s or engine.is_at_rest:
                 return
             self._stretch = engine.stretch()
-            if self._stretch is None and (step := engine.turn()):
-                self._take(step)
+            if self._stretch is None:
+                match engine.turn():
+                    case CountedBatch(joined=joined, ended=ended):
+                        self._take(joined, ended)
+                    case Step(outputs=outputs):
+                        self._take_outputs(outputs)
 
-    def _take(self, step: Step) -> None:
-        now_s = self.engine.clock.seconds
-        for output in step.outputs:
-            outcome, ticket = self._flying[output.request_id]
-            if outcome.ttft_s is None and output.tokens:
-                outcome.ttft_s = now_s - outcome.intended_s
-                outcome.queue_s = output.queued_s
-                self._admission.started(ticket, 0)
+    def _take(self, joined: Sequence[Request], ended: Sequence[Request]) -> None:
+        for request in joined:
+            assert request.scheduled_s is not None
+            self._started(request.id, request.scheduled_s - request.arrival_s)
+        for request in ended:
+            self._end(request.id, "length")
+
+    def _take_outputs(self, outputs: Sequence[TokenOutput]) -> None:
+        for output in outputs:
+            if output.tokens:
+                self._started(output.request_id, output.queued_s)
             if output.finish_reason is not None:
-                self._end(output.request_id, output.finish_reason, now_s)
+                self._end(output.request_id, output.finish_reason)
 
-    def _end(self, request_id: str, reason: str, now_s: float) -> None:
+    def _started(self, request_id: str, queued_s: float) -> None:
+        """Notes a token, which may be the first one."""
+        outcome, ticket = self._flying[request_id]
+        if outcome.ttft_s is None:
+            outcome.ttft_s = self.engine.clock.seconds - outcome.intended_s
+            outcome.queue_s = queued_s
+            self._admission.started(ticket, 0)
+
+    def _end(self, request_id: str, reason: str) -> None:
         outcome, ticket = self._flying.pop(request_id)
         self._admission.leave(ticket)
         outcome.status, outcome.finish_reason = 200, reason
-        outcome.e2e_s = now_s - outcome.intended_s
+        outcome.e2e_s = self.engine.clock.seconds - outcome.intended_s
         outcome.output_tokens = outcome.max_tokens
         if reason != "length":
             outcome.error = f"ended with {reason}"
