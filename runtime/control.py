@@ -61,7 +61,9 @@ class Control:
     def rest(self, now_s: float) -> None:
         """Notes a look, under no pressure at rung 0, that could not have led to anything."""
         self._looked_s = now_s
-        self._state = replace(self._state, pressed_windows=0, calm_since_s=None, told=False)
+        state = self._state
+        if state.pressed_windows or state.told or state.calm_since_s is not None:
+            self._state = replace(state, pressed_windows=0, calm_since_s=None, told=False)
 
     def look(self, signals: Signals) -> Decision | None:
         """Shows the controller the signals; its decision, if it made one, is the new target."""

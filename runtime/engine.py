@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections.abc import Sequence
 
 import msgspec
 
@@ -44,6 +43,8 @@ class Engine:
         self._seeds = random.Random(config.seed)  # for requests that bring none
         self._control = Control(self._policy, target=self._rung)
         self._computing_rung = parts.ladder.rung_of(parts.layers.variants)
+        self._precision = lowest(parts.layers.variants)
+        self._max_rungs = {variant: self._max_rung(variant) for variant in Variant}
         self._arrived_at: int | None = None  # the target at which nothing was left to swap
 
     def hello(self) -> Hello:
@@ -52,10 +53,10 @@ class Engine:
     def submit(self, message: Submit) -> Refused | None:
         """Queues a request, or says why it can never be served."""
         prompt, params = message.prompt, message.params
-        max_rung = self._max_rung(message.demands.min_precision)
+        max_rung = self._max_rungs[message.demands.min_precision]
         if reason := self._never(len(prompt), params.max_tokens, max_rung):
             return Refused(message.request_id, reason)
-        if not self._are_tokens((*prompt, *params.stop_token_ids, *params.logit_bias)):
+        if not self._knows_tokens(message):
             last = self._parts.vocab_size - 1
             return Refused(message.request_id, f"token ids must lie between 0 and {last}")
         now_s = self._clock.now_s()
@@ -94,14 +95,13 @@ class Engine:
         if self._control.may_swap(started):
             self._start_swaps()
         self._limit_admission()
-        variants = self._parts.layers.variants
         outputs = [_output(r, []) for r in self._parts.scheduler.expire(started)]
         batch = self._parts.scheduler.schedule(self._computing_rung, started)
         self._monitor.scheduled(self._parts.scheduler, started)
         self._parts.swapper.advance()
         if batch:
             outputs += self._run(batch, started)
-        return Step(lowest(variants), outputs) if batch or outputs else None
+        return Step(self._precision, outputs) if batch or outputs else None
 
     def snapshot(self) -> Snapshot:
         parts, monitor, scheduler = self._parts, self._monitor, self._parts.scheduler
@@ -164,8 +164,10 @@ class Engine:
             )
         return None
 
-    def _are_tokens(self, ids: Sequence[int]) -> bool:
-        return all(0 <= token < self._parts.vocab_size for token in ids)
+    def _knows_tokens(self, message: Submit) -> bool:
+        params, vocab = message.params, self._parts.vocab_size
+        named = (*message.prompt, *params.stop_token_ids, *params.logit_bias)
+        return all(0 <= token < vocab for token in named)
 
     def _seeded(self, params: SamplingParams) -> SamplingParams:
         if params.seed is not None or params.temperature == 0:
@@ -190,6 +192,7 @@ class Engine:
             self._monitor.swapped(swap.layer, swap.was, swap.to, capacity)
             self._control.swap_done()
             self._computing_rung = self._parts.ladder.rung_of(self._parts.layers.variants)
+            self._precision = lowest(self._parts.layers.variants)
         for failure in self._parts.swapper.failures:
             self._monitor.event("swap_failed", failure)
             self._control.swap_failed(self._rung, self._clock.now_s())

@@ -105,17 +105,20 @@ class Monitor:
         self, batch: Batch, variants: Sequence[Variant], now_s: float, step_s: float
     ) -> None:
         """Notes a step that was carried out through layers of these variants."""
-        self._generated(sum(piece.samples for piece in batch), variants, now_s)
+        precision = lowest(variants)
+        generated = sum(piece.samples for piece in batch)
+        self.generated_tokens[precision] += generated
+        self._note_share(generated, precision, now_s)
         self.prompt_tokens += sum(map(_new_prompt_tokens, batch))
         self.steps += 1
         self.step_s = step_s
         self._latest, self._latest_variants = batch, tuple(variants)
 
-    def skipped(
-        self, steps: int, generated: int, variants: Sequence[Variant], now_s: float
-    ) -> None:
-        """Notes decode steps that a simulation did at once, the latest one at `now_s`."""
-        self._generated(generated, variants, now_s)
+    def skipped(self, steps: int, generated: int, precision: Variant, now_s: float) -> None:
+        """Notes steps that a simulation did at once, the latest one at `now_s`."""
+        self.generated_tokens[precision] += generated
+        if self._policy.max_demoted_token_share < 1:
+            self._note_share(generated, precision, now_s)
         self.steps += steps
         self._latest = []
 
@@ -125,9 +128,7 @@ class Monitor:
         if self._forecaster is not None:
             self._forecaster.slowdown = slowdown
 
-    def _generated(self, count: int, variants: Sequence[Variant], now_s: float) -> None:
-        precision = lowest(variants)
-        self.generated_tokens[precision] += count
+    def _note_share(self, count: int, precision: Variant, now_s: float) -> None:
         self._made.add(now_s, count)
         self._made_int4.add(now_s, count if precision is Variant.INT4 else 0)
 

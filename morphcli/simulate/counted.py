@@ -49,6 +49,11 @@ class CountedScheduler(Scheduler):
         self._prefilling: deque[Request] = deque()
         self._context = 0  # tokens that a step of all decoding requests looks at
 
+    @property
+    def has_work(self) -> bool:
+        """Nobody here waits for a shallower rung."""
+        return bool(self.running or self._queue.line)
+
     def start_counting(self) -> None:
         """Takes requests as they are into counts."""
         if self._is_counting:
@@ -79,9 +84,13 @@ class CountedScheduler(Scheduler):
         if self._prefilling or not self._ends or self._may_admit():
             return 0
         steps = self._ends[0][0] - self._pace - 1
-        while steps > 1 and self._growth(steps) > self._counts.num_free:
+        while steps > 1 and not self._has_room_for(steps):
             steps //= 2
-        return steps if self._growth(steps) <= self._counts.num_free else 0
+        return steps if self._has_room_for(steps) else 0
+
+    def _has_room_for(self, steps: int) -> bool:
+        most, free = len(self._ends) * (1 + steps // self._block_tokens), self._counts.num_free
+        return most <= free or self._growth(steps) <= free
 
     @property
     def decoding(self) -> tuple[int, int]:
@@ -122,14 +131,16 @@ class CountedScheduler(Scheduler):
 
     def _growth(self, steps: int) -> int:
         """Blocks that decoding requests take in so many steps."""
-        rounds, rest = divmod(steps, self._block_tokens)
-        first = self._pace + 1
+        size, crossings = self._block_tokens, self._crossings
+        rounds, rest = divmod(steps, size)
+        first = (self._pace + 1) % size
         grown = rounds * len(self._ends)
-        for pace in range(first, first + rest):
-            grown += self._crossings[pace % self._block_tokens]
+        if rest:
+            grown += sum(crossings[first : first + rest])
+            grown += sum(crossings[: max(0, first + rest - size)])
         if self._in_advance:
             last = self._pace + steps
-            grown -= sum(n for pace, n in self._in_advance.items() if first <= pace <= last)
+            grown -= sum(n for pace, n in self._in_advance.items() if self._pace < pace <= last)
         return grown
 
     def _last_tokens(self, batch: CountedBatch) -> int:

@@ -72,6 +72,9 @@ class SimulatedDevice:
         self.slowdown = 1.0  # of steps, by what else runs on the machine
         self._target, self._plan, self._clock = target, plan, clock
         self._variants = layers.variants
+        self._known_variants: list[Variant] = []  # for which these were calculated:
+        self._known_linears: dict[int, float] = {}  # seconds by tokens
+        self._known_rest: dict[int, float] = {}  # seconds by sequences
         self._copying_s = 0.0  # copies that the next step waits for
         self._latest_s = 0.0  # duration of the latest step
         self._rate = _bytes_per_s(target)  # within the device
@@ -105,19 +108,31 @@ class SimulatedDevice:
 
     def run_counted(self, batch: CountedBatch) -> None:
         """The step of a batch whose decodes are counted."""
-        costs, num_layers = self._target.costs, len(self._variants)
-        tokens = batch.decodes + sum(end - start for start, end in batch.prefills)
-        step_s = (
-            costs.layers_seconds(self._variants, tokens)
-            + num_layers * self._attention(batch)
-            + costs.rest_seconds(batch.decodes + len(batch.prefills))
-        )
-        self.pass_time(self.slowdown * step_s)
+        costs, tokens, num_seqs = self._target.costs, batch.decodes, batch.decodes
+        attention_s = costs.decode.of(tokens, batch.context) if tokens else 0.0
+        if batch.prefills:
+            tokens += sum([end - start for start, end in batch.prefills])
+            num_seqs += len(batch.prefills)
+            attention_s += costs.prefill.seconds(batch.prefills)
+        layers_s = len(self._variants) * attention_s + self._linears_s(tokens)
+        self.pass_time(self.slowdown * (layers_s + self._rest_s(num_seqs)))
 
-    def _attention(self, batch: CountedBatch) -> float:
-        costs = self._target.costs
-        seconds = costs.prefill.seconds(batch.prefills)
-        return seconds + (costs.decode.of(batch.decodes, batch.context) if batch.decodes else 0.0)
+    def _linears_s(self, tokens: int) -> float:
+        """All layers without their attention."""
+        if self._known_variants != self._variants:
+            self._known_variants = list(self._variants)
+            self._known_linears.clear()
+        found = self._known_linears.get(tokens)
+        if found is None:
+            found = self._target.costs.layers_seconds(self._variants, tokens)
+            self._known_linears[tokens] = found
+        return found
+
+    def _rest_s(self, num_seqs: int) -> float:
+        found = self._known_rest.get(num_seqs)
+        if found is None:
+            found = self._known_rest[num_seqs] = self._target.costs.rest_seconds(num_seqs)
+        return found
 
     def idle(self) -> None:
         """A step without a batch."""
@@ -144,9 +159,9 @@ class SimulatedDevice:
         """
         costs, num_layers = self._target.costs, len(self._variants)
         step_s = (
-            costs.layers_seconds(self._variants, num_seqs)
+            self._linears_s(num_seqs)
             + num_layers * costs.decode.of(num_seqs, context_tokens)
-            + costs.rest_seconds(num_seqs)
+            + self._rest_s(num_seqs)
         )
         growth_s = num_layers * costs.decode.per_pair * num_seqs
         return self.slowdown * step_s, self.slowdown * growth_s

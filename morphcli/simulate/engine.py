@@ -1,7 +1,6 @@
 """The engine that serves, on a device of sizes and times: it turns as fast as Python can."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from morphserve.configs.schema import EngineConfig
@@ -15,11 +14,11 @@ from morphserve.runtime.engine import Engine
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layout import DeviceMemory, Layout, lay_out
 from morphserve.runtime.memory import ModelSizes
-from morphserve.runtime.messages import Step
+from morphserve.runtime.messages import Step, Submit
 from morphserve.runtime.parts import Parts
 from morphserve.runtime.swapper import Swapper
 
-_FEW = 8  # waiting requests that are looked at one by one
+_FEW = 64  # waiting requests that are looked at one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +121,9 @@ class SimulatedEngine(Engine):
 
     def skip(self, stretch: Stretch, steps: int) -> None:
         """Does the first so many steps of a stretch."""
+        last_s = stretch.end_s(steps - 1)
+        if self._control.is_due(last_s):
+            self._control.rest(last_s)
         self.clock.seconds = stretch.end_s(steps)
         self.scheduler.skip(steps)
         self._note(steps, steps * self.scheduler.decoding[0])
@@ -148,8 +150,7 @@ class SimulatedEngine(Engine):
         return self.step()
 
     def _note(self, steps: int, generated: int) -> None:
-        variants = self._parts.layers.variants
-        self._monitor.skipped(steps, generated, variants, self.clock.seconds)
+        self._monitor.skipped(steps, generated, self._precision, self.clock.seconds)
 
     def _may_count(self) -> bool:
         """Whether the next step can neither lead to a decision nor meet a swap."""
@@ -186,7 +187,7 @@ class SimulatedEngine(Engine):
         age_s = self.clock.seconds - scheduler.waiting[0].arrival_s
         return age_s + steps * chunk_s <= self._policy.slo_share * target_s
 
-    def _are_tokens(self, ids: Sequence[int]) -> bool:
+    def _knows_tokens(self, message: Submit) -> bool:
         return True  # a simulated prompt has a length and no content
 
 
