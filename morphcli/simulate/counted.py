@@ -128,6 +128,8 @@ class CountedScheduler(Scheduler):
     def _pass(self, steps: int) -> None:
         self._pace += steps
         self._context += steps * len(self._ends)
+        if self._in_advance:
+            self._in_advance = {p: n for p, n in self._in_advance.items() if p > self._pace}
 
     def _growth(self, steps: int) -> int:
         """Blocks that decoding requests take in so many steps."""
@@ -203,8 +205,6 @@ class CountedScheduler(Scheduler):
             self._forget(request)
             batch.ended.append(request)
             self._end(request, FinishReason.LENGTH)
-        if self._in_advance:
-            self._in_advance.pop(self._pace, None)
 
     def _forget(self, request: Request) -> None:
         """Counts a decoding request no longer."""

@@ -31,6 +31,8 @@ class Replica:
         self._stretch: Stretch | None = None  # under way
         self._flying: dict[str, tuple[Outcome, Ticket]] = {}
         self._deadlines: deque[tuple[float, str]] = deque()
+        self._load: ReplicaLoad | None = None
+        self.next_s = math.inf  # when something happens next, if no request comes before
         hello = self.engine.hello()
         self._full_blocks = hello.capacities[0]
         self._admission = Admission(
@@ -39,18 +41,15 @@ class Replica:
             clock=self.engine.clock.now_s,
         )
 
-    @property
-    def next_s(self) -> float:
-        """When something happens next, if no request comes before."""
-        if self._deadlines and self._deadlines[0][0] < self._next_step_s:
-            return self._deadlines[0][0]
-        return self._next_step_s
-
-    @property
-    def _next_step_s(self) -> float:
+    def _changed(self) -> None:
+        """Notes that what others may have seen of this replica holds no more."""
+        self._load = None
         if self._stretch is not None:
-            return self._stretch.end_s(self._stretch.steps)
-        return math.inf if self.engine.is_at_rest else self.engine.clock.seconds
+            self.next_s = self._stretch.end_s(self._stretch.steps)
+        else:
+            self.next_s = math.inf if self.engine.is_at_rest else self.engine.clock.seconds
+        if self._deadlines and self._deadlines[0][0] < self.next_s:
+            self.next_s = self._deadlines[0][0]
 
     @property
     def is_idle(self) -> bool:
@@ -59,15 +58,17 @@ class Replica:
 
     def load(self) -> ReplicaLoad:
         """What a router may know."""
-        scheduler = self.engine.scheduler
-        return ReplicaLoad(
-            running=len(scheduler.running),
-            waiting=len(self._flying) - len(scheduler.running),
-            used_blocks=scheduler.num_used,
-            full_blocks=self._full_blocks,
-            rung=self.engine.rung,
-            queued_tokens=self._admission.queued_tokens,
-        )
+        if self._load is None:
+            scheduler = self.engine.scheduler
+            self._load = ReplicaLoad(
+                running=len(scheduler.running),
+                waiting=len(self._flying) - len(scheduler.running),
+                used_blocks=scheduler.num_used,
+                full_blocks=self._full_blocks,
+                rung=self.engine.rung,
+                queued_tokens=self._admission.queued_tokens,
+            )
+        return self._load
 
     def submit(self, index: int, arrival: Arrival) -> Outcome:
         """Sends a request at its time, up to which the replica has run."""
@@ -88,6 +89,7 @@ class Replica:
             return outcome
         self._flying[request.request_id] = outcome, ticket
         self._deadlines.append((arrival.time_s + self._timeout_s, request.request_id))
+        self._changed()
         return outcome
 
     def run_until(self, time_s: float) -> None:
@@ -98,6 +100,7 @@ class Replica:
                 self._run(deadline_s)
                 self._give_up(request_id, deadline_s)
         self._run(time_s)
+        self._changed()
 
     def _run(self, time_s: float) -> None:
         engine = self.engine
