@@ -88,7 +88,14 @@ class _Handler(BaseHTTPRequestHandler):
                 if "messages" in body
                 else {"text": "ab" * count}
             )
-            self._event({"choices": [text | {"finish_reason": reason}]})
+            told = {}
+            if body.get("return_token_ids"):
+                precision = "int4" if last else "full"
+                told = {
+                    "token_ids": list(range(first, first + count)),
+                    "token_precisions": [[precision, count]],
+                }
+            self._event({"choices": [text | told | {"finish_reason": reason}]})
             if drop:
                 self.close_connection = True
                 return
