@@ -113,7 +113,7 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 def request_body(plan: Plan, request: PlannedRequest) -> bytes:
-    """The JSON of a completion of exactly the planned number of tokens; at most, if it is graded."""
+    """The JSON of a completion of the planned number of tokens, or of fewer if it is graded."""
     body: dict[str, object] = {
         "model": plan.model,
         "prompt": request.prompt,
