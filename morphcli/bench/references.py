@@ -79,6 +79,17 @@ def _prompt(row: _Row) -> str:
     )
 
 
+def longest_prompt(
+    schedule: Schedule, max_prompt: int | None, max_model_len: int | None
+) -> int | None:
+    """Tokens of a prompt that a request of `schedule` may have; None: as many as it likes."""
+    if max_model_len is None:
+        return max_prompt
+    longest_output = max(arrival.output_tokens for arrival in schedule.arrivals)
+    beside_output = max(1, max_model_len - longest_output)
+    return beside_output if max_prompt is None else min(max_prompt, beside_output)
+
+
 def pair_references(
     references: Sequence[Reference],
     tokenizer: Tokenizer,

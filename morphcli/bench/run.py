@@ -37,7 +37,12 @@ from morphserve.morphcli.bench.record import (
     trace_facts,
     write_summary,
 )
-from morphserve.morphcli.bench.references import Reference, load_references, pair_references
+from morphserve.morphcli.bench.references import (
+    Reference,
+    load_references,
+    longest_prompt,
+    pair_references,
+)
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
 from morphserve.morphcli.bench.summary import Run, summarise, tokens_per_mix
@@ -124,9 +129,10 @@ def _prompts(
 ) -> tuple[list[Reference], Prompts, Schedule]:
     """What each request asks, with what is right to answer if that is known, and its length."""
     folder = resolve_model(request.model)
-    seed, most = request.shape.seed, request.shape.max_prompt
+    seed = request.shape.seed
     if request.references is not None:
         references = load_references(request.references)
+        most = longest_prompt(schedule, request.shape.max_prompt, request.max_model_len)
         return pair_references(references, load_tokenizer(folder), schedule, seed, most)
     corpus = load_corpus(folder, request.prompts)
     lengths = [arrival.prompt_tokens for arrival in schedule.arrivals]

@@ -18,6 +18,7 @@ from morphserve.morphcli.bench.references import (
     BadReferences,
     Reference,
     load_references,
+    longest_prompt,
     pair_references,
 )
 from morphserve.morphcli.bench.run import BenchRequest, run_bench
@@ -112,6 +113,16 @@ def test_a_long_prompt_loses_its_middle() -> None:
     assert prompts.prompts == (ids[:6] + ids[-5:],) * 2
     assert [arrival.prompt_tokens for arrival in schedule.arrivals] == [11, 11]
     assert (schedule.clipped_prompts, prompts.num_token_ids) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("max_prompt", "max_model_len", "expected"),
+    [(None, None, None), (50, None, 50), (None, 100, 91), (50, 100, 50), (95, 100, 91), (9, 5, 1)],
+)
+def test_prompts_leave_room_for_the_longest_output(
+    max_prompt: int | None, max_model_len: int | None, expected: int | None
+) -> None:
+    assert longest_prompt(schedule_of(3), max_prompt, max_model_len) == expected  # 9 of output
 
 
 def test_a_benchmark_with_references_grades_answers_of_any_length(tmp_path: Path) -> None:
