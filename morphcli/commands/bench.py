@@ -43,6 +43,10 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="Text to cut prompts from. [default: the model's held-out]")
     ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of prompts with right answers, to send and to grade."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling and prompts.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
@@ -80,6 +84,7 @@ def bench(
         memory_budget=memory_budget,
         max_model_len=max_model_len,
         prompts=prompts,
+        references=references,
         url=url,
         api_key=first_key(api_key) if url else None,
         force=force,
