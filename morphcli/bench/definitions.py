@@ -143,8 +143,8 @@ DEFINITIONS = (
     ),
     Definition(
         "F1, ROUGE-L",
-        "Answers held against the data set's references: F1 of words in common, and of the longest "
-        "common run of words in order; 1 is best.",
+        "Answers held against the data set's references: F1 of the words in common, wherever they "
+        "stand, and of the longest sequence of words in one order, with gaps; 100 is best.",
         r"\bf1\b|rouge",
     ),
     Definition(
@@ -155,6 +155,9 @@ DEFINITIONS = (
         r"interval|repeat",
     ),
 )  # fmt: skip
+
+
+OF_ANSWERS = [d for d in DEFINITIONS if d.word in ("KL divergence", "same text, same tokens")]
 
 
 def definition_of(label: str) -> Definition | None:

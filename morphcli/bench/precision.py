@@ -56,7 +56,8 @@ def precisions_figure(counts: TokenCounts) -> Figure:
         axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
         axes.set(xlim=(0, 100), ylim=(len(counts) - 0.5, -0.5), xlabel="of output tokens, %")
         axes.grid(visible=False, axis="y")
-        named = [Patch(color=COLOURS[_COLOURS[v]], label=_NAMES[v]) for v in _COLOURS]
+        met = [v for v in _COLOURS if any(tokens.get(v) for tokens in counts.values())]
+        named = [Patch(color=COLOURS[_COLOURS[v]], label=_NAMES[v]) for v in met]
         figure.legend(handles=named, loc="outside lower center", ncols=3)
     return figure
 
@@ -74,7 +75,7 @@ def positions_figure(policies: Sequence[PolicySummary]) -> Figure | None:
             assert policy.answers is not None
             look, places = found[policy.policy], policy.answers.positions
             axes.plot(
-                [(place.start + place.end - 1) / 2 for place in places],
+                [f"{place.start}–{place.end - 1}" for place in places],
                 [100 * place.below_full for place in places],
                 color=COLOURS[look.colour],
                 linestyle=look.dashes,
@@ -83,10 +84,9 @@ def positions_figure(policies: Sequence[PolicySummary]) -> Figure | None:
                 label=policy_title(policy.policy),
             )
         axes.set(
-            xlabel="place of the token in its answer",
+            xlabel="place of the token in its answer, from 0",
             ylabel="made below full precision, %",
             ylim=(-2, 102),
-            xlim=(0, None),
         )
         figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -29,16 +29,16 @@ def quality_rows(summary: Summary) -> list[Row]:
         _row(summary, "answers with the same text", _of(lambda a: show_share(a.same_text))),
         _row(
             summary,
-            "tokens that agree at their place",
+            "tokens that agree with full precision",
             _of(lambda a: show_share(a.token_agreement)),
         ),
         _row(
             summary,
-            "same tokens before the first that differs",
+            "tokens per answer before the first that differs",
             _of(lambda a: _show(a.same_prefix_tokens, "{:.1f}")),
         ),
-        _row(summary, "F1 against references", _of(lambda a: _show(a.f1, "{:.3f}"))),
-        _row(summary, "ROUGE-L against references", _of(lambda a: _show(a.rouge_l, "{:.3f}"))),
+        _row(summary, "F1 against references", _of(lambda a: _score(a.f1))),
+        _row(summary, "ROUGE-L against references", _of(lambda a: _score(a.rouge_l))),
     ]
     return [row for row in rows if any(cell != _NONE for cell in row.cells)]
 
@@ -49,6 +49,11 @@ def _row(summary: Summary, label: str, show: Callable[[PolicySummary], str]) -> 
 
 def _show(value: float | None, form: str) -> str:
     return _NONE if value is None else form.format(value)
+
+
+def _score(value: float | None) -> str:
+    """As papers do, in hundredths: `25.19`."""
+    return _show(None if value is None else 100 * value, "{:.2f}")
 
 
 def _of(show: Callable[[Answers], str]) -> Callable[[PolicySummary], str]:

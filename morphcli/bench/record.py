@@ -36,6 +36,7 @@ class Settings(msgspec.Struct, frozen=True):
     policies: tuple[str, ...]  # in the order of the runs
     slo: Slo
     timeout_s: float
+    references: str | None = None  # file of prompts with answers
 
 
 class Environment(msgspec.Struct, frozen=True):

@@ -6,13 +6,13 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from morphserve.morphcli.bench.definitions import DEFINITIONS, definition_of
+from morphserve.morphcli.bench.definitions import DEFINITIONS, OF_ANSWERS, definition_of
 from morphserve.morphcli.bench.drawings import Drawing, Drawings, draw_all, runs_shown
 from morphserve.morphcli.bench.quality_table import quality_rows
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.setup import how_measured
 from morphserve.morphcli.bench.summary import Run, show_s
-from morphserve.morphcli.bench.table import policy_title, show_share, table_rows
+from morphserve.morphcli.bench.table import Row, policy_title, show_share, table_rows
 from morphserve.morphcli.bench.tiles import headline_tiles
 from morphserve.morphcli.bench.verdict import verdict
 from morphserve.morphcli.traces.schedule import Burst, Schedule
@@ -63,13 +63,19 @@ def _render(summary: Summary, runs: Sequence[Run], drawings: Drawings) -> str:
         is_invalid=any(policy.faults for policy in summary.policies),
         compared=compared,
         tiles=tiles,
-        rows=table_rows(summary),
+        rows=_headline_rows(summary),
         quality_rows=quality_rows(summary),
         drawings=drawings,
         notes=list(_notes(summary, runs)),
         definitions=DEFINITIONS,
         setup=how_measured(summary),
     )
+
+
+def _headline_rows(summary: Summary) -> list[Row]:
+    """The table's rows without those that the table of quality tells anew."""
+    rows = table_rows(summary)
+    return [row for row in rows if not (row.is_detail and definition_of(row.label) in OF_ANSWERS)]
 
 
 def _svg(drawing: Drawing) -> Markup:

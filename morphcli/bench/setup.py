@@ -1,6 +1,6 @@
 """How a comparison was measured, in words."""
 
-from morphserve.morphcli.bench.record import Summary
+from morphserve.morphcli.bench.record import Settings, Summary
 from morphserve.morphcli.bench.summary import show_s, show_slo
 from morphserve.morphcli.bench.table import policy_title
 
@@ -11,7 +11,7 @@ def how_measured(summary: Summary) -> list[tuple[str, str]]:
     lags = ", ".join(f"{policy_title(p.policy)} {show_s(p.lag_p99_s)}" for p in summary.policies)
     return [
         ("trace", _trace(summary)),
-        ("prompts", f"cut from {settings.prompts or 'the held-out text of the model'}"),
+        ("prompts", _prompts(settings)),
         ("target", show_slo(settings.slo) or "none"),
         ("servers", _servers(summary)),
         ("load", "Open loop: each request leaves at its own time from a separate process, answered "
@@ -22,6 +22,12 @@ def how_measured(summary: Summary) -> list[tuple[str, str]]:
         ("figures", "summary.json holds every figure of this page, requests.jsonl every request, "
          "timeline.jsonl every sample of a server's state, plots/ every drawing as SVG and PNG."),
     ]  # fmt: skip
+
+
+def _prompts(settings: Settings) -> str:
+    if settings.references is not None:
+        return f"rows of {settings.references}, whose right answers are known"
+    return f"cut from {settings.prompts or 'the held-out text of the model'}"
 
 
 def _trace(summary: Summary) -> str:

@@ -192,8 +192,8 @@ def _add_quality(policy: PolicySummary) -> None:
     policy.answers = Answers(
         tokens={},
         positions=[
-            PositionShare(start, start + 8, 400, min(1.0, loss / 4.1 * (0.8 + start / 80)))
-            for start in range(0, 64, 8)
+            PositionShare(start, end, 400, min(1.0, loss / 4.1 * (0.8 + start / 80)))
+            for start, end in ((0, 16), (16, 64), (64, 70))
         ],
         same_text=1 - loss / 6,
         token_agreement=1 - loss / 9,
