@@ -39,8 +39,8 @@ DARK_COLOURS = {
     "grey": "#6b6a64",
     "shade": "#332b19",
     "full": "#29475d",
-    "int8": "#c2963f",
-    "moving": "#d6d5ce",
+    "int8": "#efdc9c",
+    "moving": "#9a9992",
 }
 STYLE: Any = {  # matplotlib types its keys one by one
     "axes.edgecolor": COLOURS["muted"],

@@ -8,10 +8,11 @@ from itertools import pairwise
 
 from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.traces.schedule import Burst
 
-FASTEST_S = 0.01  # foot of the axis of first tokens
+_FEET_S = 0.001, 0.01  # between which the axis of first tokens begins
 _MAX_BINS = 120
 _BINS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
 
@@ -25,7 +26,9 @@ class Frame:
     rate: float  # requests offered per second
     requests: float
     kv_tokens: float
-    slowest_s: float  # to the first token
+    fastest_s: float  # to the first token
+    slowest_s: float
+    layers: list[int]  # as the ladder takes them, then the others
     swaps: float  # in one bin
     preemptions: float
     slo: Slo
@@ -62,7 +65,9 @@ def make_frame(runs: Sequence[Run], duration_s: float, slo: Slo, burst: Burst | 
     end_s = max([*ends, duration_s, 1.0])
     bin_s = next((b for b in _BINS_S if end_s / b <= _MAX_BINS), end_s / _MAX_BINS)
     events = [count_events(run, bin_s) for run in runs]
-    slowest = max([o.ttft_s or 0.0 for o in outcomes] + [2 * (slo.ttft_s or 0.1), 10 * FASTEST_S])
+    firsts = [o.ttft_s for o in outcomes if o.ttft_s is not None]
+    slowest = max([*firsts, 2 * (slo.ttft_s or 0.1), 0.1])
+    fastest = min([*firsts, slo.ttft_s or 0.1])
     in_server = [max(s.running, s.waiting) for s in states]
     in_server += [most for run in runs if not run.states for _, most in in_flight(run.outcomes)]
     return Frame(
@@ -73,12 +78,24 @@ def make_frame(runs: Sequence[Run], duration_s: float, slo: Slo, burst: Burst | 
         kv_tokens=max(
             [1, *(max(s.blocks_capacity, s.blocks_full) * s.block_tokens for s in states)]
         ),
+        fastest_s=min(
+            max(10 ** (math.floor(2 * math.log10(max(fastest, 1e-9))) / 2), _FEET_S[0]), _FEET_S[1]
+        ),
         slowest_s=10 ** (math.ceil(10 * math.log10(slowest)) / 10),
+        layers=_layer_order([run.states[0] for run in runs if run.states]),
         swaps=_most(e.swaps for e in events),
         preemptions=_most(e.preemptions for e in events),
         slo=slo,
         burst=burst,
     )
+
+
+def _layer_order(states: Sequence[State]) -> list[int]:
+    if not states:
+        return []
+    longest = max(states, key=lambda state: len(state.ladder))
+    steps = [step.layer for step in longest.ladder]
+    return list(dict.fromkeys([*steps, *range(len(longest.layers))]))
 
 
 def count_events(run: Run, bin_s: float) -> Events:

@@ -206,7 +206,7 @@ def _draw_scatter(
     if never:
         _draw_limit(axes, high, "never: too few were answered")
     bottom, top = axes.get_ylim()
-    axes.set_ylim(min(bottom, -0.06 * top) - 0.04 * top, 1.08 * top)
+    axes.set_ylim(min(bottom, -0.06 * top) - 0.08 * top, 1.08 * top)
     axes.annotate(
         "best: fast, no loss", (0.015, 0.02), xycoords="axes fraction", color=COLOURS["ink"],
         weight="bold", fontsize=8.5,
@@ -218,7 +218,10 @@ def _draw_scatter(
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show_s(value)))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.17), ncols=2, handletextpad=0.4)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.45, -0.17), handletextpad=0.4,
+        ncols=3 if len(policies) == 3 else 2,
+    )  # fmt: skip
 
 
 def _draw_limit(axes: Axes, at: float, text: str) -> None:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from morphserve.morphcli.bench.frame import FASTEST_S, Events, Frame, in_flight
+from morphserve.morphcli.bench.frame import Events, Frame, in_flight
 from morphserve.morphcli.bench.marks import (
     Segment,
     distinct,
@@ -169,7 +169,7 @@ def _draw_cache(axes: Axes, run: Run, frame: Frame, events: Events) -> None:
 
 
 def _draw_layers(axes: Axes, run: Run, frame: Frame, events: Events) -> None:
-    order = layer_order(run.states[0])
+    order = frame.layers
     shortest = max(frame.hair_s, len(order) * frame.end_s / _MAX_STRIPS)
     strips: dict[str, list[Segment]] = {name: [] for name in _PRECISIONS}
     for row, layer in enumerate(order):
@@ -189,22 +189,17 @@ def _draw_layers(axes: Axes, run: Run, frame: Frame, events: Events) -> None:
     _head(axes, "precision of each layer", named)
 
 
-def layer_order(state: State) -> list[int]:
-    """Layers as the ladder takes them, then the others: rows of the strip from its foot."""
-    return list(dict.fromkeys([*(step.layer for step in state.ladder), *range(len(state.layers))]))
-
-
 def _precision(state: State, layer: int) -> str:
     return "moving" if layer in state.swapping else state.layers[layer].value
 
 
 def _draw_first_tokens(axes: Axes, run: Run, frame: Frame, events: Events) -> None:
     axes.set_yscale("log")
-    axes.set_ylim(FASTEST_S, frame.slowest_s)
+    axes.set_ylim(frame.fastest_s, frame.slowest_s)
     axes.yaxis.set_major_locator(LogLocator(subs=(1,)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show_s(value)))
-    answered = [(o, max(o.ttft_s, FASTEST_S)) for o in run.outcomes if o.ttft_s is not None]
+    answered = [(o, max(o.ttft_s, frame.fastest_s)) for o in run.outcomes if o.ttft_s is not None]
     good = [(o.intended_s, ttft) for o, ttft in answered if meets(o, frame.slo)]
     missed = [(o.intended_s, ttft) for o, ttft in answered if not meets(o, frame.slo)]
     for places, colour in ((good, "blue"), (missed, "orange")):

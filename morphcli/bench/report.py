@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from morphserve.morphcli.bench.definitions import DEFINITIONS, OF_ANSWERS, definition_of
 from morphserve.morphcli.bench.drawings import Drawing, Drawings, draw_all, runs_shown
@@ -53,6 +52,7 @@ def _render(summary: Summary, runs: Sequence[Run], drawings: Drawings) -> str:
         "share": show_share,
         "definition": definition_of,
     }
+    quality = quality_rows(summary)
     compared, tiles = headline_tiles(summary)
     return environment.from_string(_PAGE.read_text("utf-8")).render(
         summary=summary,
@@ -63,8 +63,8 @@ def _render(summary: Summary, runs: Sequence[Run], drawings: Drawings) -> str:
         is_invalid=any(policy.faults for policy in summary.policies),
         compared=compared,
         tiles=tiles,
-        rows=_headline_rows(summary),
-        quality_rows=quality_rows(summary),
+        rows=_headline_rows(summary, quality),
+        quality_rows=quality,
         drawings=drawings,
         notes=list(_notes(summary, runs)),
         definitions=DEFINITIONS,
@@ -72,14 +72,15 @@ def _render(summary: Summary, runs: Sequence[Run], drawings: Drawings) -> str:
     )
 
 
-def _headline_rows(summary: Summary) -> list[Row]:
+def _headline_rows(summary: Summary, quality: Sequence[Row]) -> list[Row]:
     """The table's rows without those that the table of quality tells anew."""
+    told = [word for row in quality if (word := definition_of(row.label)) in OF_ANSWERS]
     rows = table_rows(summary)
-    return [row for row in rows if not (row.is_detail and definition_of(row.label) in OF_ANSWERS)]
+    return [row for row in rows if not (row.is_detail and definition_of(row.label) in told)]
 
 
-def _svg(drawing: Drawing) -> Markup:
-    return Markup(inline_svg(drawing.svg, drawing.alt))
+def _svg(drawing: Drawing) -> str:
+    return inline_svg(drawing.svg, drawing.alt)
 
 
 def _headline(summary: Summary) -> str:
@@ -126,5 +127,7 @@ def _notes(summary: Summary, runs: Sequence[Run]) -> Iterator[str]:
             "Of each policy's repeats, the one in the middle is drawn: by missed targets, then by "
             "the 95th percentile of first tokens."
         )
+    if any(policy.server for policy in summary.policies):
+        yield "Layers stand in the order in which they are swapped, the first at the bottom."
     if not all(policy.server for policy in summary.policies):
         yield "A server that does not report its state has no panels of memory and precision."

@@ -85,4 +85,4 @@ def _quality(morph: PolicySummary, summary: Summary) -> list[Tile]:
     detail = f"perplexity; {show_share(share)} of tokens below full precision"
     if other is not None:
         detail += f"; static INT4 {other:+.2f} %"
-    return [Tile("quality loss", f"{loss:+.2f} %", detail, None)]
+    return [Tile("quality loss", f"{loss:+.2f} %".replace("-", "−"), detail, None)]

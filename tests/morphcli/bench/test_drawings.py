@@ -19,6 +19,7 @@ from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.timeline import timeline_figure
 from morphserve.morphcli.traces.schedule import Burst
 from morphserve.profile.drawing import COLOURS, as_file
+from morphserve.quantize.manifest import Rung, Variant
 
 NAMES = {"overview", "quality-latency", "distributions", "tokens-by-precision"}
 OVER_LOAD = {"attainment", "goodput", "first-tokens-over-load", "throughput"}
@@ -75,9 +76,11 @@ def test_a_calm_run_has_no_panels_of_events() -> None:
     assert "swaps" not in told and "preemptions" not in told and "burst" not in told
 
 
-def test_a_target_faster_than_the_axis_is_drawn() -> None:
+def test_a_fast_target_and_faster_answers_are_in_the_axis() -> None:
     run = make_run("full", [answered(0, 0.004)], [state(0, 0, 0)])
-    assert "target 5 ms" in one_run(run, slo=Slo(ttft_s=0.005))
+    slo = Slo(ttft_s=0.005)
+    assert "target 5 ms" in one_run(run, slo=slo)
+    assert make_frame([run], 5.0, slo, None).fastest_s <= 0.004
 
 
 def test_a_run_without_any_answer_is_drawn() -> None:
@@ -99,6 +102,15 @@ def test_all_policies_share_their_axes() -> None:
     ]
     assert limits[0] == limits[1]
     assert frame.end_s == 40 and frame.slowest_s >= 8
+
+
+def test_layers_stand_in_the_order_of_the_longest_ladder() -> None:
+    bare, climbing = state(0, 0, 0), state(0, 0, 0)
+    bare.ladder = []
+    climbing.ladder = [Rung(layer, Variant.INT4) for layer in (2, 0)]
+    runs = [make_run("full", [answered(0, 0.2)], [bare])]
+    runs.append(make_run("morph", [answered(0, 0.2)], [climbing]))
+    assert make_frame(runs, 5.0, SLO, None).layers == [2, 0, 1, 3]
 
 
 def test_long_runs_tell_time_in_longer_units() -> None:
