@@ -100,6 +100,7 @@ class Summary(msgspec.Struct):
     created: str
     runs: list[PolicySummary] = []  # each repeat alone, in the order in which they ran
     curve: list[LoadPoint] = []  # of a sweep over load
+    notes: list[str] = []  # sentences that a reader of the timelines must know
     schema_version: int = SCHEMA_VERSION
 
 

@@ -43,14 +43,13 @@ from morphserve.morphcli.bench.references import (
     longest_prompt,
     pair_references,
 )
-from morphserve.morphcli.bench.report import render_report
+from morphserve.morphcli.bench.report import write_report
 from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
 from morphserve.morphcli.bench.summary import Run, summarise, tokens_per_mix
 from morphserve.morphcli.bench.table import policy_title, table_rows
 from morphserve.morphcli.traces.readers import read_trace
 from morphserve.morphcli.traces.schedule import Schedule, Shape, find_burst, shape_trace
 
-REPORT = "report.html"
 _SETTLE_S = 30.0  # longest wait for full precision after the last answer
 
 
@@ -112,8 +111,7 @@ def run_bench(request: BenchRequest, console: Console) -> Summary:
         console.print("measuring the quality of what was served")
     summary = _summary(request, facts, runs, quality, wanted)
     write_summary(request.output, summary)
-    report = render_report(summary, runs, schedule)
-    (request.output / REPORT).write_text(report, "utf-8")
+    write_report(request.output, summary, runs, schedule)
     return summary
 
 

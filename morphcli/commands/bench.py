@@ -58,7 +58,8 @@ def bench(
     from morphserve.configs.errors import ConfigError
     from morphserve.configs.load import parse_slo
     from morphserve.morphcli.bench.compare import parse_policies
-    from morphserve.morphcli.bench.run import REPORT, BenchRequest, print_table, run_bench
+    from morphserve.morphcli.bench.report import REPORT
+    from morphserve.morphcli.bench.run import BenchRequest, print_table, run_bench
     from morphserve.morphcli.bench.verdict import verdict
     from morphserve.morphcli.traces.schedule import Shape, parse_window
 
