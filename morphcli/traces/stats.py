@@ -127,8 +127,8 @@ def counts_per_second(rows: Rows, weights: Integers | None = None) -> NDArray[np
     """
     if rows.span_s > _LONGEST_S:
         raise TraceError(
-            f"{rows.source} runs over {rows.span_s / 86_400:,.0f} days, more than can be counted by "
-            "the second: is a stamp wrong, or the --time-unit?"
+            f"{rows.source} runs over {rows.span_s / 86_400:,.0f} days, too long to count by the "
+            "second: is a stamp wrong, or the --time-unit?"
         )
     return np.bincount(rows.time_us // 1_000_000, weights=weights).astype(np.float64)
 

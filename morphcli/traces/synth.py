@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.traces.arrivals import TraceError
 from morphserve.morphcli.traces.rows import Rows, sorted_rows
-from morphserve.morphcli.traces.stats import dispersion
+from morphserve.morphcli.traces.stats import dispersion as dispersion_of
 
 _DRAWS = 32  # traces drawn where a target is to be met; the nearest is kept
 _PROMPT_SIGMA, _OUTPUT_SIGMA = 0.7, 1.0  # of the logarithms; about those of Azure's conversations
@@ -53,6 +53,35 @@ class Traffic:
             raise ConfigError("--cv is for gamma, without --dispersion")
         if self.cv is not None and not 0.05 <= self.cv <= 100:
             raise ConfigError("--cv must be between 0.05 and 100")
+
+
+def traffic(
+    kind: str,
+    rate: float | None,
+    seconds: float | None,
+    dispersion: float | None,
+    cv: float | None,
+    burst_s: float,
+    like: Rows | None,
+) -> Traffic:
+    """What was asked for; what was left out is that of `like`, where it is given."""
+    if kind not in list(Kind):
+        raise ConfigError(f"unknown kind {kind!r}: choose one of {', '.join(Kind)}")
+    if like is not None:
+        seconds = seconds or max(like.span_s, 1.0)
+        rate = rate or len(like) / max(like.span_s, 1.0)
+        if dispersion is None and cv is None and kind != Kind.POISSON:
+            dispersion = _dispersion_like(like)
+    if rate is None:
+        raise ConfigError("give --rate in requests per second, or --like FILE")
+    return Traffic(Kind(kind), rate, 300.0 if seconds is None else seconds, dispersion, cv, burst_s)
+
+
+def _dispersion_like(like: Rows) -> float:
+    found = dispersion_of(like.time_us)
+    if found is None or found <= 1:
+        raise ConfigError(f"{like.source} is no burstier than chance: make a poisson trace like it")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +129,7 @@ def _source(traffic: Traffic) -> _Source:
 def _nearest(draw: _Source, traffic: Traffic, rng: np.random.Generator) -> _Floats:
     def distance(times_s: _Floats) -> float:
         stamps_us = (np.sort(times_s) * 1e6).astype(np.int64)
-        found = dispersion(stamps_us) if len(stamps_us) else None
+        found = dispersion_of(stamps_us) if len(stamps_us) else None
         if not found:
             return math.inf
         assert traffic.dispersion is not None
@@ -139,7 +168,7 @@ def _cv_of(rate: float, wanted: float) -> float:
     for _ in range(16):
         middle = (low + high) / 2
         times_s = _gamma(np.random.default_rng(0), rate, 100_000 / rate, math.exp(middle))
-        found = dispersion((times_s * 1e6).astype(np.int64)) or 1.0
+        found = dispersion_of((times_s * 1e6).astype(np.int64)) or 1.0
         low, high = (middle, high) if found < wanted else (low, middle)
     return math.exp((low + high) / 2)
 

@@ -18,7 +18,7 @@ _LEAST_BURST = 10  # requests in one part; fewer are no burst, however rare othe
 _Floats = NDArray[np.float64]
 
 
-class Window(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True):
     start_s: int  # since the first row
     end_s: int
     first_row: int  # among the usable rows in order of time, from 0
@@ -38,7 +38,9 @@ class Window(msgspec.Struct, frozen=True):
         return f"t:{self.start_s}-{self.end_s}"
 
 
-def find_windows(rows: Rows, seconds: int, *, densest: bool = False, most: int = 5) -> list[Window]:
+def find_windows(
+    rows: Rows, seconds: int, *, densest: bool = False, most: int = 5
+) -> list[Candidate]:
     """The best windows of so many seconds, none over another, the best first.
 
     Unless the densest are wanted, the best lead from calm through the highest burst back to calm.
@@ -103,13 +105,13 @@ def _best(scores: _Floats, seconds: int, most: int) -> Iterator[int]:
         scores[max(0, start - seconds + 1) : start + seconds] = 0
 
 
-def _window(rows: Rows, counts: _Floats, start: int, seconds: int) -> Window:
+def _window(rows: Rows, counts: _Floats, start: int, seconds: int) -> Candidate:
     end = start + seconds
     first_row, end_row = np.searchsorted(rows.time_us, [start * 1_000_000, end * 1_000_000])
     inside = counts[start:end]
     edges = np.linspace(0, seconds, PARTS + 1).round().astype(int)
     shape = np.add.reduceat(inside, edges[:-1]) / np.diff(edges)
-    return Window(
+    return Candidate(
         start_s=start,
         end_s=end,
         first_row=int(first_row),
