@@ -47,7 +47,7 @@ from morphserve.morphcli.bench.report import write_report
 from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
 from morphserve.morphcli.bench.summary import Run, summarise, tokens_per_mix
 from morphserve.morphcli.bench.table import policy_title, table_rows
-from morphserve.morphcli.traces.readers import read_trace
+from morphserve.morphcli.traces.readers import Reading, read_trace
 from morphserve.morphcli.traces.schedule import Schedule, Shape, find_burst, shape_trace
 
 _SETTLE_S = 30.0  # longest wait for full precision after the last answer
@@ -71,6 +71,7 @@ class BenchRequest:
     url: str | None = None  # a running server; None: start one per policy
     api_key: str | None = field(default=None, repr=False)  # of that server
     timeout_s: float = 120.0  # per request
+    reading: Reading = Reading()  # of the trace, beyond what its header tells
     force: bool = False  # replace a finished run in `output`
 
     def __post_init__(self) -> None:
@@ -95,7 +96,7 @@ def run_bench(request: BenchRequest, console: Console) -> Summary:
 
     Everything that can be checked is checked before the first server starts.
     """
-    trace = read_trace(request.trace)
+    trace = read_trace(request.trace, request.reading)
     schedule = shape_trace(trace, request.shape)
     if skipped := trace.describe_bad_rows():
         console.print(f"[yellow]warning:[/] {escape(skipped)}", highlight=False)
