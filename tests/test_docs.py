@@ -90,7 +90,9 @@ def test_commands_and_options_that_are_shown_exist(page: str) -> None:
 
 
 def test_the_page_of_traces_has_every_format_with_its_columns() -> None:
-    rows = re.findall(r"^\| ([^|]+) \| `(.+)` \| `(.+)` \| `(.+)` \|", read("docs/traces.md"), re.M)
+    rows = re.findall(
+        r"^\| ([^|]+) \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \|", read("docs/traces.md"), re.M
+    )
     assert rows == [
         (known.name, known.columns.time, known.columns.prompt, known.columns.output)
         for known in FORMATS

@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 
 from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.morphcli.app import app
+from morphserve.morphcli.traces.arrivals import TraceError
 from morphserve.morphcli.traces.readers import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,15 @@ PLAIN_MAP = ("--map", "time=sent_ms,prompt=in,output=out")
 
 
 def morph(*words: str | Path) -> Result:
-    result = CliRunner().invoke(app, ["trace", *map(str, words)], env={"COLUMNS": "100"})
+    return invoke("trace", *words)
+
+
+def bench(*words: str | Path) -> Result:
+    return invoke("bench", "demo", "--compare", "full", *words)
+
+
+def invoke(*words: str | Path) -> Result:
+    result = CliRunner().invoke(app, [*map(str, words)], env={"COLUMNS": "100"})
     if isinstance(result.exception, MorphError):
         raise result.exception
     return result
@@ -27,7 +36,7 @@ def test_describe_tells_figures_bad_rows_and_the_next_command() -> None:
     result = morph("describe", FILES / "burstgpt1.csv")
     assert result.exit_code == 0
     assert "(BurstGPT)" in result.stdout and "5 (2: the request failed; 1: " in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("find its burst: morph trace window ")
+    assert result.stdout.splitlines()[-1].startswith("try: morph bench MODEL --trace ")
     assert result.stderr.startswith("warning: skipped 5 of 10 rows of ")
 
 
@@ -35,12 +44,17 @@ def test_describe_has_its_figures_as_json_too() -> None:
     found = json.loads(morph("describe", SHIPPED, "--json").stdout)
     assert (found["requests"], found["bad_rows"]) == (869, 0)
     assert found["format"] == "Azure LLM inference"
-    assert found["seconds"]["max_requests"] == 66
+    assert found["seconds"]["max_requests"] == 72
+
+
+def test_describe_leads_to_a_window_that_the_trace_has() -> None:
+    last = morph("describe", SHIPPED).stdout.splitlines()[-1]
+    assert last == f"find its burst: morph trace window {SHIPPED} --seconds 31"
 
 
 def test_next_commands_keep_what_reading_takes() -> None:
     told = morph("describe", FILES / "plain.csv", *PLAIN_MAP, "--time-unit", "ms").stdout
-    assert f"plain.csv {' '.join(PLAIN_MAP)} --time-unit ms" in told
+    assert f"--trace {FILES / 'plain.csv'} {' '.join(PLAIN_MAP)} --time-unit ms" in told
 
 
 def test_window_lists_windows_and_how_to_replay_the_best() -> None:
@@ -90,7 +104,7 @@ def test_merge_lays_traces_together_and_rewrites_a_single_one(tmp_path: Path) ->
     path = tmp_path / "merged.csv"
     files = FILES / "azure2023.csv", FILES / "azure2024.csv"
     told = morph("merge", *files, "--by-start", "-o", path).stdout
-    assert "7 requests over 6.9 s, merged by their starts, try: morph trace window" in told
+    assert "7 requests over 6.9 s, merged by their starts, try: morph bench" in told
     morph("merge", FILES / "plain.csv", *PLAIN_MAP, "-o", path, "--force")
     assert read_rows(path).format == "Azure LLM inference" and len(read_rows(path)) == 3
 
@@ -103,3 +117,10 @@ def test_a_pick_beyond_the_list_is_one_sentence() -> None:
 def test_variables_of_nested_commands_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MORPH_BY_STARTS", "1")
     assert "did you mean MORPH_BY_START?" in morph("describe", SHIPPED).stderr
+
+
+def test_bench_reads_by_the_same_options() -> None:
+    with pytest.raises(TraceError, match="has no sent: its header holds id, sent_ms, in, out"):
+        bench("--trace", FILES / "plain.csv", "--map", "time=sent,prompt=in,output=out")
+    with pytest.raises(TraceError, match="is left in the window idx:3-9 "):
+        bench("--trace", FILES / "plain.csv", *PLAIN_MAP, "--window", "idx:3-9")
