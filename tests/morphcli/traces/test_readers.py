@@ -293,6 +293,16 @@ def test_garbage_in_json_lines_never_fails_and_every_row_is_counted(
     assert len(trace.arrivals) + len(trace.bad_rows) == count_rows(body)
 
 
+def test_json_beyond_all_measure_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    row = '{"timestamp": 1, "input_length": 5, "output_length": %s}'
+    values = ["1", "9" * 5000, "9" * 400, "1e500", f'"{"x" * 3000}"', "[" * 100_000]
+    path.write_text("\n".join(row % value for value in values), "utf-8")
+    trace = read_trace(path)
+    assert len(trace.arrivals) == 1 and [bad.line for bad in trace.bad_rows] == [2, 3, 4, 5, 6]
+    assert all(len(bad.reason) < 200 for bad in trace.bad_rows)
+
+
 @given(st.binary(max_size=400))
 def test_bytes_of_any_kind_are_a_trace_or_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, content: bytes

@@ -65,7 +65,10 @@ def test_made_lengths_have_their_means() -> None:
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_equal_seeds_give_equal_traffic_and_others_do_not(kind: Kind) -> None:
-    first, again, other = (make_rows(Traffic(kind, 5, 100), LENGTHS, seed) for seed in (1, 1, 2))
+    first, again, other = (
+        make_rows(traffic(kind, 5, 100, None, None, 15.0, None), LENGTHS, seed)
+        for seed in (1, 1, 2)
+    )
     assert np.array_equal(first.time_us, again.time_us)
     assert np.array_equal(first.output_tokens, again.output_tokens)
     assert not np.array_equal(first.time_us, other.time_us)
@@ -83,7 +86,8 @@ def test_equal_seeds_give_equal_traffic_and_others_do_not(kind: Kind) -> None:
         ({"kind": "nbinom", "cv": 3.0}, "--cv is for gamma"),
         ({"kind": "gamma", "cv": 3.0, "dispersion": 3.0}, "without --dispersion"),
         ({"kind": "gamma", "cv": 1000.0}, "--cv must be between"),
-        ({"kind": "poisson", "rate": 1e9}, "at most 50,000,000 requests"),
+        ({"kind": "poisson", "rate": 1e9}, "between 1 and 50,000,000 requests"),
+        ({"kind": "poisson", "rate": 0.01}, "between 1 and"),
     ],
 )
 def test_traffic_that_cannot_be_is_refused(wanted: dict[str, object], message: str) -> None:
