@@ -24,7 +24,8 @@ from morphserve.morphcli.bench.compare import (
     served_policy,
 )
 from morphserve.morphcli.bench.prompts import Prompts
-from morphserve.morphcli.bench.run import BenchRequest, run_bench
+from morphserve.morphcli.bench.request import BenchRequest
+from morphserve.morphcli.bench.run import run_bench
 from morphserve.morphcli.bench.server import (
     Sampler,
     ServerFailed,
