@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,7 @@ from morphserve.morphcli.commands.profile import profile
 from morphserve.morphcli.commands.quantize import quantize
 from morphserve.morphcli.commands.serve import serve
 from morphserve.morphcli.commands.top import top
+from morphserve.morphcli.commands.trace import trace
 from morphserve.morphcli.commands.verify_bundle import verify
 from morphserve.morphcli.settings import Command, misspelt
 
@@ -35,6 +37,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command(cls=Command)(command)
+app.add_typer(trace)
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,9 +56,14 @@ def _options(
         typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Version."),
     ] = False,
 ) -> None:
-    commands = ctx.command.commands.values()  # type: ignore[attr-defined]
-    for name, meant in misspelt(os.environ, commands).items():
+    for name, meant in misspelt(os.environ, _leaves(ctx.command)).items():
         typer.echo(f"warning: {name} is no setting of morph: did you mean {meant}?", err=True)
+
+
+def _leaves(command: Any) -> Iterator[Any]:
+    """The commands below a group, and those of the groups in it."""
+    for each in command.commands.values():
+        yield from _leaves(each) if hasattr(each, "commands") else [each]
 
 
 def main() -> None:

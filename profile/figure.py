@@ -1,32 +1,17 @@
-"""Drawings of a profile, by matplotlib: SVG for pages, SVG and PNG files of their own."""
+"""Drawings of a profile."""
 
-import io
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from morphserve.profile.drawing import COLOURS, STYLE
 from morphserve.profile.orders import BACK_TO_FRONT, FRONT_TO_BACK, KL_PER_BYTE, LIS, RANDOM
 from morphserve.profile.verdict import chosen_order
 from morphserve.quantize.manifest import Ladder, RankedOrder, Ranking, Variant
 
-# After Okabe and Ito: told apart by colour-blind readers too. In a page each colour becomes the
-# custom property of its name, so that the page's scheme, light or dark, decides.
-COLOURS = {
-    "ink": "#1b1b19",
-    "muted": "#6d6c66",
-    "grid": "#e6e5df",
-    "card": "#fdfdfb",
-    "blue": "#0072b2",
-    "orange": "#d55e00",
-    "green": "#009e73",
-    "pink": "#b3628f",
-    "grey": "#a9a8a1",
-}
 _LOOKS = {  # of each order: colour and marker
     LIS: ("blue", "o"),
     KL_PER_BYTE: ("orange", "s"),
@@ -35,26 +20,6 @@ _LOOKS = {  # of each order: colour and marker
 }
 _MAX_NUMBERED_BARS = 40  # numbers above more bars would overlap
 _KL = "KL, 10⁻³ nats per token"
-_STYLE: Any = {  # matplotlib types its keys one by one
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.facecolor": COLOURS["card"],
-    "axes.grid": True,
-    "axes.labelcolor": COLOURS["ink"],
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.axisbelow": True,
-    "figure.facecolor": COLOURS["card"],
-    "font.size": 9.5,
-    "grid.color": COLOURS["grid"],
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-    "text.color": COLOURS["ink"],
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-}
 
 
 def orders_figure(ranking: Ranking) -> Figure:
@@ -81,26 +46,8 @@ def both_figure(ranking: Ranking) -> Figure:
     )
 
 
-def as_file(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
-    """The drawing in light colours; the same bytes for the same figures."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": "morphserve"}):
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-    return buffer.getvalue()
-
-
-def as_inline_svg(figure: Figure) -> str:
-    """An <svg> element whose colours are the page's custom properties (`--ink`, ...)."""
-    svg = as_file(figure, "svg").decode()
-    svg = svg[svg.index("<svg") :].replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
-    for name, value in COLOURS.items():
-        svg = re.sub(value, f"var(--{name})", svg, flags=re.IGNORECASE)
-    return svg
-
-
 def _figure(inches: tuple[float, float], *drawings: Callable[[Axes], None]) -> Figure:
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=inches, layout="constrained")
         for i, draw in enumerate(drawings):
             draw(figure.add_subplot(1, len(drawings), i + 1))

@@ -7,21 +7,17 @@ from tempfile import TemporaryFile
 import msgspec
 from jinja2 import Environment, StrictUndefined
 
-from morphserve.profile.figure import (
-    COLOURS,
-    as_file,
-    as_inline_svg,
-    both_figure,
-    ladder_figure,
-    layers_figure,
-    orders_figure,
-)
+from morphserve.profile.drawing import COLOURS, DARK_COLOURS, as_file, as_inline_svg
+from morphserve.profile.figure import both_figure, ladder_figure, layers_figure, orders_figure
 from morphserve.profile.result import Profile
 from morphserve.profile.verdict import chosen_order, headline, verdict
 from morphserve.quantize.files import BadFile, write_atomically
 from morphserve.quantize.manifest import Quantization, Ranking, TextSample, Variant
 
 _PAGE = Path(__file__).with_name("report.html")
+_ORDERS = "KL divergence by number of INT4 layers, one line per order; the table below has it too"
+_LAYERS = "KL divergence of each layer alone at INT4; the table below has it too"
+_LADDER = "KL divergence by bytes freed: through INT8 to INT4, and by INT4 alone"
 
 
 def make_folder(folder: Path) -> None:
@@ -51,7 +47,7 @@ def write_report(profile: Profile, folder: Path) -> Path:
 
 def render_page(profile: Profile) -> str:
     """The page; it needs no other file, and follows the reader's light or dark scheme."""
-    ranking = profile.ranking
+    ranking, ladder = profile.ranking, profile.ranking.ladder
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -60,12 +56,13 @@ def render_page(profile: Profile) -> str:
         profile=profile,
         ranking=ranking,
         colours=COLOURS,
+        dark_colours=DARK_COLOURS,
         chosen=chosen_order(ranking),
         headline=headline(ranking),
         sentences=verdict(ranking),
-        orders_svg=as_inline_svg(orders_figure(ranking)),
-        layers_svg=as_inline_svg(layers_figure(ranking)),
-        ladder_svg=as_inline_svg(ladder_figure(ranking, ranking.ladder)) if ranking.ladder else "",
+        orders_svg=as_inline_svg(orders_figure(ranking), _ORDERS),
+        layers_svg=as_inline_svg(layers_figure(ranking), _LAYERS),
+        ladder_svg=as_inline_svg(ladder_figure(ranking, ladder), _LADDER) if ladder else "",
         variants=sorted(profile.quantization),
         methods=[_method(variant, how) for variant, how in sorted(profile.quantization.items())],
         texts=list(_texts(ranking)),

@@ -54,6 +54,17 @@ class Control:
         """Whether the pause that follows a failed swap is over."""
         return now_s >= self._paused_until_s
 
+    def due_s(self) -> float:
+        """When the next look is due."""
+        return max(self._looked_s + self._policy.window_s, self._paused_until_s)
+
+    def rest(self, now_s: float) -> None:
+        """Notes a look, under no pressure at rung 0, that could not have led to anything."""
+        self._looked_s = now_s
+        state = self._state
+        if state.pressed_windows or state.told or state.calm_since_s is not None:
+            self._state = replace(state, pressed_windows=0, calm_since_s=None, told=False)
+
     def look(self, signals: Signals) -> Decision | None:
         """Shows the controller the signals; its decision, if it made one, is the new target."""
         self._looked_s = signals.now_s

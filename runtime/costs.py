@@ -54,12 +54,23 @@ class CostModel:
         decodes = [span for span in spans if span[1] - span[0] == 1]
         prefills = [span for span in spans if span[1] - span[0] > 1]
         attention = self.decode.seconds(decodes) + self.prefill.seconds(prefills)
-        linears = {variant: interpolate(self.layers[variant], tokens) for variant in set(variants)}
         return (
-            interpolate(self.rest, len(spans))
-            + sum(linears[variant] for variant in variants)
+            self.rest_seconds(len(spans))
+            + self.layers_seconds(variants, tokens)
             + len(variants) * attention
         )
+
+    def layers_seconds(self, variants: Sequence[Variant], tokens: int) -> float:
+        """All layers without their attention."""
+        return sum(variants.count(v) * self.layer_seconds(v, tokens) for v in set(variants))
+
+    def layer_seconds(self, variant: Variant, tokens: int) -> float:
+        """One layer without its attention."""
+        return interpolate(self.layers[variant], tokens)
+
+    def rest_seconds(self, num_seqs: int) -> float:
+        """Everything but layers, of a step of so many sequences."""
+        return interpolate(self.rest, num_seqs)
 
 
 def cost_model(costs: DeviceCosts) -> CostModel:

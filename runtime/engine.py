@@ -1,14 +1,12 @@
-"""Builds the parts once, then turns the step loop."""
+"""Turns the step loop over parts that it is given."""
 
 import logging
 import random
-import time
 
 import msgspec
 
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.build import Parts, build
 from morphserve.runtime.control import Control
 from morphserve.runtime.forecast import forecaster
 from morphserve.runtime.ladder import DEPTH, lowest
@@ -23,8 +21,8 @@ from morphserve.runtime.messages import (
     TokenOutput,
 )
 from morphserve.runtime.monitor import Facts, Monitor
+from morphserve.runtime.parts import SYSTEM_CLOCK, Clock, Parts, Sampled
 from morphserve.runtime.request import FinishReason, Request, SamplingParams
-from morphserve.runtime.sampler import Sampled
 from morphserve.runtime.scheduler import Batch
 from morphserve.runtime.signals import numbers
 
@@ -37,12 +35,17 @@ class Engine:
     Not thread-safe: one thread submits, aborts and steps.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, parts: Parts, clock: Clock = SYSTEM_CLOCK) -> None:
         self._policy = config.policy
-        self._parts: Parts = build(config)
-        self._monitor = _monitor(config, self._parts)
+        self._parts = parts
+        self._clock = clock
+        self._monitor = _monitor(config, parts, clock)
         self._seeds = random.Random(config.seed)  # for requests that bring none
         self._control = Control(self._policy, target=self._rung)
+        self._computing_rung = parts.ladder.rung_of(parts.layers.variants)
+        self._precision = lowest(parts.layers.variants)
+        self._max_rungs = {variant: self._max_rung(variant) for variant in Variant}
+        self._arrived_at: int | None = None  # the target at which nothing was left to swap
 
     def hello(self) -> Hello:
         return self._parts.hello
@@ -50,13 +53,13 @@ class Engine:
     def submit(self, message: Submit) -> Refused | None:
         """Queues a request, or says why it can never be served."""
         prompt, params = message.prompt, message.params
-        max_rung = self._max_rung(message.demands.min_precision)
+        max_rung = self._max_rungs[message.demands.min_precision]
         if reason := self._never(len(prompt), params.max_tokens, max_rung):
             return Refused(message.request_id, reason)
-        vocab = self._parts.architecture.vocab_size
-        if not all(0 <= t < vocab for t in (*prompt, *params.stop_token_ids, *params.logit_bias)):
-            return Refused(message.request_id, f"token ids must lie between 0 and {vocab - 1}")
-        now_s = time.monotonic()
+        if not self._knows_tokens(message):
+            last = self._parts.vocab_size - 1
+            return Refused(message.request_id, f"token ids must lie between 0 and {last}")
+        now_s = self._clock.now_s()
         self._monitor.arrived(now_s)
         self._parts.scheduler.add(
             Request(
@@ -86,28 +89,27 @@ class Engine:
 
     def step(self) -> Step | None:
         """One token for every running request; None if nothing ran. Call it when idle too."""
-        started = time.monotonic()
+        started = self._clock.now_s()
         self._commit_swaps()
         self._decide(started)
         if self._control.may_swap(started):
             self._start_swaps()
         self._limit_admission()
-        variants = self._parts.layers.variants
         outputs = [_output(r, []) for r in self._parts.scheduler.expire(started)]
-        batch = self._parts.scheduler.schedule(self._parts.ladder.rung_of(variants))
+        batch = self._parts.scheduler.schedule(self._computing_rung, started)
         self._monitor.scheduled(self._parts.scheduler, started)
         self._parts.swapper.advance()
         if batch:
             outputs += self._run(batch, started)
-        return Step(lowest(variants), outputs) if batch or outputs else None
+        return Step(self._precision, outputs) if batch or outputs else None
 
     def snapshot(self) -> Snapshot:
         parts, monitor, scheduler = self._parts, self._monitor, self._parts.scheduler
-        now_s = time.monotonic()
+        now_s = self._clock.now_s()
         waiting = (*scheduler.waiting, *scheduler.held)
         oldest = min((r.arrival_s for r in waiting), default=None)
         return Snapshot(
-            time=time.time(),
+            time=self._clock.epoch_s(),
             policy=self._policy.name,
             layers=list(parts.layers.variants),
             swapping={swap.layer: swap.to for swap in parts.swapper.in_flight},
@@ -162,6 +164,11 @@ class Engine:
             )
         return None
 
+    def _knows_tokens(self, message: Submit) -> bool:
+        params, vocab = message.params, self._parts.vocab_size
+        named = (*message.prompt, *params.stop_token_ids, *params.logit_bias)
+        return all(0 <= token < vocab for token in named)
+
     def _seeded(self, params: SamplingParams) -> SamplingParams:
         if params.seed is not None or params.temperature == 0:
             return params
@@ -184,20 +191,29 @@ class Engine:
             capacity = self._parts.pool.capacity
             self._monitor.swapped(swap.layer, swap.was, swap.to, capacity)
             self._control.swap_done()
+            self._computing_rung = self._parts.ladder.rung_of(self._parts.layers.variants)
+            self._precision = lowest(self._parts.layers.variants)
         for failure in self._parts.swapper.failures:
             self._monitor.event("swap_failed", failure)
-            self._control.swap_failed(self._rung, time.monotonic())
+            self._control.swap_failed(self._rung, self._clock.now_s())
         self._parts.swapper.failures.clear()
 
     def _decide(self, now_s: float) -> None:
         if not self._control.is_due(now_s):
             return
-        parts, target = self._parts, self._control.target
-        arrived = parts.ladder.next_swap(parts.layers.variants, (), target) is None
-        settled = arrived and not parts.swapper.in_flight
-        signals = self._monitor.signals(now_s, parts.scheduler, target, settled)
+        scheduler, target = self._parts.scheduler, self._control.target
+        signals = self._monitor.signals(now_s, scheduler, target, self._has_arrived)
         if decision := self._control.look(signals):
             self._monitor.event("decision", decision.reason, numbers(signals, decision.rung))
+
+    @property
+    def _has_arrived(self) -> bool:
+        """Whether no swap is under way and none is wanted."""
+        parts, target = self._parts, self._control.target
+        if self._arrived_at != target and not parts.swapper.in_flight:
+            if parts.ladder.next_swap(parts.layers.variants, (), target) is None:
+                self._arrived_at = target
+        return self._arrived_at == target
 
     def _limit_admission(self) -> None:
         """Requests are admitted as if the target rung were reached, where that has less room."""
@@ -205,6 +221,9 @@ class Engine:
 
     def _start_swaps(self) -> None:
         """Starts what leads to the target rung, never both directions at once."""
+        if self._has_arrived:
+            return
+        self._arrived_at = None
         swapper, ladder = self._parts.swapper, self._parts.ladder
         while swapper.has_room:
             moving = {swap.layer for swap in swapper.in_flight}
@@ -224,7 +243,7 @@ class Engine:
         done, sampled, lost = self._forward(batch)
         outputs = [_output(request, []) for request in self._parts.scheduler.fail(lost)]
         if done:
-            ended = time.monotonic()
+            ended = self._clock.now_s()
             self._monitor.stepped(done, self._parts.layers.variants, ended, ended - started)
             ran = self._parts.scheduler.update(done, [got.token for got in sampled])
             told = zip(ran, sampled, strict=True)
@@ -257,7 +276,7 @@ class Engine:
         return done, sampled, lost
 
 
-def _monitor(config: EngineConfig, parts: Parts) -> Monitor:
+def _monitor(config: EngineConfig, parts: Parts, clock: Clock) -> Monitor:
     capacities, ladder = parts.hello.capacities, parts.ladder
     max_step_tokens = config.scheduler.max_num_batched_tokens
     facts = Facts(
@@ -267,7 +286,7 @@ def _monitor(config: EngineConfig, parts: Parts) -> Monitor:
         max_step_tokens=max_step_tokens,
     )
     forecasts = forecaster(parts.cost_model, ladder, len(capacities), max_step_tokens)
-    monitor = Monitor(config.policy, config.slo, facts, forecasts)
+    monitor = Monitor(config.policy, config.slo, facts, forecasts, clock)
     if forecasts is None and config.policy.static_layers < 0 and len(capacities) > 1:
         monitor.event(
             "costs",

@@ -206,11 +206,11 @@ def _fail(link: Link, message: str, exit_code: int) -> int:
 
 
 def _make_engine(config: EngineConfig) -> EngineLike:
-    from morphserve.runtime.engine import Engine
+    from morphserve.runtime.build import build_engine
     from morphserve.runtime.server.logs import start_logging
 
     start_logging(config.log_format)
-    return Engine(config)
+    return build_engine(config)
 
 
 def main(make_engine: EngineFactory = _make_engine) -> int:

@@ -19,7 +19,7 @@ from morphserve.quantize.costs import AttentionTime, Curve, DeviceCosts, LayerTi
 from morphserve.quantize.machine import device_name
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.modules import linear_shapes
-from morphserve.runtime.build import Parts
+from morphserve.runtime.build import DeviceParts
 from morphserve.runtime.kernels import BatchMeta, load_kernels
 from morphserve.runtime.loader import choose_dtype
 from morphserve.runtime.model import Model
@@ -109,7 +109,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _affordable(parts: Parts) -> list[int]:
+def _affordable(parts: DeviceParts) -> list[int]:
     """Token counts up to the first, but the second, whose pass takes longer than LONGEST_S."""
     for i, tokens in enumerate(TOKENS):
         with _layers(parts, tokens) as run:
@@ -125,14 +125,14 @@ def _points(max_position: int, max_queries: int) -> list[tuple[int, int, int]]:
 
 
 @contextmanager
-def _layers(parts: Parts, tokens: int) -> Iterator[Run]:
+def _layers(parts: DeviceParts, tokens: int) -> Iterator[Run]:
     """Layers without their attention."""
     with _batch(parts, tokens, 1, 1) as meta:
         yield lambda: _pass(parts.model, meta, lambda q, _: q.flatten(1))
 
 
 @contextmanager
-def _attention(parts: Parts, num_seqs: int, query_tokens: int, context: int) -> Iterator[Run]:
+def _attention(parts: DeviceParts, num_seqs: int, query_tokens: int, context: int) -> Iterator[Run]:
     """Layers' attention, between other work whose weights take their share of the caches."""
     model = parts.model
     with _batch(parts, num_seqs, query_tokens, context) as meta:
@@ -153,7 +153,7 @@ def _attention(parts: Parts, num_seqs: int, query_tokens: int, context: int) -> 
 
 
 @contextmanager
-def _rest(parts: Parts, rows: int) -> Iterator[Run]:
+def _rest(parts: DeviceParts, rows: int) -> Iterator[Run]:
     """A step of so many decoding requests without layers, from the scheduler back to it.
 
     Layers run before each, uncounted: what they leave in the caches is what a step finds there.
@@ -195,7 +195,9 @@ def _pass(model: Model, meta: BatchMeta, attend: Callable[[Tensor, Tensor], Tens
 
 
 @contextmanager
-def _batch(parts: Parts, num_seqs: int, query_tokens: int, context: int) -> Iterator[BatchMeta]:
+def _batch(
+    parts: DeviceParts, num_seqs: int, query_tokens: int, context: int
+) -> Iterator[BatchMeta]:
     """Where the last `query_tokens` of equal sequences lie."""
     block_tokens, params = parts.model.shape.block_tokens, SamplingParams(max_tokens=1)
     requests = [Request(str(i), [0] * context, params, 0.0) for i in range(num_seqs)]

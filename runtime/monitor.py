@@ -1,6 +1,5 @@
 """Counts what happens in the engine and turns it into the controller's signals."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from morphserve.runtime.forecast import Forecaster
 from morphserve.runtime.ladder import DEPTH, lowest
 from morphserve.runtime.load import Load, most_urgent, running_load
 from morphserve.runtime.messages import Event
+from morphserve.runtime.parts import SYSTEM_CLOCK, Clock
 from morphserve.runtime.scheduler import Batch, Scheduler, Slice
 from morphserve.runtime.signals import NEVER, Signals
 from morphserve.runtime.windows import Rolling
@@ -35,14 +35,21 @@ class Monitor:
     """Every update is O(1); counters count from the engine's start."""
 
     def __init__(
-        self, policy: Policy, slo: Slo, facts: Facts, forecaster: Forecaster | None
+        self,
+        policy: Policy,
+        slo: Slo,
+        facts: Facts,
+        forecaster: Forecaster | None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._policy, self._slo, self._facts = policy, slo, facts
         self._forecaster = forecaster
+        self._clock = clock
         self.arrivals = Rolling(_RATE_S)
         self._made = Rolling(policy.quality_window_s)  # tokens
         self._made_int4 = Rolling(policy.quality_window_s)  # of these, with an INT4 layer
         self._arrived_s = NEVER
+        self._expected: float | None = None  # slowdown of steps that are skipped
         self._latest: Batch = []
         self._latest_variants: tuple[Variant, ...] = ()
         self.prompt_tokens = 0
@@ -60,7 +67,9 @@ class Monitor:
 
     def event(self, kind: str, text: str, numbers: dict[str, float] | None = None) -> None:
         self._num_events += 1
-        self._events.append(Event(self._num_events, time.time(), kind, text, numbers or {}))
+        self._events.append(
+            Event(self._num_events, self._clock.epoch_s(), kind, text, numbers or {})
+        )
 
     def take_events(self) -> list[Event]:
         """What has happened since the last call."""
@@ -99,12 +108,29 @@ class Monitor:
         precision = lowest(variants)
         generated = sum(piece.samples for piece in batch)
         self.generated_tokens[precision] += generated
+        self._note_share(generated, precision, now_s)
         self.prompt_tokens += sum(map(_new_prompt_tokens, batch))
-        self._made.add(now_s, generated)
-        self._made_int4.add(now_s, generated if precision is Variant.INT4 else 0)
         self.steps += 1
         self.step_s = step_s
         self._latest, self._latest_variants = batch, tuple(variants)
+
+    def skipped(self, steps: int, generated: int, precision: Variant, now_s: float) -> None:
+        """Notes steps that a simulation did at once, the latest one at `now_s`."""
+        self.generated_tokens[precision] += generated
+        if self._policy.max_demoted_token_share < 1:
+            self._note_share(generated, precision, now_s)
+        self.steps += steps
+        self._latest = []
+
+    def expect(self, slowdown: float) -> None:
+        """Takes the slowdown of steps that are skipped for known; others are measured."""
+        self._expected = slowdown
+        if self._forecaster is not None:
+            self._forecaster.slowdown = slowdown
+
+    def _note_share(self, count: int, precision: Variant, now_s: float) -> None:
+        self._made.add(now_s, count)
+        self._made_int4.add(now_s, count if precision is Variant.INT4 else 0)
 
     def signals(
         self,
@@ -171,6 +197,8 @@ class Monitor:
             return (), ()
         if predicted := self.predicted_step_s():
             forecaster.observe(self.step_s, predicted)
+        elif self._expected is not None:
+            forecaster.observe(self._expected, 1.0)
         batch = max(1, load.num_decodes), load.context_tokens
         return forecaster.decode_s(*batch), forecaster.chunk_s(*batch)
 

@@ -9,10 +9,11 @@ from morphserve.configs.schema import EngineConfig, SchedulerConfig
 from morphserve.quantize.bundle import Bundle
 from morphserve.quantize.checkpoint import Checkpoint
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.build import Parts, assemble
+from morphserve.runtime.build import DeviceParts, assemble
 from morphserve.runtime.kernels import Kernels
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import full_image, quantized_image
+from morphserve.runtime.layout import Layout
 from morphserve.runtime.loader import LoadedModel
 from morphserve.runtime.memory import budget_for, plan_memory
 from morphserve.runtime.model import pack_statics
@@ -24,7 +25,7 @@ LAYER_BYTES = 512 * 2**20  # of full images that are loaded: more than caches ho
 class Rig:
     """An engine's parts with all layers of one variant; a large model's first layers only."""
 
-    parts: Parts
+    parts: DeviceParts
     image_bytes: int  # of its first layer
 
 
@@ -63,13 +64,17 @@ def build_rigs(
     return rigs
 
 
-def _assemble(model: LoadedModel, policy: str, limits: SchedulerConfig, num_tokens: int) -> Parts:
+def _assemble(
+    model: LoadedModel, policy: str, limits: SchedulerConfig, num_tokens: int
+) -> DeviceParts:
     config = EngineConfig("", load_policy(policy), scheduler=limits)
     cache, sizes = config.cache, model.sizes(config.cache.block_tokens)
     budget = budget_for(sizes, 0, cache.min_run_bytes, num_tokens)
     plan = plan_memory(sizes, budget, 0, cache.min_run_bytes)
+    variants = model.ladder.variants_at(len(model.ladder.steps))
     max_model_len = limits.max_model_len or model.architecture.max_position
-    parts = assemble(config, model, plan, max_model_len)
+    layout = Layout(plan, model.ladder, max_model_len, [plan.capacity(variants)], variants)
+    parts = assemble(config, model, layout)
     # Pages that nobody wrote would all be read from one page of zeros.
     blocks = parts.pool.allocate(parts.pool.num_free)
     for layer in parts.model.caches:

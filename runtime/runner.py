@@ -8,7 +8,8 @@ from torch import Tensor
 
 from morphserve.runtime.kernels import BatchMeta
 from morphserve.runtime.model import Model
-from morphserve.runtime.sampler import Sampled, Sampler
+from morphserve.runtime.parts import Sampled
+from morphserve.runtime.sampler import Sampler
 from morphserve.runtime.scheduler import Batch
 
 

@@ -5,24 +5,16 @@ In vLLM's order: bias, min_tokens and penalties; temperature; min_p; top_k; top_
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from morphserve.runtime.adjustments import Adjustments, changes_logits
 from morphserve.runtime.messages import TokenLogprobs
+from morphserve.runtime.parts import Sampled
 from morphserve.runtime.request import Request, SamplingParams
 
 NUCLEUS = 1024  # most likely tokens that nearly always hold the nucleus
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """What one request gets from a step."""
-
-    token: int | None  # None: the logits held NaN or infinity
-    logprobs: TokenLogprobs | None = None  # of the model's distribution, if asked for
 
 
 class Sampler:

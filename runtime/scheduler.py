@@ -1,6 +1,5 @@
 """Who runs in this step and with how many tokens; the only writer of requests."""
 
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +53,7 @@ class Scheduler:
         self.reuse = Reuse(pool, block_tokens, prefix_caching)
         self._queue = Queue()
         self._rung = 0  # of the latest step
+        self._now_s = 0.0  # when it was scheduled
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
         self.max_blocks: int | None = None  # that admission may fill; None: all there are
@@ -103,9 +103,9 @@ class Scheduler:
             self._end(request, FinishReason.TIMEOUT)
         return overdue
 
-    def schedule(self, rung: int = 0) -> Batch:
+    def schedule(self, rung: int = 0, now_s: float = 0.0) -> Batch:
         """The batch of a step at this rung, empty when nothing can run. Blocks are taken here."""
-        self._rung = rung
+        self._rung, self._now_s = rung, now_s
         self._queue.set_rung(rung)
         preemptions = self.num_preemptions
         batch = self._decodes()
@@ -248,7 +248,7 @@ class Scheduler:
         request.blocks += self._pool.allocate(missing)
         request.status = Status.RUNNING
         if request.scheduled_s is None:
-            request.scheduled_s = time.monotonic()
+            request.scheduled_s = self._now_s
         self.running.append(request)
         return request
 

@@ -11,26 +11,60 @@ commit leaves weights, blocks and capacity as they were.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 import numpy as np
-from torch import Tensor
 
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.ladder import DEPTH
-from morphserve.runtime.layers import Layers
 from morphserve.runtime.memory import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
 BYTES_PER_STEP = 8 * 2**20  # copied before one step, all swaps in flight together
-Copy = Callable[[Tensor, Tensor], None]  # (destination, source), uint8 of equal length
 
 
-def copy_bytes(destination: Tensor, source: Tensor) -> None:
+class Bytes(Protocol):
+    """A tensor of bytes, or what stands for one where nothing is computed."""
+
+    def numel(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Self: ...
+
+    def copy_(self, source: Self, /) -> Self: ...
+
+
+class Memory(Protocol):
+    """The arena."""
+
+    def span(self, offset: int, num_bytes: int) -> Bytes: ...
+
+    def copy_blocks(self, moves: Mapping[int, int]) -> None: ...
+
+
+class Image(Protocol):
+    @property
+    def host(self) -> Bytes: ...
+
+
+class Layers(Protocol):
+    """Host images of every layer, and the active variant of each."""
+
+    variants: list[Variant]
+
+    @property
+    def images(self) -> Mapping[Variant, Sequence[Image]]: ...
+
+    def activate(self, layer: int, variant: Variant) -> None: ...
+
+
+Copy = Callable[[Bytes, Bytes], None]  # (destination, source), uint8 of equal length
+
+
+def copy_bytes(destination: Bytes, source: Bytes) -> None:
     """One memcpy: torch would wake a second thread, which takes longer than a layer's bytes."""
-    np.copyto(destination.numpy(), source.numpy())
+    np.copyto(np.asarray(destination), np.asarray(source))
 
 
 @dataclass(slots=True)
@@ -41,7 +75,7 @@ class Swap:
     was: Variant
     to: Variant
     slot: int = -1  # byte offset of its staging slot
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (destination, source)
+    pending: list[tuple[Bytes, Bytes]] = field(default_factory=list)  # (destination, source)
 
     @property
     def is_demotion(self) -> bool:
@@ -53,16 +87,18 @@ class Swapper:
 
     def __init__(
         self,
-        arena: Arena,
+        arena: Memory,
         plan: MemoryPlan,
         layers: Layers,
         pool: BlockPool,
         relocate: Callable[[Mapping[int, int]], None],
         copy: Copy = copy_bytes,
+        allowance: Callable[[], int] = lambda: BYTES_PER_STEP,
     ) -> None:
         self._arena, self._plan, self._layers, self._pool = arena, plan, layers, pool
         self._relocate = relocate  # rewrites the block tables: old block -> new block
         self._copy = copy
+        self._allowance = allowance  # bytes that may be copied before the next step
         self._slots = list(plan.staging)
         self.in_flight: list[Swap] = []
         self.failures: list[str] = []  # what went wrong, for the caller to report and clear
@@ -84,7 +120,7 @@ class Swapper:
 
     def advance(self) -> None:
         """Copies the next pieces. The running step reads none of the bytes that are written."""
-        allowance = BYTES_PER_STEP
+        allowance = self._allowance()
         for swap in list(self.in_flight):
             try:
                 allowance = self._copy_pieces(swap, allowance)
@@ -132,7 +168,7 @@ class Swapper:
         for part in parts:
             self._pool.publish((layer, part), self._plan.slabs[layer].blocks[part])
 
-    def _copies(self, swap: Swap) -> list[tuple[Tensor, Tensor]]:
+    def _copies(self, swap: Swap) -> list[tuple[Bytes, Bytes]]:
         """What must be in place before the commit."""
         front, rest = self._split(swap, swap.to)
         offset = self._plan.slabs[swap.layer].offsets[swap.to]
@@ -142,7 +178,7 @@ class Swapper:
             if part.numel()
         ]
 
-    def _split(self, swap: Swap, variant: Variant) -> tuple[Tensor, Tensor]:
+    def _split(self, swap: Swap, variant: Variant) -> tuple[Bytes, Bytes]:
         """An image of the layer: what lies before the smaller one, and what shares its bytes."""
         offsets = self._plan.slabs[swap.layer].offsets
         host = self._layers.images[variant][swap.layer].host
@@ -167,7 +203,7 @@ class Swapper:
         self._layers.activate(swap.layer, swap.to)
         self._retire(swap)
 
-    def _tail(self, swap: Swap, variant: Variant) -> Tensor:
+    def _tail(self, swap: Swap, variant: Variant) -> Bytes:
         """The bytes of the arena that images of both variants use, as far as this one does."""
         offsets = self._plan.slabs[swap.layer].offsets
         start = max(offsets[swap.was], offsets[swap.to])

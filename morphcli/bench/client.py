@@ -38,6 +38,8 @@ class Plan(msgspec.Struct, frozen=True):
     timeout_s: float  # per request, from its send
     requests: list[PlannedRequest]
     api_key: str | None = None
+    token_ids: bool = False  # asked for; not every server takes such a wish
+    graded: bool = False  # answers may end by themselves, and their texts are kept
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
@@ -97,6 +99,8 @@ class _Usage(msgspec.Struct):
 class _Choice(msgspec.Struct):
     text: str = ""
     finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    token_precisions: list[tuple[str, int]] | None = None
 
 
 class _Chunk(msgspec.Struct):
@@ -109,19 +113,20 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 def request_body(plan: Plan, request: PlannedRequest) -> bytes:
-    """The JSON of a completion that yields exactly the planned number of tokens."""
-    return msgspec.json.encode(
-        {
-            "model": plan.model,
-            "prompt": request.prompt,
-            "max_tokens": request.output_tokens,
-            "min_tokens": request.output_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    )
+    """The JSON of a completion of the planned number of tokens, or of fewer if it is graded."""
+    body: dict[str, object] = {
+        "model": plan.model,
+        "prompt": request.prompt,
+        "max_tokens": request.output_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if not plan.graded:
+        body |= {"min_tokens": request.output_tokens, "ignore_eos": True}
+    if plan.token_ids:
+        body["return_token_ids"] = True
+    return msgspec.json.encode(body)
 
 
 async def replay(plan: Plan, started_s: float) -> AsyncIterator[Outcome]:
@@ -160,6 +165,7 @@ async def _one(plan: Plan, request: PlannedRequest, body: bytes, started_s: floa
 async def _stream(plan: Plan, body: bytes, due: float, outcome: Outcome) -> None:
     text = hashlib.sha256()
     ended = False
+    outcome.text = "" if plan.graded else None
     async with post_stream(plan.url, "/v1/completions", body, bearer(plan.api_key)) as answer:
         outcome.status = answer.status
         if answer.status != 200:
@@ -180,16 +186,30 @@ def _take(chunk: _Chunk, at_s: float, text: "hashlib._Hash", outcome: Outcome) -
     if chunk.error is not None:
         raise HttpError(f"error while streaming: {bytes(chunk.error)[:200]!r}")
     for choice in chunk.choices:
-        if choice.text or choice.finish_reason:  # tokens may have no text, as half a character
+        # A token may have no text, as half a character.
+        if choice.text or choice.token_ids or choice.finish_reason:
             outcome.ttft_s = at_s if outcome.ttft_s is None else outcome.ttft_s
             outcome.event_times_s.append(at_s)
             text.update(choice.text.encode())
+            _keep(choice, outcome)
         outcome.finish_reason = choice.finish_reason or outcome.finish_reason
     if chunk.usage is not None:
         outcome.output_tokens = chunk.usage.completion_tokens
         if chunk.usage.morph is not None:
             outcome.tokens_full = chunk.usage.morph.get("full")
             outcome.tokens_int4 = chunk.usage.morph.get("int4")
+
+
+def _keep(choice: _Choice, outcome: Outcome) -> None:
+    if outcome.text is not None:
+        outcome.text += choice.text
+    if choice.token_ids is not None:
+        outcome.token_ids = outcome.token_ids or []
+        outcome.token_ids += choice.token_ids
+    for precision, count in choice.token_precisions or ():
+        runs = outcome.precisions = outcome.precisions or []
+        before = runs.pop()[1] if runs and runs[-1][0] == precision else 0
+        runs.append((precision, before + count))
 
 
 async def _main() -> None:

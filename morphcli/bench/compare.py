@@ -50,6 +50,7 @@ class Bench:
     servers: ServerOptions | None = None
     url: str | None = None  # bench this server instead of starting any
     api_key: str | None = field(default=None, repr=False)  # of that server
+    graded: bool = False  # answers are held against references, and may end by themselves
 
 
 def parse_policies(text: str) -> tuple[str, ...]:
@@ -87,7 +88,15 @@ def _run(bench: Bench, policy: str, url: str, on_outcome: _REPLAY_STEP) -> Run:
     requests = _planned(bench)
     _warm_up(bench, url, model)
     with Sampler(url, bench.api_key) as sampler:
-        plan = Plan(url, model, bench.timeout_s, requests, bench.api_key)
+        plan = Plan(
+            url,
+            model,
+            bench.timeout_s,
+            requests,
+            bench.api_key,
+            token_ids=bench.servers is not None,
+            graded=bench.graded,
+        )
         started, outcomes = replay(plan, on_outcome)
         if not policy.startswith("static:"):
             _await_full_precision(sampler, bench.settle_s)

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,6 @@ import msgspec
 
 from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.configs.schema import Slo
-from morphserve.morphcli.bench.server import Mix
 from morphserve.morphcli.bench.summary import PolicySummary, Run
 from morphserve.morphcli.traces.schedule import Burst, Schedule, Shape
 from morphserve.quantize.manifest import Variant
@@ -36,6 +35,7 @@ class Settings(msgspec.Struct, frozen=True):
     policies: tuple[str, ...]  # in the order of the runs
     slo: Slo
     timeout_s: float
+    references: str | None = None  # file of prompts with answers
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -100,13 +100,8 @@ class Summary(msgspec.Struct):
     created: str
     runs: list[PolicySummary] = []  # each repeat alone, in the order in which they ran
     curve: list[LoadPoint] = []  # of a sweep over load
+    notes: list[str] = []  # sentences that a reader of the timelines must know
     schema_version: int = SCHEMA_VERSION
-
-
-def mix_perplexities(found: Mapping[Mix, float]) -> list[MixPerplexity]:
-    """Best first."""
-    ordered = sorted(found.items(), key=lambda entry: entry[1])
-    return [MixPerplexity(list(mix), value) for mix, value in ordered]
 
 
 def trace_facts(

@@ -20,6 +20,7 @@ from rich.table import Table
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.load import resolve_model
 from morphserve.configs.schema import Slo
+from morphserve.morphcli.bench.answers import fill_answers
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.compare import Bench, agreement, run_policy
 from morphserve.morphcli.bench.http import host_and_port
@@ -31,20 +32,24 @@ from morphserve.morphcli.bench.record import (
     TraceFacts,
     append_run,
     environment,
-    mix_perplexities,
     now,
     open_record,
     trace_facts,
     write_summary,
 )
-from morphserve.morphcli.bench.report import render_report
+from morphserve.morphcli.bench.references import (
+    Reference,
+    load_references,
+    longest_prompt,
+    pair_references,
+)
+from morphserve.morphcli.bench.report import write_report
 from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
-from morphserve.morphcli.bench.summary import Run, mean_perplexity, summarise, tokens_per_mix
+from morphserve.morphcli.bench.summary import Run, summarise, tokens_per_mix
 from morphserve.morphcli.bench.table import policy_title, table_rows
-from morphserve.morphcli.traces.readers import read_trace
+from morphserve.morphcli.traces.readers import Reading, read_trace
 from morphserve.morphcli.traces.schedule import Schedule, Shape, find_burst, shape_trace
 
-REPORT = "report.html"
 _SETTLE_S = 30.0  # longest wait for full precision after the last answer
 
 
@@ -62,9 +67,11 @@ class BenchRequest:
     memory_budget: str | None = None
     max_model_len: int | None = None
     prompts: Path | None = None  # text file; None: the model folder's held-out text
+    references: Path | None = None  # JSONL of prompts with what is right to answer
     url: str | None = None  # a running server; None: start one per policy
     api_key: str | None = field(default=None, repr=False)  # of that server
     timeout_s: float = 120.0  # per request
+    reading: Reading = Reading()  # of the trace, beyond what its header tells
     force: bool = False  # replace a finished run in `output`
 
     def __post_init__(self) -> None:
@@ -89,11 +96,11 @@ def run_bench(request: BenchRequest, console: Console) -> Summary:
 
     Everything that can be checked is checked before the first server starts.
     """
-    trace = read_trace(request.trace)
+    trace = read_trace(request.trace, request.reading)
     schedule = shape_trace(trace, request.shape)
     if skipped := trace.describe_bad_rows():
         console.print(f"[yellow]warning:[/] {escape(skipped)}", highlight=False)
-    prompts = _prompts(request, schedule)
+    wanted, prompts, schedule = _prompts(request, schedule)
     quality = _quality(request)
     burst = find_burst(schedule.arrivals, schedule.duration_s)
     facts = trace_facts(schedule, prompts.num_token_ids, skipped, burst)
@@ -102,11 +109,10 @@ def run_bench(request: BenchRequest, console: Console) -> Summary:
     with ended_by_signals():
         runs = _run_all(bench, console)
     if quality is not None:
-        console.print("measuring the perplexity of what was served")
-    summary = _summary(request, facts, runs, quality)
+        console.print("measuring the quality of what was served")
+    summary = _summary(request, facts, runs, quality, wanted)
     write_summary(request.output, summary)
-    report = render_report(summary, runs, schedule)
-    (request.output / REPORT).write_text(report, "utf-8")
+    write_report(request.output, summary, runs, schedule)
     return summary
 
 
@@ -117,11 +123,19 @@ def _quality(request: BenchRequest) -> Quality | None:
     return open_quality(request.model, request.bundle, request.prompts)
 
 
-def _prompts(request: BenchRequest, schedule: Schedule) -> Prompts:
+def _prompts(
+    request: BenchRequest, schedule: Schedule
+) -> tuple[list[Reference], Prompts, Schedule]:
+    """What each request asks, with what is right to answer if that is known, and its length."""
     folder = resolve_model(request.model)
+    seed = request.shape.seed
+    if request.references is not None:
+        references = load_references(request.references)
+        most = longest_prompt(schedule, request.shape.max_prompt, request.max_model_len)
+        return pair_references(references, load_tokenizer(folder), schedule, seed, most)
     corpus = load_corpus(folder, request.prompts)
     lengths = [arrival.prompt_tokens for arrival in schedule.arrivals]
-    return make_prompts(load_tokenizer(folder), corpus, lengths, request.shape.seed)
+    return [], make_prompts(load_tokenizer(folder), corpus, lengths, seed), schedule
 
 
 def _bench(request: BenchRequest, schedule: Schedule, prompts: Prompts) -> Bench:
@@ -137,6 +151,7 @@ def _bench(request: BenchRequest, schedule: Schedule, prompts: Prompts) -> Bench
         servers=None if request.url else options,
         url=request.url,
         api_key=request.api_key,
+        graded=request.references is not None,
     )
 
 
@@ -168,21 +183,24 @@ def _run_all(bench: Bench, console: Console) -> list[Run]:
 
 
 def _summary(
-    request: BenchRequest, facts: TraceFacts, runs: Sequence[Run], quality: Quality | None
+    request: BenchRequest,
+    facts: TraceFacts,
+    runs: Sequence[Run],
+    quality: Quality | None,
+    wanted: Sequence[Reference],
 ) -> Summary:
     burst_end_s = facts.burst.end_s if facts.burst else facts.duration_s
     policies = [summarise(run, request.slo, burst_end_s) for run in runs]
     served = [tokens_per_mix(run.states) for run in runs]
-    perplexities = quality.perplexities(set().union(*served)) if quality else {}
-    for policy, tokens in zip(policies, served, strict=True):
-        policy.perplexity = mean_perplexity(tokens, perplexities)
+    perplexities = quality.judge(policies, served) if quality else []
+    fill_answers(policies, runs, wanted)
     same = {run.policy: agreement(runs[0].outcomes, run.outcomes) for run in runs[1:]}
     return Summary(
         settings=_settings(request),
         environment=environment(),
         trace=facts,
         policies=policies,
-        perplexities=mix_perplexities(perplexities),
+        perplexities=perplexities,
         same_text_as_first={name: share for name, share in same.items() if share is not None},
         created=now(),
     )
@@ -193,6 +211,7 @@ def _settings(request: BenchRequest) -> Settings:
         trace=request.trace.name,
         shape=request.shape,
         prompts=str(request.prompts) if request.prompts else None,
+        references=str(request.references) if request.references else None,
         model=request.model,
         bundle=str(request.bundle) if request.bundle else None,
         memory_budget=request.memory_budget,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.summary import (
+    Answers,
     Percentiles,
     PolicySummary,
     ServerFigures,
@@ -64,6 +65,7 @@ def table_rows(summary: Summary) -> list[Row]:
         lambda p: p.perplexity,
     )
     _add_agreement(build, summary)
+    _add_answers(build)
     return build.rows
 
 
@@ -179,6 +181,50 @@ def _add_agreement(build: _Rows, summary: Summary) -> None:
         lambda p: _NONE if p.policy == first else show_share(same.get(p.policy)),
         detail=True,
     )
+
+
+def _add_answers(build: _Rows) -> None:
+    """What answers were worth, beside perplexity."""
+
+    def add(
+        label: str,
+        value: Callable[[Answers], float | None],
+        show: Callable[[float], str],
+        detail: bool = False,
+    ) -> None:
+        def found(policy: PolicySummary) -> float | None:
+            return None if policy.answers is None else value(policy.answers)
+
+        def cell(policy: PolicySummary) -> str:
+            known = found(policy)
+            return _NONE if known is None else show(known)
+
+        def cost(policy: PolicySummary) -> float | None:
+            known = found(policy)
+            return None if known is None else -known
+
+        build.add(label, cell, cost, detail=detail)
+
+    build.add(
+        "KL divergence from full precision, 10⁻³ nats per token",
+        lambda p: _NONE if p.kl is None else f"{1000 * p.kl:.2f}",
+        lambda p: p.kl,
+        detail=True,
+    )
+    add("tokens that agree with full precision", lambda a: a.token_agreement, show_share, True)
+    add(
+        "tokens per answer before the first that differs",
+        lambda a: a.same_prefix_tokens,
+        lambda tokens: f"{tokens:.1f}",
+        True,
+    )
+    add("F1 against references", lambda a: a.f1, show_score)
+    add("ROUGE-L against references", lambda a: a.rouge_l, show_score)
+
+
+def show_score(score: float) -> str:
+    """As papers do, in hundredths: `25.19`."""
+    return f"{100 * score:.2f}"
 
 
 def show_share(share: float | None) -> str:

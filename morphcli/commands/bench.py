@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from morphserve.morphcli.settings import first_key
+from morphserve.morphcli.traces.formats import TimeUnit, parse_map
 
 _COMPARE = "full,static:all,morph"
 
 
 def bench(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, or demo.")],
-    trace: Annotated[Path, typer.Option(help="CSV of the Azure LLM inference trace.")],
+    trace: Annotated[Path, typer.Option(help="CSV or JSON lines; docs/traces.md has the formats.")],
     bundle: Annotated[Path | None, typer.Option(help="Folder made by `morph quantize`.")] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Memory for weights and KV cache, as 96MiB; every server's.")
@@ -30,7 +31,15 @@ def bench(
     api_key: Annotated[
         str | None, typer.Option(metavar="KEY", help="If the server at --url wants one.")
     ] = None,
-    window: Annotated[str | None, typer.Option(help="Seconds of the trace, as t:92-154.")] = None,
+    map: Annotated[
+        str | None, typer.Option(help="Columns of the trace: time=COL,prompt=COL,output=COL.")
+    ] = None,
+    time_unit: Annotated[
+        TimeUnit | None, typer.Option(help="Of its stamps. [default: the format's]")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Part of the trace: seconds t:92-154, or rows idx:0-99.")
+    ] = None,
     rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
     time_scale: Annotated[float, typer.Option(help="Seconds times this.")] = 1.0,
     length_scale: Annotated[float, typer.Option(help="Tokens per request times this.")] = 1.0,
@@ -43,6 +52,10 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="Text to cut prompts from. [default: the model's held-out]")
     ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of prompts with right answers, to send and to grade."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling and prompts.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
@@ -54,17 +67,22 @@ def bench(
     from morphserve.configs.errors import ConfigError
     from morphserve.configs.load import parse_slo
     from morphserve.morphcli.bench.compare import parse_policies
-    from morphserve.morphcli.bench.run import REPORT, BenchRequest, print_table, run_bench
+    from morphserve.morphcli.bench.report import REPORT
+    from morphserve.morphcli.bench.run import BenchRequest, print_table, run_bench
     from morphserve.morphcli.bench.verdict import verdict
-    from morphserve.morphcli.traces.schedule import Shape, parse_window
+    from morphserve.morphcli.traces.readers import Reading
+    from morphserve.morphcli.traces.schedule import Shape, Window, parse_window
 
     if url is not None and compare is not None:
         raise ConfigError("--compare starts servers of its own: leave it out with --url")
+    part = parse_window(window) if window else Window()
     request = BenchRequest(
         model=model,
         trace=trace,
+        reading=Reading(parse_map(map) if map else None, time_unit, seed=seed),
         shape=Shape(
-            window_s=parse_window(window) if window else None,
+            window_s=part.seconds,
+            window_rows=part.rows,
             rate_scale=rate_scale,
             time_scale=time_scale,
             length_scale=length_scale,
@@ -80,6 +98,7 @@ def bench(
         memory_budget=memory_budget,
         max_model_len=max_model_len,
         prompts=prompts,
+        references=references,
         url=url,
         api_key=first_key(api_key) if url else None,
         force=force,

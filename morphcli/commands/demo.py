@@ -27,7 +27,8 @@ def demo(
         demo_request,
         fit_load,
     )
-    from morphserve.morphcli.bench.run import REPORT, print_table, run_bench
+    from morphserve.morphcli.bench.report import REPORT
+    from morphserve.morphcli.bench.run import print_table, run_bench
     from morphserve.morphcli.bench.verdict import verdict
 
     settings, console = DemoSettings(), Console(highlight=False)

@@ -1,5 +1,7 @@
 """Requests as traces hold them: when they came, how long they were."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from morphserve.configs.errors import MorphError
@@ -23,7 +25,7 @@ class Arrival:
 @dataclass(frozen=True, slots=True)
 class BadRow:
     line: int  # in the file, from 1
-    reason: str
+    reason: str  # what is wrong, then a colon and what the row holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,21 @@ class Trace:
 
     def describe_bad_rows(self) -> str:
         """One sentence that counts and names the skipped rows; empty without any."""
-        if not self.bad_rows:
-            return ""
-        shown = "; ".join(
-            f"line {bad.line}: {bad.reason}" for bad in self.bad_rows[:_SHOWN_BAD_ROWS]
-        )
-        more = len(self.bad_rows) - _SHOWN_BAD_ROWS
-        tail = f"; and {more} more" if more > 0 else ""
-        total = len(self.bad_rows) + len(self.arrivals)
-        return f"skipped {len(self.bad_rows)} of {total} rows of {self.path} ({shown}{tail})"
+        return describe_bad_rows(self.path, self.bad_rows, len(self.arrivals))
+
+
+def describe_bad_rows(path: str, bad_rows: Sequence[BadRow], num_good: int) -> str:
+    """One sentence that counts and names the skipped rows of a file; empty without any."""
+    if not bad_rows:
+        return ""
+    shown = "; ".join(f"line {bad.line}: {bad.reason}" for bad in bad_rows[:_SHOWN_BAD_ROWS])
+    more = len(bad_rows) - _SHOWN_BAD_ROWS
+    tail = f"; and {more} more" if more > 0 else ""
+    total = len(bad_rows) + num_good
+    return f"skipped {len(bad_rows)} of {total} rows of {path} ({shown}{tail})"
+
+
+def count_reasons(bad_rows: Sequence[BadRow]) -> dict[str, int]:
+    """How many rows were skipped for what, the most frequent first."""
+    reasons = Counter(bad.reason.partition(":")[0] for bad in bad_rows)
+    return dict(reasons.most_common())

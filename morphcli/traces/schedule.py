@@ -17,6 +17,7 @@ class Shape:
     """How a trace is cut and scaled for one replay."""
 
     window_s: tuple[float, float] | None = None  # seconds of the file; None: all of it
+    window_rows: tuple[int, int] | None = None  # usable rows, in order of time; overrules
     rate_scale: float = 1.0  # requests per second times this; the shape stays
     time_scale: float = 1.0  # seconds times this; 0.5 replays twice as fast
     length_scale: float = 1.0  # tokens of prompts and outputs times this
@@ -44,16 +45,29 @@ class Schedule:
     clipped_outputs: int = 0  # requests cut to max_output
 
 
-def parse_window(text: str) -> tuple[float, float]:
-    """Seconds `(start, end)` of `t:A-B`."""
-    start, dash, end = text.removeprefix("t:").partition("-")
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of a file, in seconds since its first row or in rows."""
+
+    seconds: tuple[float, float] | None = None
+    rows: tuple[int, int] | None = None
+
+
+def parse_window(text: str) -> Window:
+    """Seconds of `t:A-B`, or rows from A to before B of `idx:A-B`."""
+    unit, _, bounds = text.partition(":")
+    start, dash, end = bounds.partition("-")
+    if unit == "idx" and start.isdecimal() and end.isdecimal() and int(start) < int(end):
+        return Window(rows=(int(start), int(end)))
     try:
-        window = float(start), float(end)
+        seconds = float(start), float(end)
     except ValueError:
-        window = 0.0, 0.0
-    if not text.startswith("t:") or not dash or not 0 <= window[0] < window[1] < math.inf:
-        raise ConfigError(f"--window {text!r}: write t:A-B in seconds, for example t:92-154")
-    return window
+        seconds = 0.0, 0.0
+    if unit != "t" or not dash or not 0 <= seconds[0] < seconds[1] < math.inf:
+        raise ConfigError(
+            f"--window {text!r}: write t:A-B in seconds or idx:A-B in rows, for example t:92-154"
+        )
+    return Window(seconds)
 
 
 def shape_trace(trace: Trace, shape: Shape) -> Schedule:
@@ -61,15 +75,11 @@ def shape_trace(trace: Trace, shape: Shape) -> Schedule:
 
     Raises TraceError if no request is left.
     """
-    start, end = shape.window_s or (0.0, math.inf)
-    window = [a for a in trace.arrivals if start <= a.time_s < end]
+    start, end = _bounds_s(trace, shape)
+    window = _inside(trace, shape, start, end)
     arrivals = [_scaled(a, start, shape) for a in _resample(window, shape, end)]
     if not arrivals:
-        last = trace.arrivals[-1].time_s
-        raise TraceError(
-            f"no request of {trace.path} is left in the window t:{start:g}-{end:g} at rate scale "
-            f"{shape.rate_scale:g}; the trace runs from 0 to {last:.0f} s"
-        )
+        raise TraceError(_nothing_left(trace, shape))
     clipped = [_clipped(a, shape) for a in arrivals]
     duration_s = (end - start) * shape.time_scale
     return Schedule(
@@ -77,6 +87,34 @@ def shape_trace(trace: Trace, shape: Shape) -> Schedule:
         duration_s if math.isfinite(duration_s) else arrivals[-1].time_s,
         sum(a.prompt_tokens != b.prompt_tokens for a, b in zip(arrivals, clipped, strict=True)),
         sum(a.output_tokens != b.output_tokens for a, b in zip(arrivals, clipped, strict=True)),
+    )
+
+
+def _bounds_s(trace: Trace, shape: Shape) -> tuple[float, float]:
+    """From when to when the window lies; a window of rows ends where the next row comes."""
+    if shape.window_rows is None:
+        return shape.window_s or (0.0, math.inf)
+    first, end = shape.window_rows
+    after = trace.arrivals[end].time_s if end < len(trace.arrivals) else math.inf
+    return (trace.arrivals[first].time_s, after) if first < len(trace.arrivals) else (0.0, 0.0)
+
+
+def _inside(trace: Trace, shape: Shape, start: float, end: float) -> Sequence[Arrival]:
+    if shape.window_rows is not None:
+        return trace.arrivals[slice(*shape.window_rows)]
+    return [a for a in trace.arrivals if start <= a.time_s < end]
+
+
+def _nothing_left(trace: Trace, shape: Shape) -> str:
+    if shape.window_rows is not None:
+        window = "window idx:{}-{}".format(*shape.window_rows)
+        extent = f"has {len(trace.arrivals)} rows"
+    else:
+        window = "window t:{:g}-{:g}".format(*(shape.window_s or (0.0, math.inf)))
+        extent = f"runs from 0 to {trace.arrivals[-1].time_s:.0f} s"
+    return (
+        f"no request of {trace.path} is left in the {window} at rate scale {shape.rate_scale:g}; "
+        f"the trace {extent}"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -58,7 +59,8 @@ class Completions:
         prompt = await self._serving.encode_chat(plain_messages(fields.messages))
         max_tokens = self._serving.fit(len(prompt), fields.token_limit, "messages")
         job = self._job("chatcmpl", [prompt], fields, [max_tokens], request)
-        reply = ChatReply(job.id, int(time.time()), self._serving.model_name)
+        told = prompt if job.tells_ids else UNSET
+        reply = ChatReply(job.id, int(time.time()), self._serving.model_name, told)
         return await self._answer(request, fields, job, reply)
 
     def _take_places(self, request: Request, num_choices: int) -> None:
@@ -93,6 +95,7 @@ class Completions:
             ),
             timers=[RequestTimer(self._serving.metrics, received) for _ in range(num_choices)],
             choices_per_prompt=fields.num_choices,
+            tells_ids=fields.return_token_ids is True,
             demands=demands(request, fields.cache_salt),
         )
 

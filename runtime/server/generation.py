@@ -21,6 +21,7 @@ from morphserve.runtime.server.errors import broken_off
 from morphserve.runtime.server.logprobs import Scored, score
 from morphserve.runtime.server.responses import MorphUsage, PromptTokensDetails, Usage
 from morphserve.runtime.server.stop import StopFinder
+from morphserve.runtime.server.token_ids import TokenIds, token_ids
 from morphserve.runtime.tokenizer import Tokenizer
 
 
@@ -32,6 +33,7 @@ class Piece:
     text: str
     finish_reason: str | None = None
     scored: Sequence[Scored] | None = None  # tokens since the last piece, if asked for
+    told: TokenIds | None = None  # the same tokens as ids, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Job:
     timers: Sequence[RequestTimer]  # one for each choice
     choices_per_prompt: int = 1
     demands: Demands = Demands()
+    tells_ids: bool = False  # of tokens, beside the text
     echo: Sequence[str] = ()  # texts of the prompts, if each choice is to begin with its prompt's
     tokens: MorphUsage = field(default_factory=MorphUsage)
     cached_tokens: int = 0
@@ -135,7 +138,7 @@ class Generator:
                     piece = text.add(chunk)
                     if text.finish_reason is not None:
                         break
-                    if piece.text or piece.scored:
+                    if piece.text or piece.scored or piece.told:
                         yield piece
             reason = text.finish_reason
             assert reason is not None, "the engine client ends every request"
@@ -167,6 +170,8 @@ class TextStream:
         )
         self._stop = StopFinder(job.rules.stops, include=job.rules.include_stop)
         self._opening = job.opening_of(index)
+        self._tells_ids = job.tells_ids
+        self._prompt: list[int] | None = job.prompt_of(index)  # until it was told
         self._num_chars = 0  # of the tokens so far, sent or held back
         self.finish_reason: FinishReason | None = None
 
@@ -178,9 +183,10 @@ class TextStream:
         reason = self.finish_reason
         scored = None
         if chunk.logprobs is not None:
-            told = zip(chunk.tokens, chunk.logprobs, offsets, strict=True)
-            scored = [score(self._tokenizer, *entry) for entry in told]
-        return Piece(self._index, text, None if reason is None else reason.value, scored)
+            entries = zip(chunk.tokens, chunk.logprobs, offsets, strict=True)
+            scored = [score(self._tokenizer, *entry) for entry in entries]
+        told, self._prompt = token_ids(chunk, self._prompt) if self._tells_ids else None, None
+        return Piece(self._index, text, None if reason is None else reason.value, scored, told)
 
     def _text(self, chunk: Chunk, offsets: list[int]) -> str:
         """Appends to `offsets` where in the text each token of the chunk begins."""
@@ -211,6 +217,7 @@ async def joined(pieces: AsyncGenerator[Piece], num_choices: int) -> list[Piece]
     texts = [""] * num_choices
     reasons: list[str | None] = [None] * num_choices
     scored: list[list[Scored] | None] = [None] * num_choices
+    told: list[TokenIds | None] = [None] * num_choices
     async with aclosing(pieces):
         async for piece in pieces:
             texts[piece.index] += piece.text
@@ -218,7 +225,12 @@ async def joined(pieces: AsyncGenerator[Piece], num_choices: int) -> list[Piece]
             if piece.scored is not None:
                 scored[piece.index] = tokens = scored[piece.index] or []
                 tokens += piece.scored
-    return [Piece(i, *choice) for i, choice in enumerate(zip(texts, reasons, scored, strict=True))]
+            if (before := told[piece.index]) is None:
+                told[piece.index] = piece.told
+            elif piece.told is not None:
+                before.add(piece.told)
+    choices = zip(texts, reasons, scored, told, strict=True)
+    return [Piece(i, *choice) for i, choice in enumerate(choices)]
 
 
 async def _merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:

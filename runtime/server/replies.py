@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import UNSET
+
 from morphserve.runtime.server.generation import Piece
 from morphserve.runtime.server.logprobs import chat_logprobs, completion_logprobs
 from morphserve.runtime.server.responses import (
@@ -15,6 +17,9 @@ from morphserve.runtime.server.responses import (
     ChatDelta,
     Completion,
     CompletionChoice,
+    OutputIds,
+    Precisions,
+    PromptIds,
     Usage,
     encode,
 )
@@ -57,7 +62,12 @@ class CompletionReply:
     def _encode(self, pieces: Sequence[Piece], usage: Usage | None) -> bytes:
         choices = [
             CompletionChoice(
-                piece.index, piece.text, piece.finish_reason, completion_logprobs(piece.scored)
+                piece.index,
+                piece.text,
+                piece.finish_reason,
+                completion_logprobs(piece.scored),
+                _prompt_ids(piece),
+                *_output_ids(piece),
             )
             for piece in pieces
         ]
@@ -69,14 +79,19 @@ class ChatReply:
     id: str
     created: int  # seconds since the epoch
     model: str
+    prompt_ids: PromptIds = UNSET
 
     def opening(self, num_choices: int, usage: Usage | None) -> list[bytes]:
         delta = ChatDelta(role="assistant", content="")
-        return [self._encode([ChatChunkChoice(i, delta)], usage) for i in range(num_choices)]
+        return [
+            self._encode([ChatChunkChoice(i, delta)], usage, UNSET if i else self.prompt_ids)
+            for i in range(num_choices)
+        ]
 
     def chunk(self, piece: Piece, usage: Usage | None) -> bytes:
         delta, logprobs = ChatDelta(content=piece.text or None), chat_logprobs(piece.scored)
-        choice = ChatChunkChoice(piece.index, delta, piece.finish_reason, logprobs)
+        ids = _output_ids(piece)
+        choice = ChatChunkChoice(piece.index, delta, piece.finish_reason, logprobs, *ids)
         return self._encode([choice], usage)
 
     def closing(self, usage: Usage) -> bytes:
@@ -89,10 +104,27 @@ class ChatReply:
                 AssistantMessage(piece.text),
                 piece.finish_reason,
                 chat_logprobs(piece.scored),
+                *_output_ids(piece),
             )
             for piece in choices
         ]
-        return encode(ChatCompletion(self.id, self.created, self.model, answers, usage))
+        answer = ChatCompletion(self.id, self.created, self.model, answers, usage)
+        answer.prompt_token_ids = self.prompt_ids
+        return encode(answer)
 
-    def _encode(self, choices: list[ChatChunkChoice], usage: Usage | None) -> bytes:
-        return encode(ChatChunk(self.id, self.created, self.model, choices, usage))
+    def _encode(
+        self, choices: list[ChatChunkChoice], usage: Usage | None, prompt_ids: PromptIds = UNSET
+    ) -> bytes:
+        chunk = ChatChunk(self.id, self.created, self.model, choices, usage)
+        chunk.prompt_token_ids = prompt_ids
+        return encode(chunk)
+
+
+def _prompt_ids(piece: Piece) -> PromptIds:
+    told = piece.told
+    return UNSET if told is None or told.prompt is None else told.prompt
+
+
+def _output_ids(piece: Piece) -> tuple[OutputIds, Precisions]:
+    told = piece.told
+    return (UNSET, UNSET) if told is None else (told.ids, told.precisions)

@@ -1,9 +1,11 @@
 """Bodies of responses."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from morphserve.quantize.manifest import Variant
 
 
 class MorphUsage(Struct):
@@ -53,11 +55,41 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+_IDS = "With return_token_ids: "
+PromptIds = (
+    Annotated[list[int], Meta(description=_IDS + "of the prompt; in a stream, in the first chunk.")]
+    | UnsetType
+)
+OutputIds = (
+    Annotated[
+        list[int],
+        Meta(
+            description=_IDS + "of the output, all that completion_tokens counts; in a stream, "
+            "those since the chunk before."
+        ),
+    ]
+    | UnsetType
+)
+Precisions = (
+    Annotated[
+        list[tuple[Variant, int]],
+        Meta(
+            description=_IDS + "how token_ids were made, in their order, as runs: the lowest "
+            "precision that a layer had in a step, and how many tokens were made so."
+        ),
+    ]
+    | UnsetType
+)
+
+
 class CompletionChoice(Struct):
     index: int
     text: str
     finish_reason: str | None = None
     logprobs: CompletionLogprobs | None = None
+    prompt_token_ids: PromptIds = UNSET
+    token_ids: OutputIds = UNSET
+    token_precisions: Precisions = UNSET
 
 
 class Completion(Struct, omit_defaults=False):
@@ -81,6 +113,8 @@ class ChatChunkChoice(Struct):
     delta: ChatDelta
     finish_reason: str | None = None
     logprobs: ChatLogprobs | None = None
+    token_ids: OutputIds = UNSET
+    token_precisions: Precisions = UNSET
 
 
 class ChatChunk(Struct):
@@ -90,6 +124,7 @@ class ChatChunk(Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    prompt_token_ids: PromptIds = UNSET
 
 
 class AssistantMessage(Struct):
@@ -102,6 +137,8 @@ class ChatChoice(Struct):
     message: AssistantMessage
     finish_reason: str | None
     logprobs: ChatLogprobs | None = None
+    token_ids: OutputIds = UNSET
+    token_precisions: Precisions = UNSET
 
 
 class ChatCompletion(Struct):
@@ -111,6 +148,7 @@ class ChatCompletion(Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_token_ids: PromptIds = UNSET
 
 
 class Tokens(Struct):

@@ -51,6 +51,13 @@ class SamplingFields(Unsupported, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None  # in the output's text; null: yes
+    return_token_ids: Annotated[
+        bool | None,
+        Meta(
+            description="Whether the answer tells the ids of the prompt's and the output's tokens, "
+            "and the precision that each of the latter was made at."
+        ),
+    ] = None
     cache_salt: Annotated[str, Meta(max_length=MAX_SALT_CHARS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

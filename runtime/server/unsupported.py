@@ -28,7 +28,6 @@ class Unsupported(Struct, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    return_token_ids: Any = False
     truncate_prompt_tokens: Any = None
     prompt_embeds: Any = None
     priority: Any = 0

@@ -26,6 +26,7 @@ from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.build import build_engine
 from morphserve.runtime.costs import CostModel, Span, cost_model, roofline
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.measure import measure_costs
@@ -40,7 +41,7 @@ PREFILLS = [(1, 256), (1, 1024), (4, 64)]  # prompts, tokens in each
 
 def engine_for(bundle: Path, policy: str, threads: int) -> Engine:
     limits = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=CHUNK, max_model_len=1100)
-    return Engine(
+    return build_engine(
         EngineConfig("demo", load_policy(policy), str(bundle), threads=threads, scheduler=limits)
     )
 

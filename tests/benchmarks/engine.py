@@ -24,7 +24,7 @@ from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.build import build
+from morphserve.runtime.build import build, build_engine
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.measure import measure_costs
 from morphserve.runtime.messages import Submit
@@ -75,7 +75,7 @@ def run_batch(engine: Engine, count: int) -> tuple[float, float]:
 def steps_table(bundle: Path, threads: int) -> Table:
     table = Table("layers", *(f"batch {count}" for count in BATCHES), title="decode step, prefill")
     for title, policy in POLICIES.items():
-        engine = Engine(config(bundle, policy, threads))
+        engine = build_engine(config(bundle, policy, threads))
         run_batch(engine, BATCHES[-1])  # touches all memory
         runs = [run_batch(engine, count) for count in BATCHES]
         table.add_row(
@@ -108,7 +108,7 @@ def controller_share(bundle: Path, threads: int) -> tuple[float, float]:
 
     With sixteen requests running, no pressure and measured costs.
     """
-    engine = Engine(config(bundle, "balanced", threads))
+    engine = build_engine(config(bundle, "balanced", threads))
     submit(engine, STREAMS)
     for _ in range(20):
         engine.step()
@@ -158,7 +158,7 @@ def idle_ratios(bundle: Path, threads: int, rounds: int) -> dict[str, list[float
     work on the machine, for which processor time stands still, spoils caches all the same.
     """
     names = {"off": "off", "balanced": "balanced", "off again": "off"}
-    streams = {name: Streams(Engine(config(bundle, p, threads))) for name, p in names.items()}
+    streams = {name: Streams(build_engine(config(bundle, p, threads))) for name, p in names.items()}
     for _ in range(WARM_TURNS):  # touches the memory of all
         for stream in streams.values():
             stream.turn()

@@ -20,6 +20,7 @@ from transformers import (
 
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
+from morphserve.runtime.build import build_engine
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.messages import Submit
 from morphserve.runtime.request import Request, SamplingParams
@@ -85,7 +86,7 @@ def oracle(folder: Path) -> PreTrainedModel:
 
 
 def ours(folder: Path, kernels: str) -> Engine:
-    return Engine(
+    return build_engine(
         EngineConfig(
             model=os.fspath(folder),
             policy=load_policy("off"),

@@ -14,6 +14,7 @@ COMMANDS = (
     *("profile", "quantize", "inspect", "verify", "export"),
     *("serve", "top", "chat", "complete"),
     *("bench", "demo", "doctor"),
+    "trace",
 )
 
 

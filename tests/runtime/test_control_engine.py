@@ -11,6 +11,7 @@ from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, Schedul
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.build import build_engine
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.messages import Snapshot, Submit
 from morphserve.runtime.request import Demands, SamplingParams
@@ -38,7 +39,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def start(bundle: str, policy: Policy = QUICK) -> Engine:
     limits = SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=256)
     cache = CacheConfig(memory_budget=26 * 2**20)
-    return Engine(EngineConfig("demo", policy, bundle, cache=cache, scheduler=limits))
+    return build_engine(EngineConfig("demo", policy, bundle, cache=cache, scheduler=limits))
 
 
 def submit(engine: Engine, names: str, max_tokens: int = 40, **demands: Variant) -> None:

@@ -14,6 +14,7 @@ from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, Schedul
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.build import build_engine
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.messages import Submit, TokenOutput
 from morphserve.runtime.request import Demands, SamplingParams
@@ -75,7 +76,7 @@ def drain(engine: Engine) -> dict[str, list[int]]:
 
 
 def test_it_morphs_under_pressure_and_returns_when_it_is_over(bundle: str) -> None:
-    engine = Engine(config(bundle, QUICK))
+    engine = build_engine(config(bundle, QUICK))
     submit(engine, 10, max_tokens=24, temperature=0.0)
     engine.step()
     for _ in range(8):
@@ -99,7 +100,7 @@ def test_it_morphs_under_pressure_and_returns_when_it_is_over(bundle: str) -> No
 
 
 def test_static_layers_are_int4_before_the_first_request(bundle: str) -> None:
-    engine = Engine(config(bundle, load_policy("static:5")))
+    engine = build_engine(config(bundle, load_policy("static:5")))
     state = engine.snapshot()
     assert state.layers.count("int4") == 5
     assert state.blocks_capacity == state.blocks_max > state.blocks_full
@@ -108,15 +109,15 @@ def test_static_layers_are_int4_before_the_first_request(bundle: str) -> None:
 
 
 def test_a_policy_that_never_swaps_gives_all_the_budget_to_requests(bundle: str) -> None:
-    with_bundle = Engine(config(bundle, load_policy("off"))).snapshot()
-    without = Engine(config(None, load_policy("off"))).snapshot()
+    with_bundle = build_engine(config(bundle, load_policy("off"))).snapshot()
+    without = build_engine(config(None, load_policy("off"))).snapshot()
     assert with_bundle.blocks_capacity == without.blocks_capacity
-    assert without.blocks_capacity > Engine(config(bundle, QUICK)).snapshot().blocks_full
+    assert without.blocks_capacity > build_engine(config(bundle, QUICK)).snapshot().blocks_full
 
 
 def test_seeded_sampling_repeats_alone_and_in_company(bundle: str) -> None:
     def first(count: int, seed: int) -> list[int]:
-        engine = Engine(config(None, load_policy("off")))
+        engine = build_engine(config(None, load_policy("off")))
         submit(engine, count, max_tokens=12, temperature=0.9, top_p=0.95, top_k=50, seed=seed)
         return drain(engine)["r0"]
 
@@ -144,7 +145,7 @@ def break_step(engine: Engine, nth: int, guilty: set[str]) -> None:
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on() -> None:
-    engine = Engine(config(None, load_policy("off")))
+    engine = build_engine(config(None, load_policy("off")))
     parts = engine._parts
     for nth in (1, 2, 5):
         submit(engine, 2, max_tokens=8, temperature=0.0)
@@ -166,7 +167,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on() -> None:
 def test_of_a_step_that_fails_for_one_request_the_others_get_their_tokens(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    engine = Engine(replace(config(None, load_policy("off")), kernels="cpu"))
+    engine = build_engine(replace(config(None, load_policy("off")), kernels="cpu"))
     parts = engine._parts
     submit(engine, 3, max_tokens=22, temperature=0.0)
     undisturbed = drain(engine)
@@ -185,7 +186,7 @@ def test_of_a_step_that_fails_for_one_request_the_others_get_their_tokens(
 
 
 def test_a_failure_that_does_not_repeat_costs_nobody_anything() -> None:
-    engine = Engine(replace(config(None, load_policy("off")), kernels="cpu"))
+    engine = build_engine(replace(config(None, load_policy("off")), kernels="cpu"))
     submit(engine, 3, max_tokens=6, temperature=0.0)
     undisturbed = drain(engine)
     submit(engine, 3, max_tokens=6, temperature=0.0)
@@ -202,7 +203,7 @@ def test_a_failure_that_does_not_repeat_costs_nobody_anything() -> None:
 
 
 def test_a_first_token_tells_how_much_of_the_prompt_was_cached() -> None:
-    engine = Engine(config(None, load_policy("off")))
+    engine = build_engine(config(None, load_policy("off")))
     submit(engine, 1, max_tokens=4, temperature=0.0)
     drain(engine)
     submit(engine, 1, max_tokens=4, temperature=0.0)
@@ -218,7 +219,7 @@ def test_a_first_token_tells_how_much_of_the_prompt_was_cached() -> None:
 def test_the_cache_is_off_when_it_is_told_so() -> None:
     plain = config(None, load_policy("off"))
     off = replace(plain, cache=replace(plain.cache, enable_prefix_caching=False))
-    engine = Engine(off)
+    engine = build_engine(off)
     for _ in range(2):
         submit(engine, 1, max_tokens=4, temperature=0.0)
         drain(engine)
@@ -227,7 +228,7 @@ def test_the_cache_is_off_when_it_is_told_so() -> None:
 
 
 def test_a_request_for_full_precision_waits_until_it_is_back(bundle: str) -> None:
-    engine = Engine(config(bundle, QUICK))
+    engine = build_engine(config(bundle, QUICK))
     engine.pin(3)
     while engine.step() is None and engine.snapshot().layers.count(Variant.INT4) < 3:
         pass
@@ -252,12 +253,12 @@ def test_a_request_for_full_precision_waits_until_it_is_back(bundle: str) -> Non
 
 
 def test_a_precision_that_a_static_policy_never_has_is_refused(bundle: str) -> None:
-    engine = Engine(config(bundle, load_policy("static:5")))
+    engine = build_engine(config(bundle, load_policy("static:5")))
     demands = Demands(min_precision=Variant.FULL)
     refused = engine.submit(Submit("x", PROMPT, SamplingParams(max_tokens=3), demands))
     assert refused is not None
     assert "policy static:5 keeps layers at a lower precision" in refused.message
-    off = Engine(config(bundle, load_policy("off")))
+    off = build_engine(config(bundle, load_policy("off")))
     assert off.submit(Submit("x", PROMPT, SamplingParams(max_tokens=3), demands)) is None
 
 
@@ -266,7 +267,7 @@ def test_a_request_that_waits_too_long_is_reported_like_any_other_end(
 ) -> None:
     plain = config(None, load_policy("off"))
     limits = replace(plain.scheduler, max_num_seqs=1, queue_timeout_s=1000.0)
-    engine = Engine(replace(plain, scheduler=limits))
+    engine = build_engine(replace(plain, scheduler=limits))
     submit(engine, 2, max_tokens=4, temperature=0.0)
     engine.step()
     now = time.monotonic
@@ -282,7 +283,7 @@ def test_a_prompt_longer_than_a_step_is_served_alone() -> None:
     plain = replace(config(None, load_policy("off"), None), kernels="cpu")
     long = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
     small = replace(plain.scheduler, max_num_batched_tokens=16, max_num_seqs=4)
-    engine = Engine(replace(plain, scheduler=small))
+    engine = build_engine(replace(plain, scheduler=small))
     assert engine.submit(Submit("long", PROMPT, long)) is None
     assert len(drain(engine)["long"]) == 3
     assert engine.snapshot().prompt_tokens == len(PROMPT)
@@ -291,7 +292,7 @@ def test_a_prompt_longer_than_a_step_is_served_alone() -> None:
 def test_logits_that_are_not_finite_end_the_request_with_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = Engine(config(None, load_policy("off")))
+    engine = build_engine(config(None, load_policy("off")))
     submit(engine, 2, max_tokens=4, temperature=0.7)
     forward = type(engine._parts.runner._model).forward
 
@@ -311,7 +312,7 @@ def test_logits_that_are_not_finite_end_the_request_with_an_error(
 
 
 def test_a_swap_that_keeps_failing_is_tried_ever_more_rarely(bundle: str) -> None:
-    engine = Engine(config(bundle, QUICK))
+    engine = build_engine(config(bundle, QUICK))
 
     def fail(destination: torch.Tensor, source: torch.Tensor) -> None:
         raise RuntimeError("injected")
@@ -326,11 +327,11 @@ def test_a_swap_that_keeps_failing_is_tried_ever_more_rarely(bundle: str) -> Non
 
 def test_unknown_kernels_are_refused() -> None:
     with pytest.raises(ConfigError, match="no kernels 'cuda'"):
-        Engine(replace(config(None, load_policy("off")), kernels="cuda"))
+        build_engine(replace(config(None, load_policy("off")), kernels="cuda"))
 
 
 def test_aborted_requests_give_their_blocks_back(bundle: str) -> None:
-    engine = Engine(config(None, load_policy("off")))
+    engine = build_engine(config(None, load_policy("off")))
     submit(engine, 3, max_tokens=50, temperature=0.0)
     engine.step()
     for i in range(3):
@@ -355,7 +356,7 @@ def test_aborted_requests_give_their_blocks_back(bundle: str) -> None:
 def test_requests_that_can_never_run_are_refused_with_the_numbers(
     prompt: list[int], max_tokens: int, message: str
 ) -> None:
-    engine = Engine(config(None, load_policy("off")))
+    engine = build_engine(config(None, load_policy("off")))
     refused = engine.submit(Submit("x", prompt, SamplingParams(max_tokens=max_tokens)))
     assert refused is not None
     assert refused.request_id == "x"
@@ -364,16 +365,16 @@ def test_requests_that_can_never_run_are_refused_with_the_numbers(
 
 def test_a_budget_that_holds_no_full_request_is_refused_with_both_ways_out(bundle: str) -> None:
     with pytest.raises(OutOfBudget, match=r"raise --memory-budget to .* or lower --max-model-len"):
-        Engine(config(bundle, QUICK, budget=44 * 2**20))
+        build_engine(config(bundle, QUICK, budget=44 * 2**20))
 
 
 def test_a_policy_that_swaps_needs_a_bundle() -> None:
     with pytest.raises(ConfigError, match="morph quantize demo"):
-        Engine(config(None, QUICK))
+        build_engine(config(None, QUICK))
 
 
 def test_outputs_carry_one_token_and_the_finish_reason_at_the_end(bundle: str) -> None:
-    engine = Engine(config(None, load_policy("off")))
+    engine = build_engine(config(None, load_policy("off")))
     submit(engine, 1, max_tokens=2, temperature=0.0)
     outputs: list[TokenOutput] = []
     while engine.has_work:
@@ -385,11 +386,11 @@ def test_outputs_carry_one_token_and_the_finish_reason_at_the_end(bundle: str) -
 
 def test_a_budget_beyond_the_machine_is_one_sentence() -> None:
     with pytest.raises(OutOfBudget, match="more than this machine has"):
-        Engine(config(None, load_policy("off"), budget=2**60))
+        build_engine(config(None, load_policy("off"), budget=2**60))
 
 
 def test_preemptions_are_told_once_a_second_at_most(bundle: str) -> None:
-    engine = Engine(config(None, load_policy("off"), budget=44 * 2**20 + 2**19))
+    engine = build_engine(config(None, load_policy("off"), budget=44 * 2**20 + 2**19))
     submit(engine, 12, max_tokens=60, temperature=0.0)
     drain(engine)
     told = [e for e in engine.take_events() if e.kind == "preempt"]

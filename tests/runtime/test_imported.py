@@ -16,7 +16,7 @@ from morphserve.quantize import dense
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.formats.source import open_quantized
-from morphserve.runtime.engine import Engine
+from morphserve.runtime.build import build_engine
 from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.runner import pack
 from morphserve.runtime.scheduler import Slice
@@ -104,7 +104,7 @@ def expected_logits(model: Path) -> Tensor:
 
 def served_logits(model: Path, bundle: Path, kernels: str) -> Tensor:
     """The same with every layer in INT4, of an engine."""
-    engine = Engine(
+    engine = build_engine(
         EngineConfig(
             model=str(model),
             bundle=str(bundle),

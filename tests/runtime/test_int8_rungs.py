@@ -14,7 +14,7 @@ from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Ladder as MeasuredLadder
 from morphserve.quantize.manifest import LayerScores, RankedOrder, Ranking, Rung, Variant
 from morphserve.quantize.manifest import TextSample as Sample
-from morphserve.runtime.engine import Engine
+from morphserve.runtime.build import build_engine
 from morphserve.runtime.loader import served_ladder
 from morphserve.runtime.messages import Submit
 from morphserve.runtime.request import SamplingParams
@@ -96,7 +96,7 @@ def test_policies_that_never_swap_know_int4_alone(
 
 
 def test_static_layers_take_int4_of_a_bundle_with_int8(folder: Path) -> None:
-    engine = Engine(config(folder, load_policy("static:5")))
+    engine = build_engine(config(folder, load_policy("static:5")))
     state = engine.snapshot()
     assert state.layers == [INT4] * 5 + [FULL] * 7
     assert state.rung == state.target_rung == 5
@@ -106,13 +106,13 @@ def test_static_layers_take_int4_of_a_bundle_with_int8(folder: Path) -> None:
 
 def test_the_share_of_a_policy_bounds_int4_layers_alone(folder: Path) -> None:
     policy = replace(load_policy("performance"), max_demoted_share=0.25)
-    capacities = Engine(config(folder, policy)).hello().capacities
+    capacities = build_engine(config(folder, policy)).hello().capacities
     assert len(capacities) == 1 + 12 + 3
     assert capacities == sorted(set(capacities)), "a rung frees nothing"
 
 
 def test_an_engine_climbs_to_int8_then_to_int4_and_returns(folder: Path) -> None:
-    engine = Engine(config(folder, load_policy("performance")))
+    engine = build_engine(config(folder, load_policy("performance")))
     hello = engine.hello()
     assert hello.memory.images.keys() == {FULL, INT8, INT4}
     params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)

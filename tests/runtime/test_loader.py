@@ -13,7 +13,7 @@ from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.engine import Engine
+from morphserve.runtime.build import build_engine
 from morphserve.runtime.messages import Submit
 from morphserve.runtime.request import SamplingParams
 
@@ -29,7 +29,7 @@ def test_greedy_tokens_are_those_of_the_dequantised_layers(
     checkpoint = open_checkpoint(str(tiny_model("qwen3")))
     settings = QuantizeSettings("rtn", 32, symmetric=symmetric, int8=True)
     build_bundle(checkpoint, tmp_path / "bundle", settings)
-    engine = Engine(
+    engine = build_engine(
         EngineConfig(
             str(checkpoint.path),
             load_policy("static:all"),
@@ -64,7 +64,7 @@ def test_an_engine_tells_how_long_each_part_of_its_start_took(
 ) -> None:
     cache = CacheConfig(memory_budget=8 * 2**20)
     policy, bundle = load_policy("performance"), str(tiny_bundle("llama"))
-    engine = Engine(EngineConfig(str(tiny_model("llama")), policy, bundle, cache=cache))
+    engine = build_engine(EngineConfig(str(tiny_model("llama")), policy, bundle, cache=cache))
     phases = engine.hello().startup_s
     assert list(phases) == ["kernels", "checkpoint", "bundle", "arena"]
     assert all(seconds > 0 for seconds in phases.values())

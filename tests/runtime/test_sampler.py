@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from morphserve.runtime import sampler
+from morphserve.runtime.parts import Sampled
 from morphserve.runtime.request import Request, SamplingParams
-from morphserve.runtime.sampler import Sampled, Sampler, kept
+from morphserve.runtime.sampler import Sampler, kept
 
 VOCAB = 50
 LOGITS = torch.linspace(3.0, -3.0, VOCAB).roll(17)

@@ -19,6 +19,7 @@ class _Server(ThreadingHTTPServer):
         self.gets: list[str] = []
         self.state: dict[str, Any] | None = None
         self.api_key: str | None = None
+        self.stop_after: int | None = None  # tokens, unless a request forbids it
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # a client that hangs up is part of the tests
@@ -76,19 +77,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        total = body.get("max_tokens", 6)
+        total, ended = body.get("max_tokens", 6), "length"
+        limit = self.server.stop_after
+        if limit is not None and limit < total and not body.get("ignore_eos"):
+            total, ended = limit, "stop"
         for first in range(0, total, 2):  # two tokens in a piece
             if stuck:
                 time.sleep(30)
             count = min(2, total - first)
             last = first + count == total
-            reason = "length" if last else None
+            reason = ended if last else None
             text = (
                 {"delta": {"content": "ab" * count}}
                 if "messages" in body
                 else {"text": "ab" * count}
             )
-            self._event({"choices": [text | {"finish_reason": reason}]})
+            told = {}
+            if body.get("return_token_ids"):
+                precision = "int4" if last else "full"
+                told = {
+                    "token_ids": list(range(first, first + count)),
+                    "token_precisions": [[precision, count]],
+                }
+            self._event({"choices": [text | told | {"finish_reason": reason}]})
             if drop:
                 self.close_connection = True
                 return

@@ -20,10 +20,11 @@ from morphserve.quantize.weights import (
     StaticTensors,
 )
 from morphserve.runtime.arena import Arena
-from morphserve.runtime.build import Parts, assemble
+from morphserve.runtime.build import DeviceParts, assemble
 from morphserve.runtime.kernels import Kernels
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import full_image, quantized_image
+from morphserve.runtime.layout import Layout
 from morphserve.runtime.loader import LoadedModel
 from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
 from morphserve.runtime.model import pack_statics
@@ -167,7 +168,7 @@ class Driver:
     max_num_batched_tokens: int = 24
     max_num_seqs: int = 8
     prefix_caching: bool = False  # with it, a request's slices may have been others'
-    parts: Parts = field(init=False)
+    parts: DeviceParts = field(init=False)
     plan: MemoryPlan = field(init=False)
     requests: dict[str, Request] = field(init=False, default_factory=dict)
     moved: int = field(init=False, default=0)  # blocks that evacuations copied
@@ -188,7 +189,9 @@ class Driver:
         )
         sizes = self.model.sizes(BLOCK_TOKENS)
         self.plan = plan_memory(sizes, budget_for(sizes, 2, 1, self.kv_tokens), 2, 1)
-        self.parts = assemble(config, self.model, self.plan, max_model_len=256)
+        full, ladder = [Variant.FULL] * sizes.num_layers, self.model.ladder
+        layout = Layout(self.plan, ladder, 256, [self.plan.capacity(full)], full)
+        self.parts = assemble(config, self.model, layout)
         relocate = self.parts.swapper._relocate
 
         def counted(moves: Mapping[int, int]) -> None:

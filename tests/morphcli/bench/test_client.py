@@ -2,6 +2,7 @@
 
 import socket
 
+import msgspec
 import pytest
 from fake_server import fake_server
 
@@ -33,6 +34,24 @@ def test_an_answer_is_recorded_with_its_tokens_and_precisions() -> None:
     body = server.bodies[0]
     assert body["ignore_eos"] and body["stream_options"] == {"include_usage": True}
     assert (body["min_tokens"], body["max_tokens"], body["temperature"]) == (5, 5, 0)
+
+
+def test_ids_and_precisions_are_kept_where_the_server_is_asked_for_them() -> None:
+    with fake_server() as (url, server):
+        (outcome,) = outcomes_of(msgspec.structs.replace(plan(url, ["plain"]), token_ids=True))
+        (unasked,) = outcomes_of(plan(url, ["plain"]))
+    assert outcome.token_ids == [0, 1, 2, 3, 4]
+    assert outcome.precisions == [("full", 4), ("int4", 1)]  # neighbouring runs are one
+    assert unasked.token_ids is unasked.precisions is unasked.text is None
+    assert [body.get("return_token_ids") for body in server.bodies] == [True, None]
+
+
+def test_an_answer_to_be_graded_may_end_by_itself_and_is_kept() -> None:
+    with fake_server() as (url, server):
+        (outcome,) = outcomes_of(msgspec.structs.replace(plan(url, ["plain"]), graded=True))
+    assert outcome.text == "ab" * 5
+    assert server.bodies[0]["max_tokens"] == 5
+    assert not server.bodies[0].keys() & {"ignore_eos", "min_tokens"}
 
 
 def test_equal_answers_have_equal_hashes() -> None:

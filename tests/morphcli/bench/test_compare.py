@@ -231,4 +231,4 @@ def test_a_running_server_is_benched_from_trace_to_report(tmp_path: Path) -> Non
     assert "skipped 1 of 6 rows" in (tmp_path / "out").read_text().replace("\n", " ")
     assert summary.perplexities == []  # nobody knows which weights it serves
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"summary.json", "requests.jsonl", "timeline.jsonl", "report.html"}
+    assert files == {"summary.json", "requests.jsonl", "timeline.jsonl", "report.html", "plots"}

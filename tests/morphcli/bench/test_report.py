@@ -1,8 +1,6 @@
 """Table, verdict and page say what the figures say."""
 
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import msgspec
@@ -10,13 +8,10 @@ import pytest
 from bench_runs import answered, make_run, make_summary, state, unanswered
 
 from morphserve.configs.errors import ConfigError, MorphError
-from morphserve.configs.schema import Slo
-from morphserve.morphcli.bench.plot import Scale, nice_ceiling, spans, steps
 from morphserve.morphcli.bench.record import Summary, append_run, open_record, write_summary
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
-from morphserve.morphcli.bench.timeline import draw_timeline, make_frame
 from morphserve.morphcli.bench.verdict import verdict
 from morphserve.morphcli.traces.schedule import Burst
 
@@ -156,12 +151,6 @@ def test_the_report_tells_the_scales_of_prompts_and_outputs() -> None:
     assert "prompts × 0.1, outputs × 1, seed 0" in page
 
 
-def test_a_target_faster_than_the_axis_is_drawn() -> None:
-    runs = [make_run("full", [answered(0, 0.004)], CALM)]
-    frame = make_frame(runs, [1], Slo(ttft_s=0.005), None)
-    assert "target 5 ms" in draw_timeline(runs[0], frame)
-
-
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     open_record(tmp_path, force=False)
     open_record(tmp_path, force=False)  # the first never finished
@@ -196,50 +185,7 @@ def test_a_server_without_state_has_no_rows_about_memory() -> None:
     labels = [row.label for row in table_rows(summary)]
     assert not [label for label in labels if "KV" in label or "preempt" in label]
     page = render_report(summary, [make_run("server", QUICK, [])], schedule)
-    assert "does not report its state" in page and "time to first token" in page
-
-
-class _Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += attrs
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_the_page_is_whole_and_needs_nothing_else() -> None:
-    _, runs, page = three(SLOW, QUICK, QUICK)
-    tags = _Tags()
-    tags.feed(page)
-    assert tags.open == []
-    assert not {"src", "href", "srcset", "data", "xlink:href"} & {
-        name for name, _ in tags.attributes
-    }
-    assert "url(" not in page and "@import" not in page and "<script" not in page
-    assert page.count("<svg") == len(runs)
-    for words in ("prefers-color-scheme: dark", "KV cache, tokens", "precision of each layer",
-                  "preemptions per second", "target 1 s", "What the words mean"):  # fmt: skip
-        assert words in page
-
-
-def test_marks_are_where_the_data_is_and_text_is_escaped() -> None:
-    page = three(SLOW, QUICK, QUICK)[2]
-    full, static, morph = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert full.count("<circle") == 4 and full.count('class="cross"') == 1
-    assert full.count('class="bad"') == 3 and static.count('class="bad"') == 0
-    assert full.count("layer int4") == 0 and static.count("layer int4") == 4
-    assert morph.count("layer int4") == 4 and morph.count("layer full") == 8
-    assert "refused &lt;with&gt; 503" in full and "a &lt;fast&gt; cpu" in page
+    assert "does not report its state" in page and ">first token<" in page
 
 
 def test_the_run_folder_can_be_read_back(tmp_path: Path) -> None:
@@ -259,11 +205,3 @@ def test_the_run_folder_can_be_read_back(tmp_path: Path) -> None:
     assert len(requests) == 15 and requests[4]["status"] == 503
     timeline = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
     assert [line["at_s"] for line in timeline if line["policy"] == "morph"] == [0, 1, 3]
-
-
-def test_scales_ticks_and_steps() -> None:
-    log = Scale(0.01, 100, 100, 0, log=True)
-    assert [log(v) for v in (0.001, 0.01, 1, 100, 1000)] == [100, 100, 50, 0, 0]
-    assert [nice_ceiling(v) for v in (0, 0.3, 1, 3, 41, 1100)] == [1, 0.4, 1, 4, 50, 2000]
-    assert steps([(0, 5), (1, 5), (2, 7), (4, 7)], "c") == '<path d="M0 5H2V7H4" class="c"/>'
-    assert spans([(0, "a"), (1, "a"), (2, "b")], 3) == [(0, 2, "a"), (2, 3, "b")]

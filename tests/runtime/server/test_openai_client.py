@@ -43,6 +43,7 @@ def complete(client: openai.OpenAI, **fields: Any) -> Completion:
     known = {"model": "demo", "prompt": PROMPT, "max_tokens": 12, "temperature": 0} | fields
     own = {"min_p", "top_k", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids"}
     own |= {"include_stop_str_in_output", "skip_special_tokens", "add_special_tokens"}
+    own |= {"return_token_ids"}
     extra = {name: known.pop(name) for name in list(known) if name in own}
     answer: Completion = client.completions.create(**known, extra_body=extra)
     return answer
@@ -110,6 +111,17 @@ def test_the_logprobs_are_those_of_transformers(
         assert top[:3] == pytest.approx(likeliest, abs=0.05)
         assert told.tokens[place] in told.top_logprobs[place]  # type: ignore[index]
     assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(12)]
+
+
+def test_token_ids_are_those_of_the_prompt_and_of_the_text(
+    client: openai.OpenAI, tokenizer: Tokenizer
+) -> None:
+    whole: Any = complete(client, return_token_ids=True).choices[0]
+    assert whole.prompt_token_ids == tokens_of(tokenizer, PROMPT)
+    assert tokenizer.decode(whole.token_ids) == whole.text
+    assert whole.token_precisions == [["full", 12]]
+    chunks: Any = complete(client, return_token_ids=True, stream=True)
+    assert [i for chunk in chunks for i in chunk.choices[0].token_ids] == whole.token_ids
 
 
 def test_a_chats_logprobs_tell_token_bytes_and_rivals(client: openai.OpenAI) -> None:

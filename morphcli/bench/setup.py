@@ -1,0 +1,57 @@
+"""How a comparison was measured, in words."""
+
+from morphserve.morphcli.bench.record import Settings, Summary
+from morphserve.morphcli.bench.summary import show_s, show_slo
+from morphserve.morphcli.bench.table import policy_title
+
+
+def how_measured(summary: Summary) -> list[tuple[str, str]]:
+    """Names and sentences: what was sent, to whom, on what."""
+    settings, machine = summary.settings, summary.environment
+    lags = ", ".join(f"{policy_title(p.policy)} {show_s(p.lag_p99_s)}" for p in summary.policies)
+    return [
+        ("trace", _trace(summary)),
+        ("prompts", _prompts(settings)),
+        ("target", show_slo(settings.slo) or "none"),
+        ("servers", _servers(summary)),
+        ("load", "Open loop: each request leaves at its own time from a separate process, answered "
+         f"or not. How late they left (P99): {lags}; over 50 ms a run proves nothing."),
+        ("machine", f"{machine.cpu}, {machine.cores} cores, {machine.platform}"),
+        ("software", f"morphserve {machine.morphserve} ({machine.commit or 'no commit'}), "
+         f"Python {machine.python}, torch {machine.torch}"),
+        ("figures", "summary.json holds every figure of this page, requests.jsonl every request, "
+         "timeline.jsonl every sample of a server's state, plots/ every drawing as SVG and PNG."),
+    ]  # fmt: skip
+
+
+def _prompts(settings: Settings) -> str:
+    if settings.references is not None:
+        return f"rows of {settings.references}, whose right answers are known"
+    return f"cut from {settings.prompts or 'the held-out text of the model'}"
+
+
+def _trace(summary: Summary) -> str:
+    settings, facts = summary.settings, summary.trace
+    shape, trace = settings.shape, settings.trace
+    if shape.window_s is not None:
+        trace += ", seconds {:g} to {:g}".format(*shape.window_s)
+    trace += f"; rate × {shape.rate_scale:g}, time × {shape.time_scale:g}"
+    trace += f", prompts × {shape.length_scale:g}"
+    trace += f", outputs × {shape.length_scale * shape.output_scale:g}"
+    trace += f", seed {shape.seed}. {facts.prompt_tokens:,} prompt and "
+    trace += f"{facts.output_tokens:,} output tokens; {facts.clipped_prompts} prompts and "
+    return (
+        f"{trace}{facts.clipped_outputs} outputs cut to the longest allowed. {facts.skipped_rows}"
+    )
+
+
+def _servers(summary: Summary) -> str:
+    settings = summary.settings
+    if settings.url is not None:
+        return f"already running at {settings.url}"
+    order = [run.policy for run in summary.runs] or list(settings.policies)
+    return (
+        f"a fresh one per run, in the order {', '.join(order)}, each with "
+        f"{settings.memory_budget or 'the default amount'} of memory for weights and KV cache; "
+        f"bundle {settings.bundle or 'none'}; answers given up after {settings.timeout_s:g} s"
+    )

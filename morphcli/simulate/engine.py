@@ -1,0 +1,246 @@
+"""The engine that serves, on a device of sizes and times: it turns as fast as Python can."""
+
+import math
+from dataclasses import dataclass, replace
+
+from morphserve.configs.schema import EngineConfig
+from morphserve.morphcli.bench.server import State
+from morphserve.morphcli.simulate.counted import CountedBatch, CountedScheduler
+from morphserve.morphcli.simulate.device import SimulatedClock, SimulatedDevice, SimulatedLayers
+from morphserve.morphcli.simulate.pool import CountingPool
+from morphserve.morphcli.simulate.target import Target
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.engine import Engine
+from morphserve.runtime.ladder import Ladder, steps_of
+from morphserve.runtime.layout import DeviceMemory, Layout, lay_out
+from morphserve.runtime.memory import ModelSizes
+from morphserve.runtime.messages import Step, Submit
+from morphserve.runtime.parts import Parts
+from morphserve.runtime.swapper import Swapper
+
+_FEW = 64  # waiting requests that are looked at one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Decode steps in which nothing happens but a token for each request."""
+
+    steps: int
+    start_s: float
+    first_s: float  # duration of the first one
+    growth_s: float  # by which each is longer than the one before
+
+    def end_s(self, steps: int) -> float:
+        """When so many of them are done."""
+        growth_s = self.growth_s * steps * (steps - 1) / 2
+        return self.start_s + steps * self.first_s + growth_s
+
+    def begun_before(self, time_s: float) -> int:
+        """How many have begun, and so are carried to their end, by this time."""
+        wanted = time_s - self.start_s
+        if self.growth_s > 0:
+            linear = self.first_s - self.growth_s / 2
+            steps = (math.sqrt(linear**2 + 2 * self.growth_s * wanted) - linear) / self.growth_s
+        else:
+            steps = wanted / self.first_s
+        return min(self.steps, math.ceil(steps - 1e-9))
+
+
+class SimulatedEngine(Engine):
+    """Scheduler, block pool, monitor, controller and swapper are those of the real one."""
+
+    def __init__(self, config: EngineConfig, target: Target, slowdown: float = 1.0) -> None:
+        ladder = ladder_of(config, target)
+        layout = lay_out(
+            config,
+            _served(target.sizes, config, ladder),
+            ladder,
+            target.max_position,
+            DeviceMemory(target.memory_bytes, lambda: target.memory_bytes - target.reserved_bytes),
+        )
+        self.clock = SimulatedClock()
+        self._slo, self._limits = config.slo, config.scheduler
+        parts, self._device, self.scheduler = _parts(config, target, layout, self.clock)
+        super().__init__(config, parts, self.clock)
+        self._device.slowdown = slowdown
+        self._monitor.expect(slowdown)
+
+    @property
+    def rung(self) -> int:
+        """Steps of the ladder that are taken, or under way."""
+        return self._rung if self._parts.swapper.in_flight else self._computing_rung
+
+    def state(self) -> State:
+        """What a run is judged by, at this moment."""
+        parts, scheduler, monitor = self._parts, self.scheduler, self._monitor
+        return State(
+            time=self.clock.seconds,
+            layers=list(parts.layers.variants),
+            swapping={swap.layer: swap.to for swap in parts.swapper.in_flight},
+            ladder=list(parts.ladder.steps),
+            blocks_used=parts.pool.num_used,
+            blocks_capacity=parts.pool.capacity,
+            blocks_full=parts.hello.capacities[0],
+            block_tokens=parts.hello.block_tokens,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(scheduler.held),
+            preemptions=scheduler.num_preemptions,
+            swaps=monitor.swaps,
+            generated_tokens=dict(monitor.generated_tokens),
+        )
+
+    def turn(self) -> Step | CountedBatch | None:
+        """One step, or the time until the next look where there is nothing to do."""
+        before_s = self.clock.seconds
+        step = self._count_step() or self._whole_step()
+        if self.clock.seconds == before_s:
+            self._device.idle()
+        return step
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing changes until a request comes."""
+        return not self.has_work and self._control.target == 0 and self._has_arrived
+
+    def stretch(self) -> Stretch | None:
+        """The quiet steps that lie ahead, if there are any worth skipping."""
+        scheduler = self.scheduler
+        if not self._may_count():
+            return None
+        scheduler.start_counting()
+        steps = scheduler.quiet_steps()
+        if steps < 2:
+            return None
+        found = Stretch(
+            steps, self.clock.seconds, *self._device.decode_seconds(*scheduler.decoding)
+        )
+        if self._is_calm(steps):
+            return found
+        steps = found.begun_before(self._control.due_s())
+        return replace(found, steps=steps) if steps > 1 else None
+
+    def skip(self, stretch: Stretch, steps: int) -> None:
+        """Does the first so many steps of a stretch."""
+        last_s = stretch.end_s(steps - 1)
+        if self._control.is_due(last_s):
+            self._control.rest(last_s)
+        self.clock.seconds = stretch.end_s(steps)
+        self.scheduler.skip(steps)
+        self._note(steps, steps * self.scheduler.decoding[0])
+
+    def _count_step(self) -> CountedBatch | None:
+        """A step on counts; None where the parts have to be shown each request."""
+        if not self._may_count():
+            return None
+        scheduler, started_s = self.scheduler, self.clock.seconds
+        scheduler.start_counting()
+        if self._control.is_due(started_s):
+            self._control.rest(started_s)
+        self._limit_admission()
+        batch = scheduler.count_step(started_s)
+        if batch is None or not batch.decodes and not batch.prefills:
+            return None
+        self._monitor.scheduled(scheduler, started_s)
+        self._device.run_counted(batch)
+        self._note(1, batch.sampled)
+        return batch
+
+    def _whole_step(self) -> Step | None:
+        self.scheduler.settle()
+        return self.step()
+
+    def _note(self, steps: int, generated: int) -> None:
+        self._monitor.skipped(steps, generated, self._precision, self.clock.seconds)
+
+    def _may_count(self) -> bool:
+        """Whether the next step can neither lead to a decision nor meet a swap."""
+        if not self._has_arrived or not self.scheduler.running and not self.scheduler.waiting:
+            return False
+        return not self._control.is_due(self.clock.seconds) or self._is_calm(0)
+
+    def _is_calm(self, steps: int) -> bool:
+        """Whether a look after so many quiet steps, or before, cannot lead to anything."""
+        if self._policy.static_layers >= 0:
+            return True
+        scheduler, hello = self.scheduler, self._parts.hello
+        waiting = scheduler.waiting
+        if self._control.target or scheduler.memory_blocked or len(waiting) > _FEW:
+            return False
+        horizon, size = steps + self._policy.horizon_tokens, hello.block_tokens
+        most = scheduler.num_used + len(scheduler.running) * (2 + horizon // size)
+        most += sum(2 + (request.num_tokens + horizon) // size for request in waiting)
+        fits = most <= self._policy.demote_above * hello.capacities[0]
+        return fits and (not waiting or self._is_soon())
+
+    def _is_soon(self) -> bool:
+        """Whether every waiting request is predicted well within its target, at worst."""
+        target_s = self._slo.ttft_s
+        if target_s is None:
+            return True
+        scheduler = self.scheduler
+        scheduler.start_counting()
+        decodes, context = scheduler.decoding
+        budget = self._limits.max_num_batched_tokens
+        steps = -(-scheduler.queued_tokens // max(1, budget - len(scheduler.running)))
+        slowdown = self._monitor.slowdown or 1.0
+        chunk_s = self._device.longest_step_s(budget, len(scheduler.running), context) * slowdown
+        age_s = self.clock.seconds - scheduler.waiting[0].arrival_s
+        return age_s + steps * chunk_s <= self._policy.slo_share * target_s
+
+    def _knows_tokens(self, message: Submit) -> bool:
+        return True  # a simulated prompt has a length and no content
+
+
+def ladder_of(config: EngineConfig, target: Target) -> Ladder:
+    """The target's own; policies that never swap know INT4 only, as on a real device."""
+    num_layers = target.sizes.num_layers
+    order = list(range(num_layers))
+    if target.ladder is not None:
+        order = [step.layer for step in target.ladder if step.to is Variant.INT4]
+    if config.policy.static_layers >= 0:
+        return Ladder(steps_of(order, [Variant.INT4]), num_layers)
+    if target.ladder is not None:
+        return Ladder(target.ladder, num_layers)
+    return Ladder(steps_of(order, target.sizes.quantized), num_layers)
+
+
+def _served(sizes: ModelSizes, config: EngineConfig, ladder: Ladder) -> ModelSizes:
+    """Of the images that this policy may use."""
+    swaps = config.policy.max_demoted(ladder.num_layers) > 0
+    used = {Variant.FULL, *(step.to for step in ladder.steps if swaps)}
+    images = {variant: of for variant, of in sizes.image_bytes.items() if variant in used}
+    return replace(sizes, image_bytes=images)
+
+
+def _parts(
+    config: EngineConfig, target: Target, layout: Layout, clock: SimulatedClock
+) -> tuple[Parts, SimulatedDevice, CountedScheduler]:
+    plan = layout.plan
+    pool = CountingPool(plan.base_blocks)
+    for layer, slab in enumerate(plan.slabs):
+        for part in slab.freed_between(Variant.FULL, layout.variants[layer]):
+            pool.publish((layer, part), slab.blocks[part])
+    layers = SimulatedLayers(plan, layout.variants)
+    device = SimulatedDevice(target, plan, layers, clock)
+    scheduler = CountedScheduler(
+        config.scheduler,
+        pool,
+        config.cache.block_tokens,
+        layout.max_model_len,
+    )
+    swapper = Swapper(
+        device, plan, layers, pool, scheduler.move_blocks, device.copy, device.allowance
+    )
+    parts = Parts(
+        vocab_size=0,
+        max_model_len=layout.max_model_len,
+        ladder=layout.ladder,
+        hello=layout.hello(target.device, "simulated", "bfloat16"),
+        pool=pool,
+        scheduler=scheduler,
+        layers=layers,
+        swapper=swapper,
+        runner=device,
+        cost_model=target.costs,
+    )
+    return parts, device, scheduler

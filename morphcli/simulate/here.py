@@ -1,0 +1,40 @@
+"""This machine as a target: a model and its bundle as they are served here, by measured costs."""
+
+import os
+from pathlib import Path
+
+from morphserve.configs.errors import ConfigError
+from morphserve.configs.load import load_policy
+from morphserve.configs.schema import CacheConfig, EngineConfig
+from morphserve.morphcli.simulate.target import Target
+from morphserve.quantize.machine import device_name
+
+HERE = "here"  # what this machine is called among devices
+_COPY_BYTES_PER_S = 8e9  # memcpy of weights that no cache holds
+_IDLE_LOOK_S = 0.02  # between two looks of an engine without work
+
+
+def this_machine(model: str, bundle: Path, cache: CacheConfig) -> Target:
+    """Raises ConfigError if nobody measured this machine, MorphError if a file cannot be used."""
+    from morphserve.runtime.build import measured_costs
+    from morphserve.runtime.sizing import outline_model
+
+    found = outline_model(EngineConfig(model, load_policy("performance"), str(bundle), cache=cache))
+    costs = measured_costs(found)
+    if costs is None:
+        raise ConfigError(
+            f"{bundle} holds no times that were measured on this machine: run "
+            f"`morph profile {model} --bundle {bundle}`"
+        )
+    return Target(
+        device=device_name(),
+        model=model,
+        max_position=found.architecture.max_position,
+        sizes=found.sizes(cache.block_tokens),
+        costs=costs,
+        copy_bytes_per_s=_COPY_BYTES_PER_S,
+        copies_overlap=False,
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        idle_step_s=_IDLE_LOOK_S,
+        ladder=found.ladder.steps,
+    )

@@ -1,0 +1,28 @@
+"""Several traces as one."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from morphserve.morphcli.traces.rows import Integers, Rows, sorted_rows
+
+
+def merge_rows(parts: Sequence[Rows], *, by_start: bool = False) -> Rows:
+    """All rows in order of time: by date where every part has dates, else from each part's first.
+
+    `by_start` lays the first rows of all parts on each other, dates or not.
+    """
+    is_dated = not by_start and all(part.start_us is not None for part in parts)
+    return sorted_rows(
+        " + ".join(part.source for part in parts),
+        "merged",
+        np.concatenate([_stamps(part, is_dated) for part in parts]),
+        np.concatenate([part.prompt_tokens for part in parts]),
+        np.concatenate([part.output_tokens for part in parts]),
+        is_dated=is_dated,
+        comments=list(dict.fromkeys(line for part in parts for line in part.comments)),
+    )
+
+
+def _stamps(part: Rows, is_dated: bool) -> Integers:
+    return part.time_us + part.start_us if is_dated and part.start_us else part.time_us
