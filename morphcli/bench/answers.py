@@ -61,7 +61,8 @@ def _finished(run: Run) -> Iterator[Outcome]:
 def _pairs(run: Run, reference: Run) -> list[_Pair]:
     """Answers to the same request that both runs brought to an end."""
     others = {outcome.index: outcome for outcome in _finished(reference)}
-    return [(o, others[o.index]) for o in _finished(run) if o.index in others]
+    known = (o for o in _finished(run) if o.text_sha256 is not None)  # a simulated one has no text
+    return [(o, others[o.index]) for o in known if o.index in others]
 
 
 def _ids(pair: _Pair) -> tuple[list[int], list[int]]:

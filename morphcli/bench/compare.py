@@ -155,7 +155,7 @@ def replay(plan: Plan, on_outcome: _REPLAY_STEP) -> tuple[Started, list[Outcome]
 
 def agreement(reference: Sequence[Outcome], other: Sequence[Outcome]) -> float | None:
     """Share of requests answered in both runs whose greedy text is the same; None: no such."""
-    texts = {o.index: o.text_sha256 for o in reference if o.error is None}
+    texts = {o.index: o.text_sha256 for o in reference if o.text_sha256 is not None}
     both = [o for o in other if o.error is None and o.index in texts]
     if not both:
         return None

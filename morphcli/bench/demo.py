@@ -10,24 +10,22 @@ import torch
 from morphserve.configs.errors import MorphError
 from morphserve.configs.load import DEMO_MODEL, load_policy, parse_bytes
 from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig, Slo
-from morphserve.morphcli.bench.forecast import Server, first_tokens
 from morphserve.morphcli.bench.run import BenchRequest
+from morphserve.morphcli.simulate.fleet import Fleet, simulate
+from morphserve.morphcli.simulate.here import this_machine
 from morphserve.morphcli.traces.readers import read_trace
 from morphserve.morphcli.traces.schedule import Schedule, Shape, shape_trace
 from morphserve.profile.mixes import Model
 from morphserve.profile.orders import RankSettings
 from morphserve.profile.ranking import draw_texts, rank
 from morphserve.quantize.build import QuantizeSettings, build_bundle, default_group_size
-from morphserve.quantize.bundle import Bundle, open_bundle, read_bundle
+from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.machine import device_name
-from morphserve.runtime.build import budget_for_tokens, foretell
-from morphserve.runtime.costs import cost_model
-from morphserve.runtime.ladder import Ladder
+from morphserve.runtime.build import budget_for_tokens
 from morphserve.runtime.measure import measure_costs
-from morphserve.runtime.sizing import outline_model
 
 WINDOW_S = 6.0, 54.0
 _TRACE = Path(__file__).with_name("azure2023_burst.csv")
@@ -68,46 +66,38 @@ def demo_budget(settings: DemoSettings, bundle: Path) -> str:
 
 
 def fit_load(settings: DemoSettings, bundle: Path, budget: str) -> DemoSettings:
-    """The settings with the highest request rate that a morphed server bears on this machine.
+    """The settings with the highest request rate that a morphing server bears on this machine.
 
-    By the measured costs, it then keeps the target for nearly all requests at the deepest rung of
-    its policy; at full precision it would not.
+    By the measured costs, it then keeps the target for nearly all requests; at full precision it
+    would not.
     """
-    server, trace = _morphed(settings, bundle, budget), read_trace(_TRACE)
+    fleet, trace = _fleet(settings, bundle, budget), read_trace(_TRACE)
     low, high = _RATE_SCALES
     while high / low > _RATE_STEP:
         middle = math.sqrt(low * high)
         schedule = shape_trace(trace, replace(settings.shape, rate_scale=middle))
-        low, high = (middle, high) if _bears(server, schedule, settings) else (low, middle)
+        low, high = (middle, high) if _bears(fleet, schedule, settings) else (low, middle)
     return replace(settings, shape=replace(settings.shape, rate_scale=round(low, 3)))
 
 
-def _morphed(settings: DemoSettings, bundle: Path, budget: str) -> Server:
-    """The server under test at the deepest rung of its policy."""
-    policy, limits = load_policy("balanced"), SchedulerConfig(max_model_len=settings.max_model_len)
+def _fleet(settings: DemoSettings, bundle: Path, budget: str) -> Fleet:
+    """The server under test."""
     cache = CacheConfig(memory_budget=parse_bytes(budget))
-    config = EngineConfig(DEMO_MODEL, policy, str(bundle), cache=cache, scheduler=limits)
-    costs = _costs_here(read_bundle(str(bundle)))
-    assert costs is not None, "prepare_bundle has measured them"
-    hello = foretell(config, outline_model(config))
-    ladder = Ladder(tuple(hello.ladder), hello.num_layers)
-    return Server(
-        costs=cost_model(costs),
-        variants=ladder.variants_at(len(hello.capacities) - 1),
-        num_blocks=hello.capacities[-1],
-        block_tokens=cache.block_tokens,
-        max_model_len=settings.max_model_len,
-        limits=limits,
+    return Fleet(
+        this_machine(DEMO_MODEL, bundle, cache),
+        cache=cache,
+        limits=SchedulerConfig(max_model_len=settings.max_model_len),
+        timeout_s=settings.timeout_s,
         slowdown=_SLOWDOWN,
     )
 
 
-def _bears(server: Server, schedule: Schedule, settings: DemoSettings) -> bool:
+def _bears(fleet: Fleet, schedule: Schedule, settings: DemoSettings) -> bool:
     assert settings.slo.ttft_s is not None
     limit_s = _MARGIN * settings.slo.ttft_s
-    found = first_tokens(server, schedule, patience_s=settings.slo.ttft_s)
-    kept = sum(ttft_s <= limit_s for ttft_s in found)
-    return kept >= _KEPT_SHARE * len(schedule.arrivals)
+    outcomes = simulate(fleet, schedule, load_policy("balanced")).outcomes
+    kept = sum(o.ttft_s is not None and o.ttft_s <= limit_s for o in outcomes)
+    return kept >= _KEPT_SHARE * len(outcomes)
 
 
 def demo_request(settings: DemoSettings, folder: Path, bundle: Path, budget: str) -> BenchRequest:

@@ -28,6 +28,7 @@ WIDTH_IN = 5.0  # of the drawing; it fits a phone, and three of them a desk's sc
 LEFT_IN, RIGHT_IN = 0.52, 0.12  # beside the panels
 _ACROSS_IN = WIDTH_IN - LEFT_IN - RIGHT_IN
 _MAX_STRIPS = 8000  # of all layers; more make a page heavy and no clearer
+_MANY_DOTS = 4000
 _PRECISIONS = {"full": "full", "int8": "int8", "int4": "orange", "moving": "moving"}
 _NAMES = {"full": "full", "int8": "INT8", "int4": "INT4", "moving": "moving"}
 
@@ -203,7 +204,10 @@ def _draw_first_tokens(axes: Axes, run: Run, frame: Frame, events: Events) -> No
     good = [(o.intended_s, ttft) for o, ttft in answered if meets(o, frame.slo)]
     missed = [(o.intended_s, ttft) for o, ttft in answered if not meets(o, frame.slo)]
     for places, colour in ((good, "blue"), (missed, "orange")):
-        cells = distinct(((x, math.log10(y)) for x, y in places), (frame.hair_s, 0.015))
+        wide = 1 if len(places) < _MANY_DOTS else 3  # in a crowd, gaps of a point are filled
+        cells = distinct(
+            ((x, math.log10(y)) for x, y in places), (wide * frame.hair_s, wide * 0.015)
+        )
         draw_dots(axes, ((x, 10**y) for x, y in cells), colour, 3.2, alpha=0.75)
     handles = [_dot("in target", "blue"), _dot("missed", "orange")]
     lost = [o.intended_s for o in run.outcomes if o.ttft_s is None]

@@ -21,6 +21,16 @@ SUMMARY = "summary.json"
 _REQUESTS, _TIMELINE = "requests.jsonl", "timeline.jsonl"
 
 
+class Simulated(msgspec.Struct, frozen=True):
+    """What stood in for servers."""
+
+    device: str
+    replicas: int
+    router: str
+    slowdown: float  # of steps
+    constants: dict[str, str]  # of the device, with their sources
+
+
 class Settings(msgspec.Struct, frozen=True):
     """What was asked for; None: not given."""
 
@@ -36,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True):
     slo: Slo
     timeout_s: float
     references: str | None = None  # file of prompts with answers
+    simulated: Simulated | None = None  # None: servers were measured
 
 
 class Environment(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +29,7 @@ from morphserve.morphcli.bench.prompts import Prompts, load_corpus, load_tokeniz
 from morphserve.morphcli.bench.quality import Quality, open_quality
 from morphserve.morphcli.bench.record import (
     Settings,
+    Simulated,
     Summary,
     TraceFacts,
     append_run,
@@ -73,10 +75,12 @@ class BenchRequest:
     timeout_s: float = 120.0  # per request
     reading: Reading = Reading()  # of the trace, beyond what its header tells
     force: bool = False  # replace a finished run in `output`
+    is_simulated: bool = False  # no server is started
 
     def __post_init__(self) -> None:
         if self.url is not None:
             host_and_port(self.url)
+        if self.url is not None or self.is_simulated:
             return
         needs_bundle = [name for name in self.policies if name != "full"]
         if self.bundle is None and needs_bundle:
@@ -110,7 +114,23 @@ def run_bench(request: BenchRequest, console: Console) -> Summary:
         runs = _run_all(bench, console)
     if quality is not None:
         console.print("measuring the quality of what was served")
+    return conclude(request, facts, runs, schedule, quality, wanted)
+
+
+def conclude(
+    request: BenchRequest,
+    facts: TraceFacts,
+    runs: Sequence[Run],
+    schedule: Schedule,
+    quality: Quality | None = None,
+    wanted: Sequence[Reference] = (),
+    simulated: Simulated | None = None,
+) -> Summary:
+    """Turn finished runs into the summary and the report of the run folder."""
     summary = _summary(request, facts, runs, quality, wanted)
+    if simulated is not None:
+        settings = msgspec.structs.replace(summary.settings, simulated=simulated)
+        summary = msgspec.structs.replace(summary, settings=settings)
     write_summary(request.output, summary)
     write_report(request.output, summary, runs, schedule)
     return summary

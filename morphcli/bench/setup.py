@@ -1,6 +1,6 @@
 """How a comparison was measured, in words."""
 
-from morphserve.morphcli.bench.record import Settings, Summary
+from morphserve.morphcli.bench.record import Settings, Simulated, Summary
 from morphserve.morphcli.bench.summary import show_s, show_slo
 from morphserve.morphcli.bench.table import policy_title
 
@@ -14,8 +14,7 @@ def how_measured(summary: Summary) -> list[tuple[str, str]]:
         ("prompts", _prompts(settings)),
         ("target", show_slo(settings.slo) or "none"),
         ("servers", _servers(summary)),
-        ("load", "Open loop: each request leaves at its own time from a separate process, answered "
-         f"or not. How late they left (P99): {lags}; over 50 ms a run proves nothing."),
+        ("load", _load(settings, lags)),
         ("machine", f"{machine.cpu}, {machine.cores} cores, {machine.platform}"),
         ("software", f"morphserve {machine.morphserve} ({machine.commit or 'no commit'}), "
          f"Python {machine.python}, torch {machine.torch}"),
@@ -24,7 +23,29 @@ def how_measured(summary: Summary) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def _load(settings: Settings, lags: str) -> str:
+    if settings.simulated is not None:
+        return "Open loop: each request comes at its own time, answered or not."
+    return (
+        "Open loop: each request leaves at its own time from a separate process, answered "
+        f"or not. How late they left (P99): {lags}; over 50 ms a run proves nothing."
+    )
+
+
+def _simulated(settings: Settings, simulated: Simulated) -> str:
+    router = f" behind a {simulated.router} router" if simulated.replicas > 1 else ""
+    memory = settings.memory_budget or "all its memory"
+    return (
+        f"simulated: {simulated.replicas} × {simulated.device}{router}, each with {memory} for "
+        "weights and KV cache. Scheduler, block pool, monitor and controller are those that serve; "
+        f"steps take the times of a cost model, × {simulated.slowdown:g}. "
+        + " ".join(f"{name}: {value}." for name, value in simulated.constants.items())
+    )
+
+
 def _prompts(settings: Settings) -> str:
+    if settings.simulated is not None:
+        return "none: a simulated request has lengths and no content"
     if settings.references is not None:
         return f"rows of {settings.references}, whose right answers are known"
     return f"cut from {settings.prompts or 'the held-out text of the model'}"
@@ -47,6 +68,8 @@ def _trace(summary: Summary) -> str:
 
 def _servers(summary: Summary) -> str:
     settings = summary.settings
+    if settings.simulated is not None:
+        return _simulated(settings, settings.simulated)
     if settings.url is not None:
         return f"already running at {settings.url}"
     order = [run.policy for run in summary.runs] or list(settings.policies)

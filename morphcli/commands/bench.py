@@ -9,6 +9,7 @@ from morphserve.morphcli.settings import first_key
 from morphserve.morphcli.traces.formats import TimeUnit, parse_map
 
 _COMPARE = "full,static:all,morph"
+_SIMULATION = "Simulation"
 
 
 def bench(
@@ -31,6 +32,30 @@ def bench(
     api_key: Annotated[
         str | None, typer.Option(metavar="KEY", help="If the server at --url wants one.")
     ] = None,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Start no server, but simulate one: here, l4, a100, h100, h200.",
+            rich_help_panel=_SIMULATION,
+        ),
+    ] = None,
+    replicas: Annotated[
+        int, typer.Option(help="Servers behind a router.", rich_help_panel=_SIMULATION)
+    ] = 1,
+    router: Annotated[
+        str,
+        typer.Option(
+            help="round-robin, least-loaded or pressure-aware.", rich_help_panel=_SIMULATION
+        ),
+    ] = "least-loaded",
+    slowdown: Annotated[
+        float,
+        typer.Option(
+            help="Steps take so many times what the cost model says.",
+            rich_help_panel=_SIMULATION,
+        ),
+    ] = 1.0,
     map: Annotated[
         str | None, typer.Option(help="Columns of the trace: time=COL,prompt=COL,output=COL.")
     ] = None,
@@ -75,6 +100,8 @@ def bench(
 
     if url is not None and compare is not None:
         raise ConfigError("--compare starts servers of its own: leave it out with --url")
+    if url is not None and simulate is not None:
+        raise ConfigError("--simulate stands in for a server: leave out --url")
     part = parse_window(window) if window else Window()
     request = BenchRequest(
         model=model,
@@ -102,9 +129,15 @@ def bench(
         url=url,
         api_key=first_key(api_key) if url else None,
         force=force,
+        is_simulated=simulate is not None,
     )
     console = Console(stderr=True)
-    summary = run_bench(request, console)
+    if simulate is None:
+        summary = run_bench(request, console)
+    else:
+        from morphserve.morphcli.simulate.bench import Setup, simulate_bench
+
+        summary = simulate_bench(request, Setup(simulate, replicas, router, slowdown), console)
     found = verdict(summary)
     if json:
         if any(policy.faults for policy in summary.policies) and found:

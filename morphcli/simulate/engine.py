@@ -100,7 +100,9 @@ class SimulatedEngine(Engine):
     @property
     def is_at_rest(self) -> bool:
         """Whether nothing changes until a request comes."""
-        return not self.has_work and self._control.target == 0 and self._has_arrived
+        if self.has_work or not self._has_arrived:
+            return False
+        return self._control.target == 0 or self._policy.static_layers >= 0
 
     def stretch(self) -> Stretch | None:
         """The quiet steps that lie ahead, if there are any worth skipping."""

@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_target import SIZES, TARGET
 
-from morphserve.configs.schema import SchedulerConfig
+from morphserve.configs.load import load_policy
+from morphserve.configs.schema import CacheConfig, SchedulerConfig
 from morphserve.morphcli.bench import demo
 from morphserve.morphcli.bench.demo import DemoSettings, fit_load
-from morphserve.morphcli.bench.forecast import Server, first_tokens
+from morphserve.morphcli.simulate.fleet import Fleet, simulate
 from morphserve.morphcli.traces.readers import read_trace
 from morphserve.morphcli.traces.schedule import shape_trace
 from morphserve.quantize.costs import Curve
@@ -18,15 +20,18 @@ from morphserve.runtime.costs import AttentionCost, CostModel
 FREE = AttentionCost(0.0, 0.0, 0.0, error=0.0)
 
 
-def server(token_s: float) -> Server:
-    """One layer, `token_s` seconds per token of a step."""
-    curve = Curve([1, 2], [token_s, 2 * token_s])
-    costs = CostModel({Variant.FULL: curve}, FREE, FREE, Curve([1, 2], [1e-12, 1e-12]))
-    return Server(costs, [Variant.FULL], 120, 16, 640, SchedulerConfig())
+def fleet(token_s: float) -> Fleet:
+    """Four layers that together take `token_s` seconds per token of a step."""
+    curve = Curve([1, 2], [token_s / 4, token_s / 2])
+    layers = dict.fromkeys((Variant.FULL, Variant.INT4), curve)
+    costs = CostModel(layers, FREE, FREE, Curve([1, 2], [1e-12, 1e-12]))
+    target = replace(TARGET, costs=costs, max_position=640, sizes=SIZES)
+    cache = CacheConfig(memory_budget=2**20, min_run_bytes=1)
+    return Fleet(target, cache=cache, limits=SchedulerConfig(max_model_len=640))
 
 
 def fitted(monkeypatch: pytest.MonkeyPatch, token_s: float) -> DemoSettings:
-    monkeypatch.setattr(demo, "_morphed", lambda *_: server(token_s))
+    monkeypatch.setattr(demo, "_fleet", lambda *_: fleet(token_s))
     return fit_load(DemoSettings(), Path("unused"), "27MiB")
 
 
@@ -41,7 +46,8 @@ def test_the_load_is_borne_and_a_third_more_is_not(monkeypatch: pytest.MonkeyPat
 
     def late(scale: float) -> float:
         shape = replace(settings.shape, rate_scale=scale * settings.shape.rate_scale)
-        found = first_tokens(server(4e-4), shape_trace(trace, shape), patience_s=100.0)
-        return sum(ttft_s > 0.5 for ttft_s in found) / len(found)
+        run = simulate(fleet(4e-4), shape_trace(trace, shape), load_policy("balanced"))
+        found = [o.ttft_s for o in run.outcomes]
+        return sum(ttft_s is None or ttft_s > 0.5 for ttft_s in found) / len(found)
 
     assert late(1.0) <= 0.01 < late(1.34)
