@@ -33,7 +33,7 @@ def plan(
         int | None, typer.Option(help="Most tokens of a request. [default: the trace's longest]")
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
     window: Annotated[str | None, typer.Option(help="Seconds of the trace, as t:92-154.")] = None,
     rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -93,7 +93,7 @@ def _print(found: "Plan", slo: str) -> None:
     from rich.table import Table
 
     table = Table(title=f"{found.model} on {found.device}, {found.share:.4g} of requests at {slo}")
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for column in ("replicas", "memory each", "within SLO", "TTFT P95", "TPOT P95", "INT4 tokens"):
         table.add_column(column, justify="right")
     for need in found.needs:
