@@ -5,11 +5,13 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 
 from morphserve.morphcli.app import app
+from morphserve.morphcli.traces.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("configs", "morphcli", "profile", "quantize", "runtime")
@@ -17,7 +19,7 @@ PRESETS = ("accuracy", "balanced", "performance", "off")
 PAGES = (
     *("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md"),
     *("docs/bundle-format.md", "docs/configuration.md", "docs/controller.md", "docs/formats.md"),
-    *("docs/limits.md", "docs/quality.md", "docs/simulator.md"),
+    *("docs/limits.md", "docs/quality.md", "docs/simulator.md", "docs/traces.md"),
 )
 
 
@@ -70,14 +72,31 @@ def test_readme_shows_the_presets_as_they_are() -> None:
         assert values == [preset[key] for preset in presets], key
 
 
-def test_readme_uses_commands_and_options_that_exist() -> None:
-    lines = commands("README.md")
-    assert {line[1] for line in lines} >= {"quantize", "profile", "serve", "bench"}
-    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for line in lines:
-        options = {option for param in known[line[1]].params for option in param.opts}
+def test_readme_shows_the_way_from_a_checkpoint_to_a_comparison() -> None:
+    shown = {line[1] for line in commands("README.md")}
+    assert shown >= {"quantize", "profile", "serve", "bench"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/traces.md"])
+def test_commands_and_options_that_are_shown_exist(page: str) -> None:
+    assert commands(page)
+    for line in commands(page):
+        command: Any = typer.main.get_command(app)
+        for word in line[1:]:
+            command = getattr(command, "commands", {}).get(word, command)
+        options = {option for param in command.params for option in param.opts}
         used = {word for word in line if word.startswith("-")}
         assert used <= options, line
+
+
+def test_the_page_of_traces_has_every_format_with_its_columns() -> None:
+    rows = re.findall(
+        r"^\| ([^|]+) \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \|", read("docs/traces.md"), re.M
+    )
+    assert rows == [
+        (known.name, known.columns.time, known.columns.prompt, known.columns.output)
+        for known in FORMATS
+    ]
 
 
 def test_the_controllers_page_has_every_key_of_balanced() -> None:

@@ -1,5 +1,6 @@
 """`morph trace`: request traces described, cut, made and merged."""
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ trace = typer.Typer(
     rich_markup_mode=None,
 )
 
+_WINDOW_S, _LEAST_WINDOW_S = 300, 20
 _READING = "Reading"
 _File = Annotated[Path, typer.Argument(help="CSV or JSON lines, also gzipped.")]
 _Map = Annotated[
@@ -76,13 +78,16 @@ def describe(
     from morphserve.morphcli.traces.show import description_table
 
     Console().print(description_table(found), highlight=False)
-    typer.echo(f"find its burst: morph trace window {_again(file, map, time_unit)}")
+    again = _again(file, map, time_unit)
+    typer.echo(_try_window(again, found.seconds.total) or _try_bench(again))
 
 
 @trace.command(cls=Command)
 def window(
     file: _File,
-    seconds: Annotated[int, typer.Option(min=20, help="Length of the window.")] = 300,
+    seconds: Annotated[
+        int, typer.Option(min=_LEAST_WINDOW_S, help="Length of the window.")
+    ] = _WINDOW_S,
     densest: Annotated[
         bool, typer.Option("--densest", help="Most requests, not calm, burst and calm.")
     ] = False,
@@ -201,10 +206,11 @@ def merge(
     ]
     rows = merge_rows(parts, by_start=by_start)
     write_rows(output, rows)
+    file = shlex.quote(str(output))
     how = "by their starts" if rows.start_us is None else "by date"
     typer.echo(
         f"wrote {output}: {len(rows):,} requests over {rows.span_s:,.1f} s, merged {how}, "
-        f"try: morph trace window {shlex.quote(str(output))}"
+        f"{_try_window(file, math.ceil(rows.span_s)) or _try_bench(file)}"
     )
 
 
@@ -237,6 +243,14 @@ def _again(file: Path, map: str | None, time_unit: TimeUnit | None) -> str:
     """The file for a next command line, with what it takes to read it."""
     words = [str(file), *(["--map", map] if map else [])]
     return shlex.join([*words, *(["--time-unit", time_unit.value] if time_unit else [])])
+
+
+def _try_window(trace: str, seconds: int) -> str | None:
+    """None for a trace too short to have windows."""
+    if seconds < _LEAST_WINDOW_S:
+        return None
+    shorter = "" if seconds > _WINDOW_S else f" --seconds {max(_LEAST_WINDOW_S, seconds // 2)}"
+    return f"find its burst: morph trace window {trace}{shorter}"
 
 
 def _try_bench(trace: str) -> str:

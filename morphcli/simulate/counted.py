@@ -119,10 +119,10 @@ class CountedScheduler(Scheduler):
         self._pass(1)
         budget = self._config.max_num_batched_tokens - batch.decodes
         budget -= self._last_tokens(batch)
-        budget = self._take_counted(batch, budget)
+        self._take_counted(batch, budget)
+        self.memory_blocked = self._is_seat_free() and self._room_for(self.waiting[0]) is None
         self._join(batch)
         self._end_due(batch)
-        self.memory_blocked = self._is_seat_free() and self._room_for(self.waiting[0]) is None
         return batch
 
     def _pass(self, steps: int) -> None:
@@ -153,14 +153,13 @@ class CountedScheduler(Scheduler):
             self._take_span(batch, request, 1)
         return len(last)
 
-    def _take_counted(self, batch: CountedBatch, budget: int) -> int:
+    def _take_counted(self, batch: CountedBatch, budget: int) -> None:
         """Prompts that run already, then new ones, as far as the step's tokens go."""
         while self._prefilling and budget > 0:
             request = self._prefilling.popleft()
             budget -= self._take_span(batch, request, budget)
         while budget > 0 and (admitted := self._admit()):
             budget -= self._take_span(batch, admitted, budget)
-        return budget
 
     def _take_span(self, batch: CountedBatch, request: Request, budget: int) -> int:
         start, tokens = request.num_computed, request.num_tokens

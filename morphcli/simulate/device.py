@@ -144,6 +144,11 @@ class SimulatedDevice:
         self._clock.seconds += seconds + self._copying_s
         self._copying_s = 0.0
 
+    def skip(self, last_s: float, end_s: float) -> None:
+        """Goes on to the end of steps of which the last one began at `last_s`."""
+        self._latest_s = end_s - last_s
+        self._clock.seconds = end_s
+
     def longest_step_s(self, tokens: int, num_seqs: int, context: int) -> float:
         """No step of at most so many tokens takes longer at full precision, unless slowed down."""
         costs, num_layers = self._target.costs, len(self._variants)

@@ -126,7 +126,7 @@ class SimulatedEngine(Engine):
         last_s = stretch.end_s(steps - 1)
         if self._control.is_due(last_s):
             self._control.rest(last_s)
-        self.clock.seconds = stretch.end_s(steps)
+        self._device.skip(last_s, stretch.end_s(steps))
         self.scheduler.skip(steps)
         self._note(steps, steps * self.scheduler.decoding[0])
 

@@ -76,21 +76,24 @@ class Replica:
         outcome = Outcome(
             index, arrival.time_s, arrival.time_s, arrival.prompt_tokens, arrival.output_tokens
         )
+        self._offer(outcome, arrival)
+        self._changed()
+        return outcome
+
+    def _offer(self, outcome: Outcome, arrival: Arrival) -> None:
         try:
             ticket = self._enter(arrival)
         except ApiError as error:
             outcome.status, outcome.error = error.status, "refused: the queue is full"
-            return outcome
+            return
         params = SamplingParams(arrival.output_tokens, temperature=0.0, ignore_eos=True)
-        request = Submit(str(index), _prompt(arrival.prompt_tokens), params)
+        request = Submit(str(outcome.index), _prompt(arrival.prompt_tokens), params)
         if refused := self.engine.submit(request):
             self._admission.leave(ticket)
             outcome.status, outcome.error = 400, refused.message
-            return outcome
+            return
         self._flying[request.request_id] = outcome, ticket
         self._deadlines.append((arrival.time_s + self._timeout_s, request.request_id))
-        self._changed()
-        return outcome
 
     def run_until(self, time_s: float) -> None:
         """All that happens before `time_s`; a step or stretch that crosses it goes on beyond."""

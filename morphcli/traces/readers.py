@@ -148,8 +148,8 @@ def _parse(lines: Iterable[Numbered], layout: _Layout) -> _Found:
                 found.left_out += 1
                 continue
             stamp = stamp_us(triple[0])
-            prompt = count_tokens(triple[1], columns.prompt)
             output = count_output(triple[2], columns.output)
+            prompt = count_tokens(triple[1], columns.prompt)
         except ValueError as error:
             found.bad_rows.append(BadRow(number, str(error)))
             continue

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -96,10 +95,10 @@ def _number(value: float | None, digits: int) -> str:
 def candidates_table(candidates: Sequence[Candidate]) -> Table:
     """The windows that were found, the best first, each with its rate drawn over its length."""
     width_s = (candidates[0].end_s - candidates[0].start_s) / PARTS
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("", justify="right")
     table.add_column("window", no_wrap=True)
-    for heading in ("rows", "req/s", "in 1 s", "in 10 s", "prompt", "output"):
+    for heading in ("rows", "req/s", "peak 1 s", "10 s", "prompt", "output"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(f"req/s per {width_s:g} s", no_wrap=True, min_width=PARTS)
     for i, found in enumerate(candidates, 1):

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.traces.arrivals import TraceError
-from morphserve.morphcli.traces.rows import Rows, sorted_rows
+from morphserve.morphcli.traces.rows import Integers, Rows, sorted_rows
 from morphserve.morphcli.traces.stats import dispersion as dispersion_of
 
 _DRAWS = 32  # traces drawn where a target is to be met; the nearest is kept
 _PROMPT_SIGMA, _OUTPUT_SIGMA = 0.7, 1.0  # of the logarithms; about those of Azure's conversations
+_CV, _DISPERSION = 3.0, 8.0  # where none is asked for
 _MOST_REQUESTS = 50_000_000
 
 _Floats = NDArray[np.float64]
@@ -35,7 +36,7 @@ class Traffic:
     kind: Kind
     rate: float  # requests/s, mean
     seconds: float
-    dispersion: float | None = None  # of counts per second; None: as the kind has it
+    dispersion: float | None = None  # of counts per second; onoff and nbinom need it
     cv: float | None = None  # of gaps, for gamma
     burst_s: float = 15.0  # mean length of a burst, for onoff
 
@@ -43,8 +44,12 @@ class Traffic:
         for name in ("rate", "seconds", "burst_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.removesuffix('_s')} must be above 0")
-        if self.rate * self.seconds > _MOST_REQUESTS:
-            raise ConfigError(f"--rate times --seconds must be at most {_MOST_REQUESTS:,} requests")
+        if not 1 <= self.rate * self.seconds <= _MOST_REQUESTS:
+            raise ConfigError(
+                f"--rate times --seconds must be between 1 and {_MOST_REQUESTS:,} requests"
+            )
+        if self.dispersion is None and self.kind in (Kind.ONOFF, Kind.NBINOM):
+            raise ConfigError(f"{self.kind} needs --dispersion")
         if self.dispersion is not None and self.kind is Kind.POISSON:
             raise ConfigError("a Poisson process has dispersion 1: choose another kind")
         if self.dispersion is not None and not 1 < self.dispersion < 1e6:
@@ -68,10 +73,13 @@ def traffic(
     if kind not in list(Kind):
         raise ConfigError(f"unknown kind {kind!r}: choose one of {', '.join(Kind)}")
     if like is not None:
-        seconds = seconds or max(like.span_s, 1.0)
-        rate = rate or len(like) / max(like.span_s, 1.0)
+        span_s = max(like.span_s, 1.0)
+        seconds = span_s if seconds is None else seconds
+        rate = len(like) / span_s if rate is None else rate
         if dispersion is None and cv is None and kind != Kind.POISSON:
             dispersion = _dispersion_like(like)
+    elif dispersion is None and kind in (Kind.ONOFF, Kind.NBINOM):
+        dispersion = _DISPERSION
     if rate is None:
         raise ConfigError("give --rate in requests per second, or --like FILE")
     return Traffic(Kind(kind), rate, 300.0 if seconds is None else seconds, dispersion, cv, burst_s)
@@ -108,28 +116,28 @@ def make_rows(traffic: Traffic, lengths: MadeLengths | Rows, seed: int) -> Rows:
     if not len(times_s):
         raise TraceError("no request came out: raise --rate or --seconds")
     prompts, outputs = _lengths(lengths, len(times_s), rng)
-    stamps_us = (np.sort(times_s) * 1e6).astype(np.int64)
+    stamps_us = _stamps_us(times_s)
     return sorted_rows("synthetic", "synthetic", stamps_us, prompts, outputs, is_dated=False)
 
 
 def _source(traffic: Traffic) -> _Source:
     rate, seconds = traffic.rate, traffic.seconds
-    wanted = traffic.dispersion or 8.0
     if traffic.kind is Kind.POISSON:
         return lambda rng: rng.uniform(0, seconds, rng.poisson(rate * seconds))
+    if traffic.kind is Kind.GAMMA:
+        cv = _cv_of(rate, traffic.dispersion) if traffic.dispersion else traffic.cv or _CV
+        return lambda rng: _gamma(rng, rate, seconds, cv)
+    assert traffic.dispersion is not None
+    wanted = traffic.dispersion
     if traffic.kind is Kind.NBINOM:
         return lambda rng: _nbinom(rng, rate, seconds, wanted)
-    if traffic.kind is Kind.ONOFF:
-        share = _on_share(rate, wanted, traffic.burst_s)
-        return lambda rng: _on_off(rng, rate, seconds, share, traffic.burst_s)
-    cv = _cv_of(rate, traffic.dispersion) if traffic.dispersion else traffic.cv or 3.0
-    return lambda rng: _gamma(rng, rate, seconds, cv)
+    share = _on_share(rate, wanted, traffic.burst_s)
+    return lambda rng: _on_off(rng, rate, seconds, share, traffic.burst_s)
 
 
 def _nearest(draw: _Source, traffic: Traffic, rng: np.random.Generator) -> _Floats:
     def distance(times_s: _Floats) -> float:
-        stamps_us = (np.sort(times_s) * 1e6).astype(np.int64)
-        found = dispersion_of(stamps_us) if len(stamps_us) else None
+        found = dispersion_of(_stamps_us(times_s)) if len(times_s) else None
         if not found:
             return math.inf
         assert traffic.dispersion is not None
@@ -137,6 +145,12 @@ def _nearest(draw: _Source, traffic: Traffic, rng: np.random.Generator) -> _Floa
         return abs(math.log(found / traffic.dispersion)) + abs(math.log(rate / traffic.rate))
 
     return min((draw(rng) for _ in range(_DRAWS)), key=distance)
+
+
+def _stamps_us(times_s: _Floats) -> Integers:
+    """Since the first, in order."""
+    stamps_us: Integers = (np.sort(times_s) * 1e6).astype(np.int64)
+    return stamps_us - int(stamps_us[0])
 
 
 def _nbinom(rng: np.random.Generator, rate: float, seconds: float, wanted: float) -> _Floats:
@@ -168,7 +182,7 @@ def _cv_of(rate: float, wanted: float) -> float:
     for _ in range(16):
         middle = (low + high) / 2
         times_s = _gamma(np.random.default_rng(0), rate, 100_000 / rate, math.exp(middle))
-        found = dispersion_of((times_s * 1e6).astype(np.int64)) or 1.0
+        found = dispersion_of(_stamps_us(times_s)) or 1.0
         low, high = (middle, high) if found < wanted else (low, middle)
     return math.exp((low + high) / 2)
 
@@ -205,7 +219,7 @@ def _on_share(rate: float, wanted: float, burst_s: float) -> float:
 
 def _lengths(
     lengths: MadeLengths | Rows, count: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[Integers, Integers]:
     if isinstance(lengths, Rows):
         drawn = rng.integers(0, len(lengths), count)
         return lengths.prompt_tokens[drawn], lengths.output_tokens[drawn]
@@ -215,8 +229,6 @@ def _lengths(
     )
 
 
-def _lognormal(
-    rng: np.random.Generator, mean: float, sigma: float, count: int
-) -> NDArray[np.int64]:
+def _lognormal(rng: np.random.Generator, mean: float, sigma: float, count: int) -> Integers:
     tokens = rng.lognormal(math.log(mean) - sigma**2 / 2, sigma, count)
     return np.maximum(1, tokens.round()).astype(np.int64)

@@ -8,6 +8,7 @@ from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.traces.arrivals import Arrival, Trace, TraceError
 from morphserve.morphcli.traces.schedule import (
     Shape,
+    Window,
     find_burst,
     parse_window,
     rate_per_second,
@@ -59,14 +60,43 @@ def test_an_empty_window_is_one_sentence() -> None:
         shape_trace(STEADY, Shape(window_s=(200.0, 300.0)))
 
 
-@pytest.mark.parametrize("text", ["10-20", "t:20-10", "t:a-b", "t:5", "t:-1-5", "t:0-inf"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("10-20", "t:20-10", "t:a-b", "t:5", "t:-1-5", "t:0-inf"),
+        *("idx:5", "idx:9-3", "idx:1.5-3", "idx:-1-3", "rows:1-2"),
+    ],
+)
 def test_a_window_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--window"):
         parse_window(text)
 
 
 def test_a_window_is_parsed() -> None:
-    assert parse_window("t:92-154.5") == (92.0, 154.5)
+    assert parse_window("t:92-154.5") == Window(seconds=(92.0, 154.5))
+    assert parse_window("idx:10-250") == Window(rows=(10, 250))
+
+
+def test_a_window_of_rows_starts_at_its_first_and_ends_at_the_next() -> None:
+    schedule = shape_trace(STEADY, Shape(window_rows=(40, 48)))
+    assert schedule == shape_trace(STEADY, Shape(window_s=(10.0, 12.0)))
+    last = shape_trace(STEADY, Shape(window_rows=(396, 1000)))
+    assert len(last.arrivals) == 4 and last.duration_s == 0.75
+
+
+def test_a_window_behind_the_last_row_is_one_sentence() -> None:
+    with pytest.raises(TraceError, match="in the window idx:400-500 .* the trace has 400 rows"):
+        shape_trace(STEADY, Shape(window_rows=(400, 500)))
+
+
+def test_thinning_keeps_a_burst_as_sharp_as_it_is() -> None:
+    calm = [Arrival(float(i), 1, 1) for i in range(60)]
+    dense = [Arrival(20 + i / 100, 1, 1) for i in range(950)]
+    trace = Trace("burst.csv", tuple(sorted([*calm, *dense], key=lambda a: a.time_s)))
+    schedule = shape_trace(trace, Shape(rate_scale=1 / 4.75, seed=3))
+    counts = rate_per_second(schedule.arrivals, schedule.duration_s)
+    assert abs(len(schedule.arrivals) - 1010 / 4.75) <= 1
+    assert all(abs(count - 101 / 4.75) <= 1 for count in counts[20:29])
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_bad_rows_are_counted_and_named_by_line(tmp_path: Path) -> None:
         BadRow(5, "TIMESTAMP is not a time: 'yesterday'"),
         BadRow(6, "ContextTokens is not a count of tokens: '-1'"),
         BadRow(7, "GeneratedTokens is not a count of tokens: '0'"),
-        BadRow(8, "1 fields"),
+        BadRow(8, "too few fields: 1 field, the header has 3"),
     )
     assert trace.describe_bad_rows().startswith("skipped 4 of 5 rows of ")
 
@@ -55,7 +55,7 @@ def test_bad_rows_are_counted_and_named_by_line(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ("# only a comment\n", "is empty"),
-        ("TIMESTAMP,Tokens\n1,2\n", "lacks the columns ContextTokens, GeneratedTokens; its header"),
+        ("TIMESTAMP,Tokens\n1,2\n", "is of no known format: its header holds TIMESTAMP, Tokens"),
         (f"{HEADER}\n", "holds no usable row"),
         (f"{HEADER}\nx,1,1\n", r"holds no usable row \(line 2: TIMESTAMP is not a time"),
     ],
