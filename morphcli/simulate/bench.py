@@ -19,8 +19,11 @@ from morphserve.morphcli.bench.record import (
 )
 from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate
 from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.simulate.devices import find_device
 from morphserve.morphcli.simulate.fleet import Fleet, simulate
+from morphserve.morphcli.simulate.gpu import gpu_target
 from morphserve.morphcli.simulate.here import HERE, this_machine
+from morphserve.morphcli.simulate.sizes import find_model
 from morphserve.morphcli.simulate.target import Target
 from morphserve.morphcli.traces.readers import read_trace
 from morphserve.morphcli.traces.schedule import Schedule, shape_trace
@@ -94,7 +97,7 @@ def fleet_of(request: BenchRequest, setup: Setup) -> Fleet:
 
 def _target(request: BenchRequest, device: str, cache: CacheConfig) -> Target:
     if device != HERE:
-        raise ConfigError(f"--simulate {device!r} is not known")
+        return gpu_target(find_device(device), find_model(request.model), request.model)
     if request.bundle is None:
         raise ConfigError(
             "--simulate here goes by times that were measured on this machine: give --bundle, made "
