@@ -1,13 +1,16 @@
 """The headline table on a terminal."""
 
+from collections.abc import Callable
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import show_s
+from morphserve.morphcli.bench.summary import PolicySummary, show_s
 from morphserve.morphcli.bench.table import policy_title, show_share, table_rows
 
+_NONE = "–"
 _POLICIES_ACROSS = 3  # more do not fit beside each other on a terminal of 80 columns
 
 
@@ -28,25 +31,21 @@ def print_table(summary: Summary, console: Console, *, details: bool) -> None:
 
 def _policies_down(summary: Summary) -> Table:
     """A policy per row, the most telling figures across; the report has the others."""
-    headings = (
-        "missed",
-        "first token P95",
-        "per token P95",
-        "tokens/s",
-        "below full",
-        "perplexity",
-    )
     table = Table("", box=SIMPLE_HEAD)
-    for heading in headings:
+    known = [(h, c) for h, c in _COLUMNS.items() if any(map(c, summary.policies))]
+    for heading, _ in known:
         table.add_column(heading, justify="right")
     for p in summary.policies:
-        table.add_row(
-            policy_title(p.policy),
-            show_share(p.slo_miss_share),
-            "never" if p.ttft_s.p95 is None else show_s(p.ttft_s.p95),
-            "never" if p.tpot_s.p95 is None else show_s(p.tpot_s.p95),
-            f"{p.output_tokens_per_s:,.0f}",
-            show_share(p.server.quantized_token_share) if p.server else "–",
-            "–" if p.perplexity is None else f"{p.perplexity:.3f}",
-        )
+        table.add_row(policy_title(p.policy), *(cell(p) or _NONE for _, cell in known))
     return table
+
+
+# Empty: not known of this policy.
+_COLUMNS: dict[str, Callable[[PolicySummary], str]] = {
+    "missed": lambda p: show_share(p.slo_miss_share),
+    "first token P95": lambda p: "never" if p.ttft_s.p95 is None else show_s(p.ttft_s.p95),
+    "per token P95": lambda p: "never" if p.tpot_s.p95 is None else show_s(p.tpot_s.p95),
+    "tokens/s": lambda p: f"{p.output_tokens_per_s:,.0f}",
+    "below full": lambda p: show_share(p.server.quantized_token_share) if p.server else "",
+    "perplexity": lambda p: "" if p.perplexity is None else f"{p.perplexity:.3f}",
+}
