@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import msgspec
 
@@ -77,6 +78,11 @@ class Outcome(msgspec.Struct, tag=True):
     def lag_s(self) -> float:
         """How late the request was sent."""
         return self.sent_s - self.intended_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Time between each two streamed pieces."""
+        return [b - a for a, b in pairwise(self.event_times_s)]
 
     @property
     def tpot_s(self) -> float | None:

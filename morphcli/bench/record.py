@@ -45,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True):
     policies: tuple[str, ...]  # in the order of the runs
     slo: Slo
     timeout_s: float
+    repeat: int = 1  # runs of each policy
+    rates: tuple[float, ...] = (1.0,)  # loads of a sweep, over that of the shape
     references: str | None = None  # file of prompts with answers
     simulated: Simulated | None = None  # None: servers were measured
 
@@ -198,12 +200,10 @@ def append_run(folder: Path, run: Run) -> None:
 
     Lines start with the policy; `at_s` counts from the start of the schedule.
     """
-    requests = ({"policy": run.policy} | msgspec.to_builtins(o) for o in run.outcomes)
+    about = {"policy": run.policy, "repeat": run.repeat, "rate": run.rate}
+    requests = (about | msgspec.to_builtins(o) for o in run.outcomes)
     _append_lines(folder / _REQUESTS, requests)
-    states = (
-        {"policy": run.policy, "at_s": round(run.at_s(s), 3)} | msgspec.to_builtins(s)
-        for s in run.states
-    )
+    states = (about | {"at_s": round(run.at_s(s), 3)} | msgspec.to_builtins(s) for s in run.states)
     _append_lines(folder / _TIMELINE, states)
 
 
