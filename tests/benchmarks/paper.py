@@ -5,7 +5,8 @@
 TRACE is the Azure 2023 code trace, of which the 72 s from relative second 1073 are taken (443
 requests, read off the paper's figure), or a slice of it, of which those 72 s whose count is
 nearest; 94 requests remain, as the paper thins by 4.75. BurstGPT's 123 requests in 72 s are Gamma
-arrivals with a coefficient of variation of 2. Lengths are the paper's: 512 + 256 tokens, and 1024 + 512 for models with grouped heads.
+arrivals with a coefficient of variation of 2. Lengths are the paper's: 512 + 256 tokens,
+and 1024 + 512 for models with grouped heads.
 
 The paper does not say how many tokens answers really had. `--load fitted` shortens or prolongs
 them until full precision has the paper's P95 of the first token: that row then says nothing, the
