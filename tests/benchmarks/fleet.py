@@ -1,6 +1,6 @@
 """How fast the simulator is: a million requests to a fleet, on one core.
 
-    python tests/benchmarks/fleet.py TRACE [--requests N] [--replicas N] [--router NAME] [--policy NAME]
+    python tests/benchmarks/fleet.py TRACE [--requests N] [--replicas N] [--router NAME]
 
 TRACE is replayed end to end until there are enough requests, at a rate that the replicas bear.
 """
