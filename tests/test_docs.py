@@ -13,6 +13,7 @@ import typer.main
 from morphserve.morphcli.app import app
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.record import Summary
+from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import PolicySummary
 from morphserve.morphcli.traces.formats import FORMATS
 
@@ -114,4 +115,5 @@ def test_every_field_of_a_run_folder_is_described() -> None:
     page = set(re.findall(r"`([a-z_0-9]+)`", read("docs/bench.md")))
     assert set(PolicySummary.__struct_fields__) - page == set()
     assert set(Outcome.__struct_fields__) - page == set()
+    assert set(State.__struct_fields__) - page == set()
     assert set(Summary.__struct_fields__) - page <= {"same_text_as_first", "created", "notes"}

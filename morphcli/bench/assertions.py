@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -53,14 +54,43 @@ def _parse(text: str, policies: Sequence[str]) -> Assertion:
             f"--assert {text!r}: a policy of this run is one of {', '.join(policies)}; a figure is "
             f"one of {known}"
         )
+    if not _is_number(path):
+        raise ConfigError(
+            f"--assert {text!r}: {'.'.join(path)} is no number in summary.json; a latency has p50, "
+            "p95 and p99, as ttft_s.p95<=0.5"
+        )
     return Assertion(text.strip(), policy, path, _COMPARE[sign], float(number))
 
 
+def _is_number(path: Sequence[str]) -> bool:
+    """Whether a policy's figures can have a number there; told before hours of measuring."""
+    kinds: set[object] = {PolicySummary}
+    for name in path:
+        kinds = {found for kind in kinds for found in _kinds_below(kind, name)}
+    return bool(kinds & {int, float})
+
+
+def _kinds_below(kind: object, name: str) -> set[object]:
+    if get_origin(kind) is dict:  # of numbers by name
+        return {get_args(kind)[1]}
+    if not isinstance(kind, type) or not issubclass(kind, msgspec.Struct):
+        return set()
+    hint = get_type_hints(kind).get(name)
+    return {hint} if get_origin(hint) is dict else {hint, *get_args(hint)}
+
+
 def broken(summary: Summary, assertions: Sequence[Assertion]) -> Iterator[str]:
-    """A sentence for each assertion that does not hold, with the figure."""
+    """A sentence for each assertion that does not hold, with the figure.
+
+    Of a policy whose run proves nothing, none holds.
+    """
     for wanted in assertions:
         for policy in summary.policies:
             if wanted.policy not in (None, policy.policy):
+                continue
+            if policy.faults:
+                why = "; ".join(policy.faults)
+                yield f"{wanted.text} cannot be told: the run of {policy.policy} is invalid ({why})"
                 continue
             value = _figure(policy, wanted.path)
             if value is None or not wanted.compare(value, wanted.wanted):

@@ -62,7 +62,7 @@ def conclude(
         created=now(),
         runs=each if len(runs) > len(told) else [],
         curve=[
-            load_point(group[0].rate, policy, len(group))
+            load_point(policy, len(group), facts.duration_s)
             for policy, group in zip(policies, groups, strict=True)
             if len(request.rates) > 1
         ],

@@ -1,7 +1,7 @@
 """Repeats of the same run: their figures together, and how far they differ."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
 
 import msgspec
@@ -24,13 +24,13 @@ _T = (
 _NORMAL = 1.96
 
 
-def interval(values: Iterable[float | None]) -> Interval | None:
+def interval(values: Sequence[float | None]) -> Interval | None:
     """95 % confidence interval of the mean, by Student's t; None: fewer than two, or one unknown.
 
     Figures of a run are never below 0, and neither is the interval.
     """
     known = [value for value in values if value is not None]
-    if len(known) < 2 or len(known) < len(list(values)):
+    if len(known) < 2 or len(known) < len(values):
         return None
     t = _T[len(known) - 2] if len(known) - 2 < len(_T) else _NORMAL
     half = t * stdev(known) / math.sqrt(len(known))
@@ -84,6 +84,7 @@ def pooled(runs: Sequence[Run], summaries: Sequence[PolicySummary]) -> PolicySum
         lag_max_s=max(s.lag_max_s for s in summaries),
         faults=[f"repeat {i}: {f}" for i, s in enumerate(summaries, 1) for f in s.faults],
         server=_pooled_server([s.server for s in summaries]),
+        rate=runs[0].rate,
     )
 
 
@@ -112,12 +113,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def load_point(rate: float, policy: PolicySummary, repeats: int) -> LoadPoint:
-    """One policy at one load of a sweep."""
+def load_point(policy: PolicySummary, repeats: int, schedule_s: float) -> LoadPoint:
+    """One policy at one load of a sweep; `schedule_s` is how long one repeat sent requests.
+
+    What was offered knows nothing of how long its answers took, so all policies share it.
+    """
     return LoadPoint(
         policy=policy.policy,
-        rate=rate,
-        offered_per_s=policy.offered / policy.duration_s,
+        rate=policy.rate,
+        offered_per_s=policy.offered / (repeats * max(schedule_s, 1.0)),
         attainment=policy.slo_attainment,
         goodput_per_s=policy.goodput_per_s,
         output_tokens_per_s=policy.output_tokens_per_s,

@@ -34,12 +34,33 @@ def test_a_figure_that_is_unknown_does_not_hold() -> None:
     ]
 
 
+def test_every_number_of_a_policy_can_be_asserted() -> None:
+    texts = ["server.swaps==0", "answers.tokens.int4>1", "repeats.ttft_p95_s.high<=1", "kl<1"]
+    assert len(parse_assertions(texts, POLICIES)) == 4
+
+
+def test_shares_hold_at_the_number_itself() -> None:
+    outcomes = [answered(0, 0.2), *(unanswered(i, 503) for i in range(1, 5))]
+    summary, _ = make_summary([make_run("full", outcomes, [])])
+    wanted = parse_assertions(["slo_attainment>=0.2", "slo_attainment<=0.2"], ["full"])
+    assert list(broken(summary, wanted)) == []
+
+
+def test_an_invalid_run_holds_nothing() -> None:
+    summary, _ = make_summary([make_run("full", [answered(0, 0.2), unanswered(1, 500)], [])])
+    (failure,) = broken(summary, parse_assertions(["slo_attainment>=0"], ["full"]))
+    assert failure.startswith("slo_attainment>=0 cannot be told: the run of full is invalid (1 req")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("slo_attainment", "write .POLICY..FIGURE>=NUMBER"),
         ("morph.slo_attainment>=1", "a policy of this run is one of full, morph:accuracy"),
         ("speed>=1", "a figure is one of offered"),
+        ("ttft_s.p90<=1", "ttft_s.p90 is no number in summary.json"),
+        ("full.ttft_s<=1", "ttft_s is no number"),
+        ("faults==0", "faults is no number"),
     ],
 )
 def test_what_cannot_be_understood_is_refused(text: str, message: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 from bench_runs import SLO, answered, make_run, state, unanswered
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace as replaced
 
 from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.bench.repeats import interval, load_point, pooled, spread
@@ -88,8 +89,23 @@ def test_each_repeat_has_all_runs_in_an_order_of_its_own() -> None:
 def test_a_sweep_tells_the_load_nearest_the_schedules_own_in_full() -> None:
     assert main_rate(parse_rates("0.5,1.1,4")) == 1.1
     runs, each = two_runs()
-    point = load_point(1.1, pooled(runs, each), 2)
-    assert (point.policy, point.rate, point.attainment, point.repeats) == ("morph", 1.1, 0.75, 2)
+    point = load_point(pooled(runs, each), 2, schedule_s=4.0)
+    assert (point.policy, point.rate, point.attainment, point.repeats) == ("morph", 1.0, 0.75, 2)
+
+
+def test_the_load_offered_is_that_of_the_schedule_however_late_answers_end() -> None:
+    at_once = make_run("morph", [answered(i, 0.1) for i in range(4)], [])
+    late = make_run("full", [answered(i, 60.0) for i in range(4)], [])
+    each = [summarise(replaced(run, rate=2.0), SLO, 1.0) for run in (at_once, late)]
+    points = [load_point(summary, 1, schedule_s=4.0) for summary in each]
+    assert [(point.rate, point.offered_per_s) for point in points] == [(2.0, 1.0), (2.0, 1.0)]
+
+
+def test_a_run_tells_its_repeat_and_its_load() -> None:
+    run = replaced(two_runs()[0][0], repeat=3, rate=0.5)
+    found = summarise(run, SLO, burst_end_s=1.0)
+    assert (found.repeat, found.rate) == (3, 0.5)
+    assert pooled([run, run], [found, found]).rate == 0.5
 
 
 @pytest.mark.parametrize(
