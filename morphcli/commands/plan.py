@@ -39,7 +39,7 @@ def plan(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Tell how many devices serve a trace within an SLO, by simulation."""
+    """Tell how many devices a trace needs to keep an SLO."""
     import msgspec
     from rich.console import Console
 
