@@ -53,7 +53,7 @@ def conclude(
     at_main = [run for run in runs if run.rate == main]
     fill_answers(told, at_main, wanted)
     summary = Summary(
-        settings=_settings(request, simulated),
+        settings=settings_of(request, simulated),
         environment=environment(),
         trace=facts,
         policies=told,
@@ -103,7 +103,8 @@ def _same_text(runs: Sequence[Run]) -> dict[str, float]:
     return {p: share for p, share in same.items() if share is not None and p != first.policy}
 
 
-def _settings(request: BenchRequest, simulated: Simulated | None) -> Settings:
+def settings_of(request: BenchRequest, simulated: Simulated | None = None) -> Settings:
+    """What was asked for, as the run folder tells it."""
     return Settings(
         trace=request.trace.name,
         shape=request.shape,

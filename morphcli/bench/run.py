@@ -18,13 +18,14 @@ from rich.progress import (
 from morphserve.configs.load import resolve_model
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.compare import Bench, run_policy
-from morphserve.morphcli.bench.conclude import conclude, facts_of
+from morphserve.morphcli.bench.conclude import conclude, facts_of, settings_of
 from morphserve.morphcli.bench.prompts import Prompts, load_corpus, load_tokenizer, make_prompts
 from morphserve.morphcli.bench.quality import Quality, open_quality
 from morphserve.morphcli.bench.record import (
     Summary,
     append_run,
     open_record,
+    write_config,
 )
 from morphserve.morphcli.bench.references import (
     Reference,
@@ -55,6 +56,7 @@ def run_bench(request: BenchRequest, console: Console) -> Summary:
     main = loads[main_rate(request.rates)]
     facts = facts_of(main.bench.schedule, main.bench.prompts.num_token_ids, skipped)
     open_record(request.output, force=request.force)
+    write_config(request.output, settings_of(request))
     with ended_by_signals():
         runs = _run_all(request, loads, console)
     if quality is not None:

@@ -42,7 +42,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="DEVICE",
-            help="Start no server, but simulate one: here, l4, a100, h100, h200.",
+            help="Start no server, but simulate one: here, l4, l40s, a100, a100-40, h100, h200.",
             rich_help_panel=_SIMULATION,
         ),
     ] = None,
@@ -55,6 +55,9 @@ def bench(
             help="round-robin, least-loaded or pressure-aware.", rich_help_panel=_SIMULATION
         ),
     ] = "least-loaded",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs that share each layer.", rich_help_panel=_SIMULATION)
+    ] = 1,
     slowdown: Annotated[
         float,
         typer.Option(
@@ -167,7 +170,9 @@ def bench(
     else:
         from morphserve.morphcli.simulate.bench import Setup, simulate_bench
 
-        summary = simulate_bench(request, Setup(simulate, replicas, router, slowdown), console)
+        summary = simulate_bench(
+            request, Setup(simulate, replicas, router, slowdown, tensor_parallel), console
+        )
     found = verdict(summary)
     if json:
         if any(policy.faults for policy in summary.policies) and found:

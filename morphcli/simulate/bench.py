@@ -10,12 +10,13 @@ from morphserve.configs.errors import ConfigError
 from morphserve.configs.load import load_policy, parse_bytes
 from morphserve.configs.schema import CacheConfig, SchedulerConfig
 from morphserve.morphcli.bench.compare import served_policy
-from morphserve.morphcli.bench.conclude import conclude, facts_of
+from morphserve.morphcli.bench.conclude import conclude, facts_of, settings_of
 from morphserve.morphcli.bench.record import (
     Simulated,
     Summary,
     append_run,
     open_record,
+    write_config,
 )
 from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate
 from morphserve.morphcli.bench.summary import Run
@@ -42,6 +43,7 @@ class Setup:
     replicas: int = 1
     router: str = "least-loaded"
     slowdown: float = 1.0  # of steps, by what else runs on the machine
+    tensor_parallel: int = 1  # devices of a replica
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -61,6 +63,7 @@ def simulate_bench(request: BenchRequest, setup: Setup, console: Console) -> Sum
     schedule = loads[main_rate(request.rates)]
     fleet = fleet_of(request, setup)
     open_record(request.output, force=request.force)
+    write_config(request.output, settings_of(request, _about(fleet)))
     runs = []
     for job in jobs_of(request):
         console.print(f"simulating {job.title}", highlight=False)
@@ -85,7 +88,7 @@ def fleet_of(request: BenchRequest, setup: Setup) -> Fleet:
     budget = None if request.memory_budget is None else parse_bytes(request.memory_budget)
     cache = CacheConfig(memory_budget=budget)
     return Fleet(
-        _target(request, setup.device, cache),
+        _target(request, setup, cache),
         replicas=setup.replicas,
         router=setup.router,
         cache=cache,
@@ -95,9 +98,16 @@ def fleet_of(request: BenchRequest, setup: Setup) -> Fleet:
     )
 
 
-def _target(request: BenchRequest, device: str, cache: CacheConfig) -> Target:
-    if device != HERE:
-        return gpu_target(find_device(device), find_model(request.model), request.model)
+def _target(request: BenchRequest, setup: Setup, cache: CacheConfig) -> Target:
+    if setup.device != HERE:
+        return gpu_target(
+            find_device(setup.device),
+            find_model(request.model),
+            request.model,
+            tensor_parallel=setup.tensor_parallel,
+        )
+    if setup.tensor_parallel > 1:
+        raise ConfigError("--tensor-parallel is for GPUs: leave it out with --simulate here")
     if request.bundle is None:
         raise ConfigError(
             "--simulate here goes by times that were measured on this machine: give --bundle, made "
