@@ -70,6 +70,10 @@ class SimulatedEngine(Engine):
         """Steps of the ladder that are taken, or under way."""
         return self._rung if self._parts.swapper.in_flight else self._computing_rung
 
+    @property
+    def num_swaps(self) -> int:
+        return self._monitor.swaps
+
     def state(self) -> State:
         """What a run is judged by, at this moment."""
         parts, scheduler, monitor = self._parts, self.scheduler, self._monitor
@@ -158,6 +162,8 @@ class SimulatedEngine(Engine):
         """Whether the next step can neither lead to a decision nor meet a swap."""
         if not self._has_arrived or not self.scheduler.running and not self.scheduler.waiting:
             return False
+        if self._limits.queue_timeout_s is not None and self.scheduler.waiting:
+            return False
         return not self._control.is_due(self.clock.seconds) or self._is_calm(0)
 
     def _is_calm(self, steps: int) -> bool:
@@ -172,22 +178,27 @@ class SimulatedEngine(Engine):
         most = scheduler.num_used + len(scheduler.running) * (2 + horizon // size)
         most += sum(2 + (request.num_tokens + horizon) // size for request in waiting)
         fits = most <= self._policy.demote_above * hello.capacities[0]
-        return fits and (not waiting or self._is_soon())
+        return fits and (not waiting or self._is_soon(steps))
 
-    def _is_soon(self) -> bool:
-        """Whether every waiting request is predicted well within its target, at worst."""
+    def _is_soon(self, steps: int) -> bool:
+        """Whether every waiting request is predicted well within its target, at worst.
+
+        Their age counts, so that nothing is said of looks after further steps.
+        """
         target_s = self._slo.ttft_s
         if target_s is None:
             return True
+        if steps:
+            return False
         scheduler = self.scheduler
         scheduler.start_counting()
         decodes, context = scheduler.decoding
         budget = self._limits.max_num_batched_tokens
-        steps = -(-scheduler.queued_tokens // max(1, budget - len(scheduler.running)))
+        chunks = -(-scheduler.queued_tokens // max(1, budget - len(scheduler.running)))
         slowdown = self._monitor.slowdown or 1.0
         chunk_s = self._device.longest_step_s(budget, len(scheduler.running), context) * slowdown
         age_s = self.clock.seconds - scheduler.waiting[0].arrival_s
-        return age_s + steps * chunk_s <= self._policy.slo_share * target_s
+        return age_s + chunks * chunk_s <= self._policy.slo_share * target_s
 
     def _knows_tokens(self, message: Submit) -> bool:
         return True  # a simulated prompt has a length and no content
