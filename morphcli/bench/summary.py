@@ -67,6 +67,7 @@ class Run(msgspec.Struct):
     states: list[State]
     repeat: int = 0  # of the same schedule against the same policy, from 0
     rate: float = 1.0  # of a sweep: requests per second, over those of the schedule
+    notes: list[str] = []  # in what it differs from a run of the schedule as it is
 
     def at_s(self, state: State) -> float:
         """Seconds of the schedule at which `state` was read."""

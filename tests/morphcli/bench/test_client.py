@@ -8,8 +8,8 @@ from fake_server import fake_server
 
 from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest
-from morphserve.morphcli.bench.compare import replay
 from morphserve.morphcli.bench.http import host_and_port
+from morphserve.morphcli.bench.replay import replay
 
 
 def plan(url: str, prompts: list[str], *, gap_s: float = 0.0, timeout_s: float = 20.0) -> Plan:
@@ -98,7 +98,7 @@ def test_no_server_is_an_outcome_too() -> None:
     assert outcome.status == 0 and outcome.error is not None and not outcome.timed_out
 
 
-@pytest.mark.parametrize("url", ["https://host:1", "host:80", "http://host/v1", "http://h:x"])
+@pytest.mark.parametrize("url", ["ftp://host:1", "host:80", "http:///v1", "http://h:x"])
 def test_a_url_that_cannot_be_benched_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="http://HOST:PORT"):
         host_and_port(url)
