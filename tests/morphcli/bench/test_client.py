@@ -26,6 +26,7 @@ def test_an_answer_is_recorded_with_its_tokens_and_precisions() -> None:
         (outcome,) = outcomes_of(plan(url, ["plain text"]))
     assert (outcome.status, outcome.error, outcome.finish_reason) == (200, None, "length")
     assert (outcome.output_tokens, outcome.tokens_full, outcome.tokens_int4) == (5, 4, 1)
+    assert (outcome.queue_s, outcome.counts_pieces) == (0.25, False)
     assert len(outcome.event_times_s) == 3  # pieces of two, two and one token
     assert outcome.ttft_s == outcome.event_times_s[0]
     assert outcome.e2e_s == outcome.event_times_s[-1]
@@ -83,6 +84,13 @@ def test_a_dropped_connection_is_a_failure_even_after_tokens() -> None:
         (outcome,) = outcomes_of(plan(url, ["drop"]))
     assert outcome.error == "the connection ended before the answer did"
     assert outcome.ttft_s is not None and outcome.e2e_s is None
+
+
+def test_an_answer_with_a_reason_needs_no_last_word() -> None:
+    with fake_server() as (url, server):
+        server.ends_with_done = False
+        (outcome,) = outcomes_of(plan(url, ["plain"]))
+    assert (outcome.error, outcome.finish_reason) == (None, "length")
 
 
 def test_a_stuck_request_ends_at_its_timeout() -> None:
