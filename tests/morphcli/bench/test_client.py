@@ -3,12 +3,9 @@
 import socket
 
 import msgspec
-import pytest
 from fake_server import fake_server
 
-from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest
-from morphserve.morphcli.bench.http import host_and_port
 from morphserve.morphcli.bench.replay import replay
 
 
@@ -104,9 +101,3 @@ def test_no_server_is_an_outcome_too() -> None:
         unused.bind(("127.0.0.1", 0))  # bound, but not listening: connections are refused
         (outcome,) = outcomes_of(plan(f"http://127.0.0.1:{unused.getsockname()[1]}", ["plain"]))
     assert outcome.status == 0 and outcome.error is not None and not outcome.timed_out
-
-
-@pytest.mark.parametrize("url", ["ftp://host:1", "host:80", "http:///v1", "http://h:x"])
-def test_a_url_that_cannot_be_benched_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="http://HOST:PORT"):
-        host_and_port(url)
