@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
+from morphserve.morphcli.bench.chunks import Choice, Chunk, decode_chunk
 from morphserve.morphcli.bench.dialect import Dialect
 from morphserve.morphcli.bench.http import HttpError, ServerSentEvents, bearer, post_stream
 
@@ -99,48 +100,6 @@ class Outcome(msgspec.Struct, tag=True):
         return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
 
 
-class _MorphUsage(msgspec.Struct):
-    full: int | None = None
-    int4: int | None = None
-    queue_s: float | None = None
-
-
-class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-    morph: _MorphUsage | None = None
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None  # tokens that are thought before those that are said
-    reasoning: str | None = None  # the same, in other servers
-
-    @property
-    def text(self) -> str:
-        return "".join(filter(None, (self.reasoning_content, self.reasoning, self.content)))
-
-
-class _Choice(msgspec.Struct):
-    text: str | None = None  # of completions
-    delta: _Delta | None = None  # of chats
-    finish_reason: str | None = None
-    token_ids: list[int] | None = None
-    token_precisions: list[tuple[str, int]] | None = None
-
-    @property
-    def piece(self) -> str:
-        return self.text or (self.delta.text if self.delta is not None else "")
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: msgspec.Raw | None = None
-
-
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
-
-
 def request_body(plan: Plan, request: PlannedRequest) -> bytes:
     """The JSON of a completion of the planned number of tokens, or of fewer if it is graded."""
     body = plan.dialect.fields(request.prompt, request.output_tokens, exact=not plan.graded)
@@ -195,7 +154,7 @@ async def _stream(plan: Plan, body: bytes, due: float, outcome: Outcome) -> None
         async for data in ServerSentEvents(answer):
             if ended := data == b"[DONE]":
                 break
-            _take(_decode_chunk(data), time.monotonic() - due, text, outcome)
+            _take(decode_chunk(data), time.monotonic() - due, text, outcome)
         # Some servers end without this word.
         ended = ended or (answer.is_complete and outcome.finish_reason is not None)
     if not ended:
@@ -206,7 +165,7 @@ async def _stream(plan: Plan, body: bytes, due: float, outcome: Outcome) -> None
     outcome.text_sha256 = text.hexdigest()[:16]
 
 
-def _take(chunk: _Chunk, at_s: float, text: "hashlib._Hash", outcome: Outcome) -> None:
+def _take(chunk: Chunk, at_s: float, text: "hashlib._Hash", outcome: Outcome) -> None:
     if chunk.error is not None:
         raise HttpError(f"error while streaming: {bytes(chunk.error)[:200]!r}")
     for choice in chunk.choices:
@@ -225,7 +184,7 @@ def _take(chunk: _Chunk, at_s: float, text: "hashlib._Hash", outcome: Outcome) -
             outcome.queue_s = morph.queue_s
 
 
-def _keep(choice: _Choice, outcome: Outcome) -> None:
+def _keep(choice: Choice, outcome: Outcome) -> None:
     if outcome.text is not None:
         outcome.text += choice.piece
     if choice.token_ids is not None:
