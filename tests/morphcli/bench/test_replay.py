@@ -4,7 +4,7 @@ import pytest
 from fake_server import fake_server
 
 from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest
-from morphserve.morphcli.bench.replay import num_processes, replay
+from morphserve.morphcli.bench.replay import ReplayFailed, num_processes, replay
 
 
 def requests(count: int, gap_s: float, output_tokens: int) -> list[PlannedRequest]:
@@ -38,3 +38,10 @@ def test_several_processes_send_one_plan() -> None:
     assert all(outcome.error is None and outcome.lag_s >= 0 for outcome in outcomes)
     assert sorted(outcome.index for outcome in ended) == list(range(7))
     assert len(server.bodies) == 7 and epoch_s > 0
+
+
+def test_a_load_generator_that_dies_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("no server's URL", "fake", 20.0, requests(3, 0.0, 5))
+    with pytest.raises(ReplayFailed, match=r"ended early \(exit code 1\)"):
+        replay(plan, lambda _: None, processes=2)
+    assert "no server's URL" in capfd.readouterr().err
