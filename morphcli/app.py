@@ -15,6 +15,7 @@ from morphserve.morphcli.commands.demo import demo
 from morphserve.morphcli.commands.doctor import doctor
 from morphserve.morphcli.commands.export import export
 from morphserve.morphcli.commands.inspect_bundle import inspect
+from morphserve.morphcli.commands.plan import plan
 from morphserve.morphcli.commands.profile import profile
 from morphserve.morphcli.commands.quantize import quantize
 from morphserve.morphcli.commands.serve import serve
@@ -33,7 +34,7 @@ app = typer.Typer(
 COMMANDS = (
     *(profile, quantize, inspect, verify, export),
     *(serve, top, chat, complete),
-    *(bench, demo, doctor),
+    *(bench, plan, demo, doctor),
 )
 for command in COMMANDS:
     app.command(cls=Command)(command)

@@ -11,6 +11,10 @@ import pytest
 import typer.main
 
 from morphserve.morphcli.app import app
+from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.bench.record import Summary
+from morphserve.morphcli.bench.server import State
+from morphserve.morphcli.bench.summary import PolicySummary
 from morphserve.morphcli.traces.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +23,7 @@ PRESETS = ("accuracy", "balanced", "performance", "off")
 PAGES = (
     *("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md"),
     *("docs/bundle-format.md", "docs/configuration.md", "docs/controller.md", "docs/formats.md"),
-    *("docs/limits.md", "docs/quality.md", "docs/traces.md"),
+    *("docs/bench.md", "docs/limits.md", "docs/quality.md", "docs/simulator.md", "docs/traces.md"),
 )
 
 
@@ -105,3 +109,11 @@ def test_the_controllers_page_has_every_key_of_balanced() -> None:
     assert {key: float(value) for key, value in rows} == {
         key: value for key, value in preset.items() if key != "name"
     }
+
+
+def test_every_field_of_a_run_folder_is_described() -> None:
+    page = set(re.findall(r"`([a-z_0-9]+)`", read("docs/bench.md")))
+    assert set(PolicySummary.__struct_fields__) - page == set()
+    assert set(Outcome.__struct_fields__) - page == set()
+    assert set(State.__struct_fields__) - page == set()
+    assert set(Summary.__struct_fields__) - page <= {"same_text_as_first", "created", "notes"}

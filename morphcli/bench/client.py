@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import msgspec
 
@@ -73,7 +74,7 @@ class Outcome(msgspec.Struct, tag=True):
     e2e_s: float | None = None
     event_times_s: list[float] = []  # one per streamed piece, which may hold several tokens
     output_tokens: int = 0  # 0: the server told none, and streamed no text
-    counts_pieces: bool = True  # output_tokens is of streamed pieces: there was no usage block
+    counts_pieces: bool = False  # output_tokens is of streamed pieces: there was no usage block
     tokens_full: int | None = None  # tokens per precision, where the server reports them
     tokens_int4: int | None = None
     text_sha256: str | None = None
@@ -86,6 +87,11 @@ class Outcome(msgspec.Struct, tag=True):
     def lag_s(self) -> float:
         """How late the request was sent."""
         return self.sent_s - self.intended_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Time between each two streamed pieces."""
+        return [b - a for a, b in pairwise(self.event_times_s)]
 
     @property
     def tpot_s(self) -> float | None:
@@ -175,6 +181,7 @@ def _take(chunk: Chunk, at_s: float, text: "hashlib._Hash", outcome: Outcome) ->
             outcome.event_times_s.append(at_s)
             text.update(choice.piece.encode())
             outcome.output_tokens += bool(choice.piece)
+            outcome.counts_pieces = True  # until a usage block tells better
             _keep(choice, outcome)
         outcome.finish_reason = choice.finish_reason or outcome.finish_reason
     if chunk.usage is not None:

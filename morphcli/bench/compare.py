@@ -65,14 +65,14 @@ def served_policy(name: str) -> str:
     return _NAMES.get(name, name)
 
 
-def run_policy(bench: Bench, policy: str, on_outcome: _REPLAY_STEP) -> Run:
+def run_policy(bench: Bench, policy: str, on_outcome: _REPLAY_STEP, name: str = "") -> Run:
     """Replay the schedule against `policy`; `on_outcome` is called as each request ends."""
     if bench.url is not None:
         return _run(bench, policy, bench.url, on_outcome)
     assert bench.servers is not None
     port = free_port()
     arguments = bench.servers.arguments(served_policy(policy), port)
-    log = bench.output / f"server-{policy.replace(':', '-')}.log"
+    log = bench.output / f"server-{policy.replace(':', '-')}{name and f'-{name}'}.log"
     with running_server(arguments, port, log) as url:
         return _run(bench, policy, url, on_outcome)
 

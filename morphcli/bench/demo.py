@@ -10,7 +10,7 @@ import torch
 from morphserve.configs.errors import MorphError
 from morphserve.configs.load import DEMO_MODEL, load_policy, parse_bytes
 from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig, Slo
-from morphserve.morphcli.bench.run import BenchRequest
+from morphserve.morphcli.bench.request import BenchRequest
 from morphserve.morphcli.simulate.fleet import Fleet, simulate
 from morphserve.morphcli.simulate.here import this_machine
 from morphserve.morphcli.traces.readers import read_trace

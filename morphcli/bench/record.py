@@ -18,7 +18,7 @@ from morphserve.quantize.manifest import Variant
 
 SCHEMA_VERSION = 3
 SUMMARY = "summary.json"
-_REQUESTS, _TIMELINE = "requests.jsonl", "timeline.jsonl"
+_REQUESTS, _TIMELINE, _CONFIG = "requests.jsonl", "timeline.jsonl", "config.json"
 
 
 class Simulated(msgspec.Struct, frozen=True):
@@ -45,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True):
     policies: tuple[str, ...]  # in the order of the runs
     slo: Slo
     timeout_s: float
+    repeat: int = 1  # runs of each policy
+    rates: tuple[float, ...] = (1.0,)  # loads of a sweep, over that of the shape
     references: str | None = None  # file of prompts with answers
     simulated: Simulated | None = None  # None: servers were measured
 
@@ -176,13 +178,14 @@ def _cpu() -> str:
 def open_record(folder: Path, *, force: bool) -> None:
     """Make `folder` ready for the lines of a run.
 
-    Raises ConfigError if it holds a finished run and not `force`, MorphError if it cannot be
-    written to.
+    Raises ConfigError if it holds a run, or what was finished of one that was interrupted, and
+    not `force`, MorphError if it cannot be written to.
     """
-    summary = folder / SUMMARY
-    if summary.exists() and not force:
+    summary, requests = folder / SUMMARY, folder / _REQUESTS
+    if not force and (summary.exists() or (requests.exists() and requests.stat().st_size)):
+        what = "a run already" if summary.exists() else "what was finished of an interrupted run"
         raise ConfigError(
-            f"{folder} holds a run already: choose another --output, or replace it with --force"
+            f"{folder} holds {what}: choose another --output, or replace it with --force"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,24 +196,31 @@ def open_record(folder: Path, *, force: bool) -> None:
         raise MorphError(f"cannot write to {folder}: {error.strerror}") from error
 
 
+def write_config(folder: Path, settings: Settings) -> None:
+    """`config.json` in `folder`: what is about to be run, and on what."""
+    config = {"settings": settings, "environment": environment(), "started": now()}
+    _write_json(folder / _CONFIG, config)
+
+
 def append_run(folder: Path, run: Run) -> None:
     """Add the lines of `run` to `requests.jsonl` and `timeline.jsonl` in `folder`.
 
     Lines start with the policy; `at_s` counts from the start of the schedule.
     """
-    requests = ({"policy": run.policy} | msgspec.to_builtins(o) for o in run.outcomes)
+    about = {"policy": run.policy, "repeat": run.repeat, "rate": run.rate}
+    requests = (about | msgspec.to_builtins(o) for o in run.outcomes)
     _append_lines(folder / _REQUESTS, requests)
-    states = (
-        {"policy": run.policy, "at_s": round(run.at_s(s), 3)} | msgspec.to_builtins(s)
-        for s in run.states
-    )
+    states = (about | {"at_s": round(run.at_s(s), 3)} | msgspec.to_builtins(s) for s in run.states)
     _append_lines(folder / _TIMELINE, states)
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
     """`summary.json` in `folder`."""
-    summary_json = msgspec.json.format(msgspec.json.encode(summary), indent=2)
-    (folder / SUMMARY).write_bytes(summary_json + b"\n")
+    _write_json(folder / SUMMARY, summary)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
 def _append_lines(path: Path, rows: Iterable[object]) -> None:

@@ -67,7 +67,7 @@ class Run(msgspec.Struct):
     states: list[State]
     repeat: int = 0  # of the same schedule against the same policy, from 0
     rate: float = 1.0  # of a sweep: requests per second, over those of the schedule
-    notes: list[str] = []  # in what it differs from a run of the schedule as it is
+    notes: list[str] = []  # what a reader has to know of how it was measured
 
     def at_s(self, state: State) -> float:
         """Seconds of the schedule at which `state` was read."""
@@ -157,6 +157,13 @@ class PolicySummary(msgspec.Struct):
     queue_s: Percentiles = Percentiles(None, None, None)  # received to first scheduled, if told
     repeats: Repeats | None = None  # None: one run
     answers: Answers | None = None
+    slo_attainment: float = 0.0  # share of the offered requests that met the target
+    repeat: int = 0  # of one run: which, from 0
+    rate: float = 1.0  # of a sweep: the load, over the schedule's
+
+    def __post_init__(self) -> None:
+        # One division: 1 - 4/5 would lie under an asserted 0.2.
+        self.slo_attainment = (self.offered - self.slo_misses) / self.offered
 
     @property
     def slo_miss_share(self) -> float:
@@ -185,6 +192,8 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
         ttft_s=percentiles(o.ttft_s for o in outcomes),
         tpot_s=percentiles(o.tpot_s for o in finished if o.output_tokens > 1),
         e2e_s=percentiles(o.e2e_s for o in outcomes),
+        itl_s=percentiles(gap for o in finished for gap in o.gaps_s),
+        queue_s=percentiles(o.queue_s for o in outcomes if o.queue_s is not None),
         duration_s=duration,
         output_tokens_per_s=sum(o.output_tokens for o in finished) / duration,
         finished_per_s=len(finished) / duration,
@@ -194,6 +203,8 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
         lag_max_s=max(lags),
         faults=list(_faults(outcomes)),
         server=_server_figures(run, burst_end_s),
+        repeat=run.repeat,
+        rate=run.rate,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.summary import (
     Answers,
+    Interval,
     Percentiles,
     PolicySummary,
     ServerFigures,
@@ -99,7 +100,14 @@ def _best(costs: Sequence[float | None]) -> int | None:
 
 
 def _misses(policy: PolicySummary) -> str:
-    return f"{policy.slo_misses} ({show_share(policy.slo_miss_share)})"
+    between = policy.repeats.slo_miss_share if policy.repeats else None
+    share = show_share(policy.slo_miss_share) + _plus_minus(between, show_share)
+    return f"{policy.slo_misses} ({share})"
+
+
+def _plus_minus(between: Interval | None, show: Callable[[float], str]) -> str:
+    """Half a confidence interval; nothing for a single run."""
+    return "" if between is None else f" ± {show((between.high - between.low) / 2)}"
 
 
 def _unanswered(policy: PolicySummary) -> str:
@@ -114,7 +122,12 @@ def _latency(build: _Rows, label: str, rank: str, field: str, detail: bool) -> N
 
     def show(policy: PolicySummary) -> str:
         found = value(policy)
-        return "no answer" if found is None else show_s(found)
+        if found is None:
+            return "no answer"
+        between = None
+        if policy.repeats is not None and rank == "p95":
+            between = getattr(policy.repeats, f"{field[:4]}_p95_s")
+        return show_s(found) + _plus_minus(between, show_s)
 
     def cost(policy: PolicySummary) -> float:
         found = value(policy)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import PolicySummary, ServerFigures, show_s
+from morphserve.morphcli.bench.summary import Interval, PolicySummary, ServerFigures, show_s
 from morphserve.morphcli.bench.table import policy_title, show_share
 
 # Differences up to these are called none.
@@ -75,12 +75,23 @@ def _against_full(morph: PolicySummary, full: PolicySummary) -> tuple[bool, str]
 
 
 def _clearly_better(one: PolicySummary, other: PolicySummary) -> bool:
-    """By more than runs of the same policy differ, in missed targets or in first tokens."""
+    """By more than runs of the same policy differ, in missed targets or in first tokens.
+
+    Where there are repeats, their confidence intervals must not meet either.
+    """
+    a, b = one.repeats, other.repeats
     spared = other.slo_misses - one.slo_misses
     if spared > max(_MISSES, _MISS_SHARE * one.offered):
-        return True
+        if a is None or b is None or _lies_below(a.slo_miss_share, b.slo_miss_share):
+            return True
     p95, other_p95 = (math.inf if p is None else p for p in (one.ttft_s.p95, other.ttft_s.p95))
-    return p95 < (1 - _SOONER) * other_p95
+    sooner = p95 < (1 - _SOONER) * other_p95
+    return sooner and (a is None or b is None or _lies_below(a.ttft_p95_s, b.ttft_p95_s))
+
+
+def _lies_below(one: Interval | None, other: Interval | None) -> bool:
+    """True where an interval is unknown: a run in which nobody was answered has none."""
+    return one is None or other is None or one.high < other.low
 
 
 def _figures(morph: PolicySummary, full: PolicySummary) -> str:

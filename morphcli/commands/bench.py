@@ -1,12 +1,18 @@
 """`morph bench`: the same trace against several policies, told in one table and one report."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from morphserve.morphcli.settings import first_key
 from morphserve.morphcli.traces.formats import TimeUnit, parse_map
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from morphserve.morphcli.bench.record import Summary
+    from morphserve.morphcli.bench.verdict import Verdict
 
 _COMPARE = "full,static:all,morph"
 _SIMULATION = "Simulation"
@@ -36,7 +42,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="DEVICE",
-            help="Start no server, but simulate one: here, l4, a100, h100, h200.",
+            help="Start no server, but simulate one: here, l4, l40s, a100, a100-40, h100, h200.",
             rich_help_panel=_SIMULATION,
         ),
     ] = None,
@@ -49,6 +55,9 @@ def bench(
             help="round-robin, least-loaded or pressure-aware.", rich_help_panel=_SIMULATION
         ),
     ] = "least-loaded",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs that share each layer.", rich_help_panel=_SIMULATION)
+    ] = 1,
     slowdown: Annotated[
         float,
         typer.Option(
@@ -81,7 +90,25 @@ def bench(
         Path | None,
         typer.Option(help="JSONL of prompts with right answers, to send and to grade."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling and prompts.")] = 0,
+    repeat: Annotated[
+        int, typer.Option(help="Runs of each policy; figures then have confidence intervals.")
+    ] = 1,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="0.5,1,2", help="Sweep over load: multiples of the request rate."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a request is given up.")
+    ] = 120.0,
+    assertions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--assert",
+            metavar="[POLICY.]FIGURE>=NUMBER",
+            help="Exit with 1 unless it holds, as morph.slo_attainment>=0.95. May be repeated.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling, prompts and the order of runs.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout.")] = False,
@@ -91,9 +118,11 @@ def bench(
 
     from morphserve.configs.errors import ConfigError
     from morphserve.configs.load import parse_slo
+    from morphserve.morphcli.bench.assertions import broken, parse_assertions
     from morphserve.morphcli.bench.compare import parse_policies
     from morphserve.morphcli.bench.report import REPORT
-    from morphserve.morphcli.bench.run import BenchRequest, print_table, run_bench
+    from morphserve.morphcli.bench.request import BenchRequest, parse_rates
+    from morphserve.morphcli.bench.run import run_bench
     from morphserve.morphcli.bench.verdict import verdict
     from morphserve.morphcli.traces.readers import Reading
     from morphserve.morphcli.traces.schedule import Shape, Window, parse_window
@@ -130,23 +159,39 @@ def bench(
         api_key=first_key(api_key) if url else None,
         force=force,
         is_simulated=simulate is not None,
+        repeat=repeat,
+        rates=parse_rates(rates) if rates else (1.0,),
+        timeout_s=timeout,
     )
+    wanted = parse_assertions(assertions or [], request.policies)
     console = Console(stderr=True)
     if simulate is None:
         summary = run_bench(request, console)
     else:
         from morphserve.morphcli.simulate.bench import Setup, simulate_bench
 
-        summary = simulate_bench(request, Setup(simulate, replicas, router, slowdown), console)
+        summary = simulate_bench(
+            request, Setup(simulate, replicas, router, slowdown, tensor_parallel), console
+        )
     found = verdict(summary)
     if json:
         if any(policy.faults for policy in summary.policies) and found:
             console.print(*found.sentences, sep="\n", highlight=False, markup=False)
         typer.echo((output / "summary.json").read_text("utf-8"), nl=False)
-        return
-    console = Console()
+    else:
+        _show(summary, found, Console())
+        done = f"wrote {output}, open: {output / REPORT}"
+        Console().print(done, highlight=False, markup=False, soft_wrap=True)
+    if failures := list(broken(summary, wanted)):
+        console.print(*failures, sep="\n", style="red", highlight=False, markup=False)
+        raise typer.Exit(1)
+
+
+def _show(summary: "Summary", found: "Verdict | None", console: "Console") -> None:
+    from morphserve.morphcli.bench.terminal import print_table
+
     print_table(summary, console, details=True)
+    for note in dict.fromkeys(summary.notes):
+        console.print(note, highlight=False, markup=False)
     if found:
         console.print(*found.sentences, sep="\n", highlight=False, markup=False)
-    done = f"wrote {output}, open: {output / REPORT}"
-    console.print(done, highlight=False, markup=False, soft_wrap=True)

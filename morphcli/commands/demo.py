@@ -28,7 +28,8 @@ def demo(
         fit_load,
     )
     from morphserve.morphcli.bench.report import REPORT
-    from morphserve.morphcli.bench.run import print_table, run_bench
+    from morphserve.morphcli.bench.run import run_bench
+    from morphserve.morphcli.bench.terminal import print_table
     from morphserve.morphcli.bench.verdict import verdict
 
     settings, console = DemoSettings(), Console(highlight=False)

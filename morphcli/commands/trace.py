@@ -196,7 +196,7 @@ def merge(
     force: _Force = False,
 ) -> None:
     """Merge traces by date, or by their starts; one file is rewritten."""
-    from morphserve.morphcli.traces.merge import merge_rows
+    from morphserve.morphcli.traces.merge import are_apart, merge_rows
     from morphserve.morphcli.traces.writer import refuse_to_replace, write_rows
 
     refuse_to_replace(output, force)
@@ -205,6 +205,8 @@ def merge(
         for i, file in enumerate(files)
     ]
     rows = merge_rows(parts, by_start=by_start)
+    if rows.start_us is not None and are_apart(parts):
+        typer.echo("warning: these traces lie apart in time: --by-start joins them", err=True)
     write_rows(output, rows)
     file = shlex.quote(str(output))
     how = "by their starts" if rows.start_us is None else "by date"

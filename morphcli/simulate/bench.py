@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from msgspec import structs
 from rich.console import Console
 from rich.markup import escape
 
@@ -9,21 +10,29 @@ from morphserve.configs.errors import ConfigError
 from morphserve.configs.load import load_policy, parse_bytes
 from morphserve.configs.schema import CacheConfig, SchedulerConfig
 from morphserve.morphcli.bench.compare import served_policy
+from morphserve.morphcli.bench.conclude import conclude, facts_of, settings_of
 from morphserve.morphcli.bench.record import (
     Simulated,
     Summary,
     append_run,
     open_record,
-    trace_facts,
+    write_config,
 )
-from morphserve.morphcli.bench.run import BenchRequest, conclude
+from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate
 from morphserve.morphcli.bench.summary import Run
-from morphserve.morphcli.bench.table import policy_title
+from morphserve.morphcli.simulate.devices import find_device
 from morphserve.morphcli.simulate.fleet import Fleet, simulate
+from morphserve.morphcli.simulate.gpu import gpu_target
 from morphserve.morphcli.simulate.here import HERE, this_machine
+from morphserve.morphcli.simulate.sizes import find_model
 from morphserve.morphcli.simulate.target import Target
 from morphserve.morphcli.traces.readers import read_trace
-from morphserve.morphcli.traces.schedule import Schedule, find_burst, shape_trace
+from morphserve.morphcli.traces.schedule import Schedule, shape_trace
+
+_FLEET_NOTE = (
+    "Requests and memory are those of all replicas together; layers are those of the replica that "
+    "is furthest below full precision at the time."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,7 @@ class Setup:
     replicas: int = 1
     router: str = "least-loaded"
     slowdown: float = 1.0  # of steps, by what else runs on the machine
+    tensor_parallel: int = 1  # devices of a replica
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -44,24 +54,33 @@ class Setup:
 
 def simulate_bench(request: BenchRequest, setup: Setup, console: Console) -> Summary:
     """Replay the trace under each policy on a clock of costs, and write the run folder."""
+    if request.repeat > 1:
+        raise ConfigError("--simulate gives the same each time: leave out --repeat")
     trace = read_trace(request.trace, request.reading)
     if skipped := trace.describe_bad_rows():
         console.print(f"[yellow]warning:[/] {escape(skipped)}", highlight=False)
-    schedule = shape_trace(trace, request.shape)
-    burst = find_burst(schedule.arrivals, schedule.duration_s)
-    facts = trace_facts(schedule, 0, skipped, burst)
+    loads = {rate: shape_trace(trace, request.shape.at(rate)) for rate in request.rates}
+    schedule = loads[main_rate(request.rates)]
     fleet = fleet_of(request, setup)
     open_record(request.output, force=request.force)
+    write_config(request.output, settings_of(request, _about(fleet)))
     runs = []
-    for policy in request.policies:
-        console.print(f"simulating {policy_title(policy)}", highlight=False)
-        runs.append(_run(fleet, schedule, policy))
+    for job in jobs_of(request):
+        console.print(f"simulating {job.title}", highlight=False)
+        runs.append(structs.replace(_run(fleet, loads[job.rate], job.policy), rate=job.rate))
         append_run(request.output, runs[-1])
-    target = fleet.target
-    simulated = Simulated(
-        target.device, setup.replicas, setup.router, setup.slowdown, dict(target.about or {})
+    if setup.replicas > 1:
+        runs[0].notes.append(_FLEET_NOTE)
+    return conclude(
+        request, facts_of(schedule, 0, skipped), runs, schedule, simulated=_about(fleet)
     )
-    return conclude(request, facts, runs, schedule, simulated=simulated)
+
+
+def _about(fleet: Fleet) -> Simulated:
+    target = fleet.target
+    return Simulated(
+        target.device, fleet.replicas, fleet.router, fleet.slowdown, dict(target.about or {})
+    )
 
 
 def fleet_of(request: BenchRequest, setup: Setup) -> Fleet:
@@ -69,7 +88,7 @@ def fleet_of(request: BenchRequest, setup: Setup) -> Fleet:
     budget = None if request.memory_budget is None else parse_bytes(request.memory_budget)
     cache = CacheConfig(memory_budget=budget)
     return Fleet(
-        _target(request, setup.device, cache),
+        _target(request, setup, cache),
         replicas=setup.replicas,
         router=setup.router,
         cache=cache,
@@ -79,9 +98,16 @@ def fleet_of(request: BenchRequest, setup: Setup) -> Fleet:
     )
 
 
-def _target(request: BenchRequest, device: str, cache: CacheConfig) -> Target:
-    if device != HERE:
-        raise ConfigError(f"--simulate {device!r} is not known")
+def _target(request: BenchRequest, setup: Setup, cache: CacheConfig) -> Target:
+    if setup.device != HERE:
+        return gpu_target(
+            find_device(setup.device),
+            find_model(request.model),
+            request.model,
+            tensor_parallel=setup.tensor_parallel,
+        )
+    if setup.tensor_parallel > 1:
+        raise ConfigError("--tensor-parallel is for GPUs: leave it out with --simulate here")
     if request.bundle is None:
         raise ConfigError(
             "--simulate here goes by times that were measured on this machine: give --bundle, made "

@@ -1,5 +1,6 @@
 """Several traces as one."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,17 @@ def merge_rows(parts: Sequence[Rows], *, by_start: bool = False) -> Rows:
         is_dated=is_dated,
         comments=list(dict.fromkeys(line for part in parts for line in part.comments)),
     )
+
+
+def are_apart(parts: Sequence[Rows]) -> bool:
+    """Whether some part ends before the next one starts, by their dates."""
+    spans = sorted(
+        (part.start_us, part.start_us + int(part.time_us[-1]))
+        for part in parts
+        if part.start_us is not None
+    )
+    ends = itertools.accumulate((end for _, end in spans), max)
+    return any(start > end for (start, _), end in zip(spans[1:], ends, strict=False))
 
 
 def _stamps(part: Rows, is_dated: bool) -> Integers:

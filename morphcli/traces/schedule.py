@@ -34,6 +34,10 @@ class Shape:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1 token")
 
+    def at(self, rate: float) -> "Shape":
+        """The same at so many times its requests per second."""
+        return replace(self, rate_scale=self.rate_scale * rate)
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:

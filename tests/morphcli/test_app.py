@@ -13,7 +13,7 @@ from morphserve.morphcli.app import main
 COMMANDS = (
     *("profile", "quantize", "inspect", "verify", "export"),
     *("serve", "top", "chat", "complete"),
-    *("bench", "demo", "doctor"),
+    *("bench", "plan", "demo", "doctor"),
     "trace",
 )
 

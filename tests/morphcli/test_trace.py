@@ -105,6 +105,8 @@ def test_merge_lays_traces_together_and_rewrites_a_single_one(tmp_path: Path) ->
     files = FILES / "azure2023.csv", FILES / "azure2024.csv"
     told = morph("merge", *files, "--by-start", "-o", path).stdout
     assert "7 requests over 6.9 s, merged by their starts, try: morph bench" in told
+    apart = morph("merge", *files, "-o", path, "--force")
+    assert "lie apart in time: --by-start joins them" in apart.stderr
     morph("merge", FILES / "plain.csv", *PLAIN_MAP, "-o", path, "--force")
     assert read_rows(path).format == "Azure LLM inference" and len(read_rows(path)) == 3
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake_server import fake_server
 from rich.console import Console
@@ -24,7 +25,8 @@ from morphserve.morphcli.bench.compare import (
 )
 from morphserve.morphcli.bench.prompts import Prompts
 from morphserve.morphcli.bench.replay import ReplayFailed
-from morphserve.morphcli.bench.run import BenchRequest, run_bench
+from morphserve.morphcli.bench.request import BenchRequest
+from morphserve.morphcli.bench.run import run_bench
 from morphserve.morphcli.bench.server import (
     Sampler,
     ServerFailed,
@@ -231,4 +233,25 @@ def test_a_running_server_is_benched_from_trace_to_report(tmp_path: Path) -> Non
     assert "skipped 1 of 6 rows" in (tmp_path / "out").read_text().replace("\n", " ")
     assert summary.perplexities == []  # nobody knows which weights it serves
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"summary.json", "requests.jsonl", "timeline.jsonl", "report.html", "plots"}
+    recorded = {"config.json", "summary.json", "requests.jsonl", "timeline.jsonl"}
+    assert files == recorded | {"report.html", "plots"}
+
+
+def test_a_sweep_with_repeats_is_told_at_every_load_and_in_full_at_one(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = [f"2023-11-16 18:15:46.{i}00,{5 + i},3" for i in range(4)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    with fake_server() as (url, _):
+        request = BenchRequest(
+            "demo", trace, Shape(), ("server",), Slo(60.0), tmp_path / "run", url=url, repeat=2,
+            rates=(1.0, 2.0),
+        )  # fmt: skip
+        summary = run_bench(request, Console(quiet=True))
+    assert [p.offered for p in summary.policies] == [8]  # both repeats at the schedule's own rate
+    assert summary.policies[0].repeats is not None and summary.policies[0].repeats.count == 2
+    assert [(point.rate, point.repeats) for point in summary.curve] == [(1.0, 2), (2.0, 2)]
+    assert sorted(run.offered for run in summary.runs) == [4, 4, 8, 8]
+    lines = (tmp_path / "run" / "requests.jsonl").read_bytes().splitlines()
+    assert {(r["repeat"], r["rate"]) for r in map(msgspec.json.decode, lines)} == {
+        (0, 1.0), (1, 1.0), (0, 2.0), (1, 2.0),
+    }  # fmt: skip

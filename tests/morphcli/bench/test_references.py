@@ -21,7 +21,8 @@ from morphserve.morphcli.bench.references import (
     longest_prompt,
     pair_references,
 )
-from morphserve.morphcli.bench.run import BenchRequest, run_bench
+from morphserve.morphcli.bench.request import BenchRequest
+from morphserve.morphcli.bench.run import run_bench
 from morphserve.morphcli.bench.scores import f1
 from morphserve.morphcli.traces.arrivals import Arrival
 from morphserve.morphcli.traces.schedule import Schedule, Shape

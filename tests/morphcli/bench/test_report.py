@@ -8,7 +8,13 @@ import pytest
 from bench_runs import answered, make_run, make_summary, state, unanswered
 
 from morphserve.configs.errors import ConfigError, MorphError
-from morphserve.morphcli.bench.record import Summary, append_run, open_record, write_summary
+from morphserve.morphcli.bench.record import (
+    Summary,
+    append_run,
+    open_record,
+    write_config,
+    write_summary,
+)
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
@@ -159,6 +165,18 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
         open_record(tmp_path, force=False)
     open_record(tmp_path, force=True)
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_what_was_finished_of_an_interrupted_run_is_not_overwritten_unasked(
+    tmp_path: Path,
+) -> None:
+    summary, runs, _ = three(SLOW, QUICK, QUICK)
+    open_record(tmp_path, force=False)
+    write_config(tmp_path, summary.settings)
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["model"] == "demo"
+    append_run(tmp_path, runs[0])
+    with pytest.raises(ConfigError, match="what was finished of an interrupted run"):
+        open_record(tmp_path, force=False)
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from morphserve.morphcli.traces.merge import merge_rows
+from morphserve.morphcli.traces.merge import are_apart, merge_rows
 from morphserve.morphcli.traces.readers import read_rows
 
 
@@ -39,3 +39,12 @@ def test_dates_can_be_overruled(tmp_path: Path) -> None:
     b = write(tmp_path, "b", AZURE, "2024-05-16 18:00:00,2,2")
     assert merge_rows([read_rows(a), read_rows(b)], by_start=True).span_s == 0
     assert merge_rows([read_rows(a), read_rows(b)]).span_s > 1e7
+
+
+def test_traces_that_lie_apart_are_noticed(tmp_path: Path) -> None:
+    day = "2023-11-16 18:00:"
+    a, b, c = (
+        read_rows(write(tmp_path, name, AZURE, f"{day}{start},1,1", f"{day}{end},1,1"))
+        for name, start, end in (("a", "00", "30"), ("b", "05", "06"), ("c", "31", "40"))
+    )
+    assert not are_apart([b, a]) and are_apart([a, b, c]) and are_apart([c, b])

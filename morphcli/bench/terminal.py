@@ -1,0 +1,51 @@
+"""The headline table on a terminal."""
+
+from collections.abc import Callable
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from morphserve.morphcli.bench.record import Summary
+from morphserve.morphcli.bench.summary import PolicySummary, show_s
+from morphserve.morphcli.bench.table import policy_title, show_share, table_rows
+
+_NONE = "–"
+_POLICIES_ACROSS = 3  # more do not fit beside each other on a terminal of 80 columns
+
+
+def print_table(summary: Summary, console: Console, *, details: bool) -> None:
+    """The headline table; the best cell of a row is green."""
+    if len(summary.policies) > _POLICIES_ACROSS and console.width < 30 + 16 * len(summary.policies):
+        return console.print(_policies_down(summary))
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("", min_width=28)
+    for policy in summary.policies:
+        table.add_column(policy_title(policy.policy), justify="right")
+    for row in table_rows(summary):
+        if details or not row.is_detail:
+            cells = (f"[green]{c}[/]" if i == row.best else c for i, c in enumerate(row.cells))
+            table.add_row(row.label, *cells)
+    console.print(table)
+
+
+def _policies_down(summary: Summary) -> Table:
+    """A policy per row, the most telling figures across; the report has the others."""
+    table = Table("", box=SIMPLE_HEAD)
+    known = [(h, c) for h, c in _COLUMNS.items() if any(map(c, summary.policies))]
+    for heading, _ in known:
+        table.add_column(heading, justify="right")
+    for p in summary.policies:
+        table.add_row(policy_title(p.policy), *(cell(p) or _NONE for _, cell in known))
+    return table
+
+
+# Empty: not known of this policy.
+_COLUMNS: dict[str, Callable[[PolicySummary], str]] = {
+    "missed": lambda p: show_share(p.slo_miss_share),
+    "first token P95": lambda p: "never" if p.ttft_s.p95 is None else show_s(p.ttft_s.p95),
+    "per token P95": lambda p: "never" if p.tpot_s.p95 is None else show_s(p.tpot_s.p95),
+    "tokens/s": lambda p: f"{p.output_tokens_per_s:,.0f}",
+    "below full": lambda p: show_share(p.server.quantized_token_share) if p.server else "",
+    "perplexity": lambda p: "" if p.perplexity is None else f"{p.perplexity:.3f}",
+}

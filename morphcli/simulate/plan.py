@@ -1,0 +1,128 @@
+"""The fewest replicas, and the least memory of each, with which a trace keeps its SLO."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from morphserve.configs.errors import ConfigError, OutOfBudget
+from morphserve.configs.load import load_policy
+from morphserve.morphcli.bench.compare import served_policy
+from morphserve.morphcli.bench.summary import meets, summarise
+from morphserve.morphcli.simulate.fleet import Fleet, simulate
+from morphserve.morphcli.traces.schedule import Schedule
+from morphserve.quantize.manifest import Variant
+
+_BUDGET_STEPS = 32  # between no memory and all of the device's: a budget is found to one of these
+
+
+class Need(msgspec.Struct, frozen=True):
+    """What one policy needs; None where even the most replicas miss the SLO."""
+
+    policy: str
+    replicas: int | None
+    budget_bytes: int | None  # of each replica, for weights and KV cache
+    met_share: float  # of the offered requests, within the SLO: there, or with the most replicas
+    ttft_p95_s: float | None
+    tpot_p95_s: float | None
+    demoted_token_share: float | None  # of the tokens, made while a layer was not at full precision
+
+
+class Plan(msgspec.Struct, frozen=True):
+    model: str
+    device: str
+    device_bytes: int  # of memory that a replica may use
+    router: str
+    requests: int
+    duration_s: float
+    share: float  # of requests that must meet the SLO
+    max_replicas: int
+    needs: list[Need]
+
+
+def make_plan(
+    fleet: Fleet, schedule: Schedule, policies: Sequence[str], share: float, max_replicas: int
+) -> Iterator[Need]:
+    """What each policy needs, as it is found."""
+    if not 0 < share <= 1:
+        raise ConfigError(f"--share must lie above 0, at most 1, not {share:g}")
+    if max_replicas < 1:
+        raise ConfigError(f"--max-replicas must be at least 1, not {max_replicas}")
+    for policy in policies:
+        yield _need(fleet, schedule, policy, share, max_replicas)
+
+
+def usable_bytes(fleet: Fleet) -> int:
+    """The most that a replica's weights and KV cache may take."""
+    target = fleet.target
+    return fleet.cache.memory_budget or target.memory_bytes - target.reserved_bytes
+
+
+def _need(fleet: Fleet, schedule: Schedule, policy: str, share: float, max_replicas: int) -> Need:
+    most, found = usable_bytes(fleet), dict[tuple[int, int], Need]()
+
+    def holds(replicas: int, budget: int) -> bool:
+        need = _simulated(fleet, schedule, policy, replicas, budget)
+        found[replicas, budget] = need or _failed(policy)
+        return found[replicas, budget].met_share >= share
+
+    replicas = _least(lambda n: holds(n, most), max_replicas)
+    if replicas is None:
+        return msgspec.structs.replace(found[max_replicas, most], replicas=None, budget_bytes=None)
+    budgets = [most * step // _BUDGET_STEPS for step in range(_BUDGET_STEPS + 1)]
+    step = _bisect(lambda i: holds(replicas, budgets[i]), 0, _BUDGET_STEPS)
+    return found[replicas, budgets[step]]
+
+
+def _least(holds: Callable[[int], bool], most: int) -> int | None:
+    """The least number up to `most` that holds, by doubling and bisection; None if none does."""
+    below, number = 0, 1
+    while not holds(number):
+        if number == most:
+            return None
+        below, number = number, min(2 * number, most)
+    return _bisect(holds, below, number)
+
+
+def _bisect(holds: Callable[[int], bool], below: int, number: int) -> int:
+    """The least number above `below` that holds; `number` is known to."""
+    while number - below > 1:
+        middle = (below + number) // 2
+        if holds(middle):
+            number = middle
+        else:
+            below = middle
+    return number
+
+
+def _simulated(
+    fleet: Fleet, schedule: Schedule, policy: str, replicas: int, budget: int
+) -> Need | None:
+    """None where no server would start with so little memory."""
+    cache = replace(fleet.cache, memory_budget=budget)
+    try:
+        run = simulate(
+            replace(fleet, replicas=replicas, cache=cache),
+            schedule,
+            load_policy(served_policy(policy)),
+            policy,
+        )
+    except OutOfBudget:
+        return None
+    met = sum(meets(outcome, fleet.slo) for outcome in run.outcomes)
+    figures = summarise(run, fleet.slo, schedule.duration_s)
+    tokens = run.states[-1].generated_tokens
+    total = sum(tokens.values())
+    return Need(
+        policy=policy,
+        replicas=replicas,
+        budget_bytes=budget,
+        met_share=met / len(run.outcomes),
+        ttft_p95_s=figures.ttft_s.p95,
+        tpot_p95_s=figures.tpot_s.p95,
+        demoted_token_share=1 - tokens[Variant.FULL] / total if total else None,
+    )
+
+
+def _failed(policy: str) -> Need:
+    return Need(policy, None, None, 0.0, None, None, None)

@@ -1,0 +1,76 @@
+"""Plans: the fewest replicas and the least memory that keep an SLO."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from small_target import TICK_S, schedule, small_fleet
+from typer.testing import CliRunner
+
+from morphserve.configs.errors import ConfigError
+from morphserve.configs.schema import Slo
+from morphserve.morphcli.app import app
+from morphserve.morphcli.simulate.fleet import Fleet
+from morphserve.morphcli.simulate.plan import Need, Plan, make_plan, usable_bytes
+
+EIGHT = schedule(*[0.0] * 8, prompt=8, output=2)
+# Four prompts of 8 tokens through four layers, all in one step:
+FLEET = small_fleet(96, slo=Slo(ttft_s=4 * 8 * 4 * TICK_S))
+
+
+def needs(fleet: Fleet, *policies: str, share: float = 1.0, most: int = 8) -> list[Need]:
+    return list(make_plan(fleet, EIGHT, policies, share, most))
+
+
+def test_replicas_are_the_fewest_that_keep_the_slo() -> None:
+    full, int4 = needs(FLEET, "full", "static:all")
+    assert (full.replicas, full.met_share, full.demoted_token_share) == (2, 1.0, 0.0)
+    assert (int4.replicas, int4.met_share, int4.demoted_token_share) == (1, 1.0, 1.0)
+
+
+def test_a_share_of_requests_may_miss() -> None:
+    half_at_once = schedule(0.0, 0.0, 0.0, 0.0, 5.0, 6.0, 7.0, 8.0, prompt=8, output=2)
+    one_prompt = replace(FLEET, slo=Slo(ttft_s=4 * 8 * TICK_S))
+    (all_of_them,) = make_plan(one_prompt, half_at_once, ["full"], 1.0, 8)
+    (half,) = make_plan(one_prompt, half_at_once, ["full"], 0.5, 8)
+    assert (all_of_them.replicas, half.replicas) == (4, 1)
+
+
+def test_a_policy_that_misses_with_the_most_replicas_says_how_far_it_came() -> None:
+    (full,) = needs(FLEET, "full", most=1)
+    assert (full.replicas, full.budget_bytes, full.met_share) == (None, None, 0.0)
+
+
+def test_memory_is_the_least_that_keeps_the_slo() -> None:
+    (full,) = needs(FLEET, "full")
+    assert full.budget_bytes is not None
+    assert full.budget_bytes < usable_bytes(FLEET)
+    step = usable_bytes(FLEET) // 32
+    cache = replace(FLEET.cache, memory_budget=full.budget_bytes - step)
+    (with_less,) = needs(replace(FLEET, cache=cache), "full")
+    assert with_less.replicas != full.replicas
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 4), (1.5, 4), (0.9, 0)])
+def test_what_cannot_be_planned_is_refused(share: float, most: int) -> None:
+    with pytest.raises(ConfigError, match="--share|--max-replicas"):
+        needs(FLEET, "full", share=share, most=most)
+
+
+def test_the_command_plans_a_trace_on_a_device(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = [f"2023-11-16 18:15:{i:02}.0,900,40" for i in range(20)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    line = ["plan", "llama-3-8b", "--trace", str(trace), "--device", "h100"]
+    result = CliRunner().invoke(app, [*line, "--json"])
+    assert result.exit_code == 0, result.output
+    plan = msgspec.json.decode(result.stdout, type=Plan)
+    assert [(need.policy, need.replicas) for need in plan.needs] == [
+        *(("full", 1), ("static:all", 1), ("morph", 1))
+    ]
+    full, int4, _ = plan.needs
+    assert full.budget_bytes is not None
+    assert full.budget_bytes >= 16 * 10**9
+    shown = CliRunner().invoke(app, line).stdout
+    assert "20 requests" in shown
