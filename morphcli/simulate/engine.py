@@ -51,12 +51,13 @@ class SimulatedEngine(Engine):
 
     def __init__(self, config: EngineConfig, target: Target, slowdown: float = 1.0) -> None:
         ladder = ladder_of(config, target)
+        usable = target.memory_bytes - target.reserved_bytes
         layout = lay_out(
             config,
             _served(target.sizes, config, ladder),
             ladder,
             target.max_position,
-            DeviceMemory(target.memory_bytes, lambda: target.memory_bytes - target.reserved_bytes),
+            DeviceMemory(usable, lambda: usable, f"{target.device} can give"),
         )
         self.clock = SimulatedClock()
         self._slo, self._limits = config.slo, config.scheduler

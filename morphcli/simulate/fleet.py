@@ -9,6 +9,7 @@ from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, Schedul
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.simulate.engine import SimulatedEngine
 from morphserve.morphcli.simulate.replica import Replica
 from morphserve.morphcli.simulate.router import make_router
 from morphserve.morphcli.simulate.target import Target
@@ -35,14 +36,23 @@ class Fleet:
     slowdown: float = 1.0  # of steps, by what else runs on the machine
 
 
+def check(fleet: Fleet, policy: Policy) -> None:
+    """Raises MorphError where no server with this policy would start."""
+    SimulatedEngine(_config(fleet, policy), fleet.target)
+
+
+def _config(fleet: Fleet, policy: Policy) -> EngineConfig:
+    return EngineConfig(
+        fleet.target.model, policy, cache=fleet.cache, scheduler=fleet.limits, slo=fleet.slo
+    )
+
+
 def simulate(fleet: Fleet, schedule: Schedule, policy: Policy, name: str | None = None) -> Run:
     """The run of one policy; seconds count from the start of the schedule.
 
     Raises MorphError where no server would start.
     """
-    config = EngineConfig(
-        fleet.target.model, policy, cache=fleet.cache, scheduler=fleet.limits, slo=fleet.slo
-    )
+    config = _config(fleet, policy)
     recorder = _Recorder(max(_LEAST_INTERVAL_S, schedule.duration_s / _MOST_SAMPLES))
     replicas = [
         Replica(config, fleet.target, fleet.timeout_s, fleet.slowdown, recorder.record)
