@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from morphserve.configs.schema import EngineConfig
+from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.simulate.counted import CountedBatch
 from morphserve.morphcli.simulate.engine import SimulatedEngine, Stretch
@@ -17,7 +17,7 @@ from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, Ticket
 from morphserve.runtime.server.errors import ApiError
 
-MAX_QUEUED = 512  # prompts beside those that run, as a server's default
+MAX_QUEUED = ServerConfig("simulated").max_queued  # prompts beside those that run
 
 
 class Replica:

@@ -1,6 +1,8 @@
 """`morph bench --simulate`: the run folder of a comparison without servers."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,13 @@ def test_what_cannot_be_simulated_is_refused_and_nothing_is_written(
     with pytest.raises(ConfigError, match=message):
         bench(trace, *options)
     assert not (trace.parent / "run").exists()
+
+
+def test_a_simulation_imports_no_torch(trace: Path) -> None:
+    options = ["--simulate", "l4", "--memory-budget", "18GiB", "--max-model-len", "2048"]
+    words = ["bench", "llama-3-8b", "--trace", str(trace), "--output", str(trace.parent / "run")]
+    program = (
+        "import sys; from morphserve.morphcli.app import app; "
+        f"app({words + options}, standalone_mode=False); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
