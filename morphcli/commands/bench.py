@@ -89,7 +89,10 @@ def bench(
         TimeUnit | None, typer.Option(help="Of its stamps. [default: the format's]")
     ] = None,
     window: Annotated[
-        str | None, typer.Option(help="Part of the trace: seconds t:92-154, or rows idx:0-99.")
+        str | None,
+        typer.Option(
+            help="Part of the trace: seconds t:92-154, or rows idx:0-100, to before the last."
+        ),
     ] = None,
     rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
     time_scale: Annotated[float, typer.Option(help="Seconds times this.")] = 1.0,
