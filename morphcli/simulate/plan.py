@@ -21,7 +21,7 @@ class Need(msgspec.Struct, frozen=True):
 
     policy: str
     replicas: int | None
-    budget_bytes: int | None  # of each replica, for weights and KV cache
+    budget_bytes: int | None  # of each device, for weights and KV cache
     met_share: float  # of the offered requests, within the SLO: there, or with the most replicas
     ttft_p95_s: float | None
     tpot_p95_s: float | None
@@ -43,7 +43,10 @@ class Plan(msgspec.Struct, frozen=True):
 def make_plan(
     fleet: Fleet, schedule: Schedule, policies: Sequence[str], share: float, max_replicas: int
 ) -> Iterator[Need]:
-    """What each policy needs, as it is found."""
+    """What each policy needs, as it is found.
+
+    Raises MorphError where no server would start.
+    """
     if not 0 < share <= 1:
         raise ConfigError(f"--share must lie above 0, at most 1, not {share:g}")
     if max_replicas < 1:
@@ -53,29 +56,45 @@ def make_plan(
 
 
 def usable_bytes(fleet: Fleet) -> int:
-    """The most that a replica's weights and KV cache may take."""
+    """The most that weights and KV cache may take of each device."""
     target = fleet.target
     return fleet.cache.memory_budget or target.memory_bytes - target.reserved_bytes
 
 
 def _need(fleet: Fleet, schedule: Schedule, policy: str, share: float, max_replicas: int) -> Need:
-    most, found = usable_bytes(fleet), dict[tuple[int, int], Need]()
+    most, found = usable_bytes(fleet), dict[int, Need]()
 
-    def holds(replicas: int, budget: int) -> bool:
-        need = _simulated(fleet, schedule, policy, replicas, budget)
-        found[replicas, budget] = need or _failed(policy)
-        return found[replicas, budget].met_share >= share
+    def holds(replicas: int) -> bool:
+        found[replicas] = _simulated(fleet, schedule, policy, replicas, most)
+        return found[replicas].met_share >= share
 
-    replicas = _least(lambda n: holds(n, most), max_replicas)
+    replicas = _least(holds, max_replicas)
     if replicas is None:
-        return msgspec.structs.replace(found[max_replicas, most], replicas=None, budget_bytes=None)
-    budgets = [most * step // _BUDGET_STEPS for step in range(_BUDGET_STEPS + 1)]
-    step = _bisect(lambda i: holds(replicas, budgets[i]), 0, _BUDGET_STEPS)
-    return found[replicas, budgets[step]]
+        return msgspec.structs.replace(found[max_replicas], replicas=None, budget_bytes=None)
+    return _with_less(fleet, schedule, found[replicas], share, most)
+
+
+def _with_less(fleet: Fleet, schedule: Schedule, need: Need, share: float, most: int) -> Need:
+    """With the least memory that holds, as does every step between it and `most`."""
+    assert need.replicas is not None
+    # From above and step by step: more memory admits more at once, which may well cost latency.
+    for step in range(_BUDGET_STEPS - 1, 0, -1):
+        budget = most * step // _BUDGET_STEPS
+        try:
+            less = _simulated(fleet, schedule, need.policy, need.replicas, budget)
+        except OutOfBudget:
+            break
+        if less.met_share < share:
+            break
+        need = less
+    return need
 
 
 def _least(holds: Callable[[int], bool], most: int) -> int | None:
-    """The least number up to `most` that holds, by doubling and bisection; None if none does."""
+    """A number up to `most` that holds where one less does not; None if none is found.
+
+    By doubling and bisection: the least one, if all above it hold too.
+    """
     below, number = 0, 1
     while not holds(number):
         if number == most:
@@ -85,7 +104,7 @@ def _least(holds: Callable[[int], bool], most: int) -> int | None:
 
 
 def _bisect(holds: Callable[[int], bool], below: int, number: int) -> int:
-    """The least number above `below` that holds; `number` is known to."""
+    """A number above `below` that holds where one less does not; `number` is known to hold."""
     while number - below > 1:
         middle = (below + number) // 2
         if holds(middle):
@@ -95,20 +114,15 @@ def _bisect(holds: Callable[[int], bool], below: int, number: int) -> int:
     return number
 
 
-def _simulated(
-    fleet: Fleet, schedule: Schedule, policy: str, replicas: int, budget: int
-) -> Need | None:
-    """None where no server would start with so little memory."""
+def _simulated(fleet: Fleet, schedule: Schedule, policy: str, replicas: int, budget: int) -> Need:
+    """Raises OutOfBudget where no server would start with so little memory."""
     cache = replace(fleet.cache, memory_budget=budget)
-    try:
-        run = simulate(
-            replace(fleet, replicas=replicas, cache=cache),
-            schedule,
-            load_policy(served_policy(policy)),
-            policy,
-        )
-    except OutOfBudget:
-        return None
+    run = simulate(
+        replace(fleet, replicas=replicas, cache=cache),
+        schedule,
+        load_policy(served_policy(policy)),
+        policy,
+    )
     met = sum(meets(outcome, fleet.slo) for outcome in run.outcomes)
     figures = summarise(run, fleet.slo, schedule.duration_s)
     tokens = run.states[-1].generated_tokens
@@ -122,7 +136,3 @@ def _simulated(
         tpot_p95_s=figures.tpot_s.p95,
         demoted_token_share=1 - tokens[Variant.FULL] / total if total else None,
     )
-
-
-def _failed(policy: str) -> Need:
-    return Need(policy, None, None, 0.0, None, None, None)

@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from small_target import TICK_S, schedule, small_fleet
 from typer.testing import CliRunner
 
-from morphserve.configs.errors import ConfigError
+from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.schema import Slo
 from morphserve.morphcli.app import app
-from morphserve.morphcli.simulate.fleet import Fleet
+from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.simulate.fleet import Fleet, simulate
 from morphserve.morphcli.simulate.plan import Need, Plan, make_plan, usable_bytes
 
 EIGHT = schedule(*[0.0] * 8, prompt=8, output=2)
@@ -48,8 +50,31 @@ def test_memory_is_the_least_that_keeps_the_slo() -> None:
     assert full.budget_bytes < usable_bytes(FLEET)
     step = usable_bytes(FLEET) // 32
     cache = replace(FLEET.cache, memory_budget=full.budget_bytes - step)
-    (with_less,) = needs(replace(FLEET, cache=cache), "full")
-    assert with_less.replicas != full.replicas
+    with pytest.raises(OutOfBudget):
+        needs(replace(FLEET, cache=cache), "full")
+
+
+def test_every_step_above_the_memory_told_keeps_the_slo(monkeypatch: pytest.MonkeyPatch) -> None:
+    (even,) = needs(FLEET, "full")
+    most = usable_bytes(FLEET)
+
+    def uneven(fleet: Fleet, *rest: Any) -> Run:
+        run = simulate(fleet, *rest)
+        if fleet.cache.memory_budget == most * 25 // 32:
+            for outcome in run.outcomes:
+                outcome.error = "missed"
+        return run
+
+    monkeypatch.setattr("morphserve.morphcli.simulate.plan.simulate", uneven)
+    (full,) = needs(FLEET, "full")
+    assert even.budget_bytes is not None
+    assert even.budget_bytes < most * 25 // 32
+    assert full.budget_bytes == most * 26 // 32
+
+
+def test_a_server_that_would_not_start_is_no_missed_slo() -> None:
+    with pytest.raises(OutOfBudget, match="raise --memory-budget"):
+        needs(small_fleet(2, slo=FLEET.slo), "morph")
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.0, 4), (1.5, 4), (0.9, 0)])
