@@ -1,5 +1,6 @@
 """The fewest replicas, and the least memory of each, with which a trace keeps its SLO."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import msgspec
 
 from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.load import load_policy
+from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.compare import served_policy
 from morphserve.morphcli.bench.summary import meets, summarise
 from morphserve.morphcli.simulate.fleet import Fleet, simulate
@@ -14,6 +16,7 @@ from morphserve.morphcli.traces.schedule import Schedule
 from morphserve.quantize.manifest import Variant
 
 _BUDGET_STEPS = 32  # between no memory and all of the device's: a budget is found to one of these
+_LEAST_PATIENCE_S = 120.0
 
 
 class Need(msgspec.Struct, frozen=True):
@@ -45,12 +48,13 @@ def make_plan(
 ) -> Iterator[Need]:
     """What each policy needs, as it is found.
 
-    Raises MorphError where no server would start.
+    Raises MorphError where a request is longer than is served, or no server would start.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"--share must lie above 0, at most 1, not {share:g}")
     if max_replicas < 1:
         raise ConfigError(f"--max-replicas must be at least 1, not {max_replicas}")
+    _check_lengths(fleet, schedule)
     for policy in policies:
         yield _need(fleet, schedule, policy, share, max_replicas)
 
@@ -59,6 +63,36 @@ def usable_bytes(fleet: Fleet) -> int:
     """The most that weights and KV cache may take of each device."""
     target = fleet.target
     return fleet.cache.memory_budget or target.memory_bytes - target.reserved_bytes
+
+
+def patience_s(slo: Slo, schedule: Schedule) -> float:
+    """When a client gives up: twice what the SLO allows the longest answer, or never.
+
+    So a request that is given up has missed the SLO before.
+    """
+    if slo.ttft_s is None or slo.tpot_s is None:
+        return math.inf
+    longest = max(arrival.output_tokens for arrival in schedule.arrivals)
+    return max(_LEAST_PATIENCE_S, 2 * (slo.ttft_s + slo.tpot_s * longest))
+
+
+def _check_lengths(fleet: Fleet, schedule: Schedule) -> None:
+    # They would miss the SLO with any number of replicas, and left out they would make the plan
+    # too small.
+    asked, most = fleet.limits.max_model_len, fleet.target.max_position
+    limit = most if asked is None else asked
+    arrivals = schedule.arrivals
+    too_long = sum(a.prompt_tokens + a.output_tokens > limit for a in arrivals)
+    if not too_long:
+        return
+    room = max(limit - max(a.prompt_tokens for a in arrivals), limit // 4, 1)
+    output = min(room, max(a.output_tokens for a in arrivals))
+    instead = "choose a model that takes more" if limit >= most else "raise --max-model-len"
+    raise ConfigError(
+        f"{too_long} of {len(arrivals)} requests are longer than {limit} tokens, prompt and "
+        f"output: cut them, as with --max-prompt {limit - output} --max-output {output}, or "
+        f"{instead}"
+    )
 
 
 def _need(fleet: Fleet, schedule: Schedule, policy: str, share: float, max_replicas: int) -> Need:

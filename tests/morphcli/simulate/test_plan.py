@@ -1,5 +1,6 @@
 """Plans: the fewest replicas and the least memory that keep an SLO."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from morphserve.configs.schema import Slo
 from morphserve.morphcli.app import app
 from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.simulate.fleet import Fleet, simulate
-from morphserve.morphcli.simulate.plan import Need, Plan, make_plan, usable_bytes
+from morphserve.morphcli.simulate.plan import Need, Plan, make_plan, patience_s, usable_bytes
+from morphserve.morphcli.traces.schedule import Schedule
 
 EIGHT = schedule(*[0.0] * 8, prompt=8, output=2)
 # Four prompts of 8 tokens through four layers, all in one step:
@@ -75,6 +77,26 @@ def test_every_step_above_the_memory_told_keeps_the_slo(monkeypatch: pytest.Monk
 def test_a_server_that_would_not_start_is_no_missed_slo() -> None:
     with pytest.raises(OutOfBudget, match="raise --memory-budget"):
         needs(small_fleet(2, slo=FLEET.slo), "morph")
+
+
+def test_requests_that_no_server_takes_are_counted_and_refused() -> None:
+    mixed = Schedule((*EIGHT.arrivals, *schedule(0.0, 1.0, prompt=100, output=60).arrivals), 2.0)
+    told = "2 of 10 requests are longer than 128 tokens.* --max-prompt 96 --max-output 32.* raise"
+    with pytest.raises(ConfigError, match=told):
+        list(make_plan(FLEET, mixed, ["full"], 1.0, 8))
+
+
+def test_a_request_is_given_up_only_when_it_has_missed_the_slo() -> None:
+    long = schedule(0.0, prompt=8, output=3000)
+    assert patience_s(Slo(2.0, 0.1), long) == 2 * (2.0 + 0.1 * 3000)
+    assert patience_s(Slo(2.0, 0.1), EIGHT) == 120
+    assert patience_s(Slo(ttft_s=2.0), EIGHT) == math.inf
+    assert patience_s(Slo(tpot_s=0.1), EIGHT) == math.inf
+
+
+def test_a_plan_ends_where_no_request_is_given_up() -> None:
+    (need,) = needs(replace(FLEET, timeout_s=math.inf), "morph")
+    assert need.met_share == 1
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.0, 4), (1.5, 4), (0.9, 0)])
