@@ -8,7 +8,7 @@ import msgspec
 
 from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.load import load_policy
-from morphserve.configs.schema import Slo
+from morphserve.configs.schema import SchedulerConfig, Slo
 from morphserve.morphcli.bench.compare import served_policy
 from morphserve.morphcli.bench.summary import meets, summarise
 from morphserve.morphcli.simulate.fleet import Fleet, simulate
@@ -31,13 +31,19 @@ class Need(msgspec.Struct, frozen=True):
     demoted_token_share: float | None  # of the tokens, made while a layer was not at full precision
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     model: str
-    device: str
-    device_bytes: int  # of memory that a replica may use
+    device: str  # all devices of one replica
+    tensor_parallel: int  # devices of one replica
+    device_bytes: int  # of each device's memory that may be used
     router: str
+    limits: SchedulerConfig
     requests: int
+    clipped_prompts: int
+    clipped_outputs: int
     duration_s: float
+    timeout_s: float | None  # after which a request is given up; None: never
+    slo: Slo
     share: float  # of requests that must meet the SLO
     max_replicas: int
     needs: list[Need]
