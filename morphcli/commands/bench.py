@@ -142,7 +142,6 @@ def bench(
     from morphserve.morphcli.bench.compare import parse_policies
     from morphserve.morphcli.bench.report import REPORT
     from morphserve.morphcli.bench.request import BenchRequest, parse_rates
-    from morphserve.morphcli.bench.run import run_bench
     from morphserve.morphcli.bench.verdict import verdict
     from morphserve.morphcli.traces.readers import Reading
     from morphserve.morphcli.traces.schedule import Shape, Window, parse_window
@@ -195,6 +194,8 @@ def bench(
     wanted = parse_assertions(assertions or [], request.policies)
     console = Console(stderr=True)
     if simulate is None:
+        from morphserve.morphcli.bench.run import run_bench
+
         summary = run_bench(request, console)
     else:
         from morphserve.morphcli.simulate.bench import Setup, simulate_bench
