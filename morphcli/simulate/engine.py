@@ -1,13 +1,13 @@
 """The engine that serves, on a device of sizes and times: it turns as fast as Python can."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from morphserve.configs.schema import EngineConfig
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.simulate.counted import CountedBatch, CountedScheduler
 from morphserve.morphcli.simulate.device import SimulatedClock, SimulatedDevice, SimulatedLayers
 from morphserve.morphcli.simulate.pool import CountingPool
+from morphserve.morphcli.simulate.stretch import Stretch
 from morphserve.morphcli.simulate.target import Target
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.engine import Engine
@@ -19,31 +19,6 @@ from morphserve.runtime.parts import Parts
 from morphserve.runtime.swapper import Swapper
 
 _FEW = 64  # waiting requests that are looked at one by one
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Decode steps in which nothing happens but a token for each request."""
-
-    steps: int
-    start_s: float
-    first_s: float  # duration of the first one
-    growth_s: float  # by which each is longer than the one before
-
-    def end_s(self, steps: int) -> float:
-        """When so many of them are done."""
-        growth_s = self.growth_s * steps * (steps - 1) / 2
-        return self.start_s + steps * self.first_s + growth_s
-
-    def begun_before(self, time_s: float) -> int:
-        """How many have begun, and so are carried to their end, by this time."""
-        wanted = time_s - self.start_s
-        if self.growth_s > 0:
-            linear = self.first_s - self.growth_s / 2
-            steps = (math.sqrt(linear**2 + 2 * self.growth_s * wanted) - linear) / self.growth_s
-        else:
-            steps = wanted / self.first_s
-        return min(self.steps, math.ceil(steps - 1e-9))
 
 
 class SimulatedEngine(Engine):

@@ -8,8 +8,9 @@ from functools import lru_cache
 from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.simulate.counted import CountedBatch
-from morphserve.morphcli.simulate.engine import SimulatedEngine, Stretch
+from morphserve.morphcli.simulate.engine import SimulatedEngine
 from morphserve.morphcli.simulate.router import ReplicaLoad
+from morphserve.morphcli.simulate.stretch import Stretch
 from morphserve.morphcli.simulate.target import Target
 from morphserve.morphcli.traces.arrivals import Arrival
 from morphserve.runtime.messages import Step, Submit, TokenOutput
