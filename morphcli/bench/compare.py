@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,12 +151,3 @@ def replay(plan: Plan, on_outcome: _REPLAY_STEP) -> tuple[Started, list[Outcome]
         client.kill()
         client.wait()
     return started, sorted(outcomes, key=lambda outcome: outcome.index)
-
-
-def agreement(reference: Sequence[Outcome], other: Sequence[Outcome]) -> float | None:
-    """Share of requests answered in both runs whose greedy text is the same; None: no such."""
-    texts = {o.index: o.text_sha256 for o in reference if o.text_sha256 is not None}
-    both = [o for o in other if o.error is None and o.index in texts]
-    if not both:
-        return None
-    return sum(o.text_sha256 == texts[o.index] for o in both) / len(both)

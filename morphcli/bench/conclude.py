@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from morphserve.morphcli.bench.answers import fill_answers
-from morphserve.morphcli.bench.compare import agreement
 from morphserve.morphcli.bench.quality import Quality
 from morphserve.morphcli.bench.record import (
     MixPerplexity,
@@ -58,7 +57,6 @@ def conclude(
         trace=facts,
         policies=told,
         perplexities=mixes,
-        same_text_as_first=_same_text(at_main),
         created=now(),
         runs=each if len(runs) > len(told) else [],
         curve=[
@@ -94,13 +92,6 @@ def _judge(
         return []
     served = [sum((Counter(tokens_per_mix(r.states)) for r in of), Counter()) for of in runs]
     return quality.judge(summaries, served)
-
-
-def _same_text(runs: Sequence[Run]) -> dict[str, float]:
-    """By policy, share of the answers that the first policy gave in the same words."""
-    first = runs[0]
-    same = {r.policy: agreement(first.outcomes, r.outcomes) for r in runs if r.repeat == 0}
-    return {p: share for p, share in same.items() if share is not None and p != first.policy}
 
 
 def settings_of(request: BenchRequest, simulated: Simulated | None = None) -> Settings:

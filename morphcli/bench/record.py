@@ -109,7 +109,6 @@ class Summary(msgspec.Struct):
     trace: TraceFacts
     policies: list[PolicySummary]
     perplexities: list[MixPerplexity]  # of each mix of layers that was served, best first
-    same_text_as_first: dict[str, float]  # share of equal greedy answers, by policy
     created: str
     runs: list[PolicySummary] = []  # each repeat alone, in the order in which they ran
     curve: list[LoadPoint] = []  # of a sweep over load

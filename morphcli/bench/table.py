@@ -65,7 +65,6 @@ def table_rows(summary: Summary) -> list[Row]:
         lambda p: _NONE if p.perplexity is None else f"{p.perplexity:.3f}",
         lambda p: p.perplexity,
     )
-    _add_agreement(build, summary)
     _add_answers(build)
     return build.rows
 
@@ -185,17 +184,6 @@ def _full_again(server: ServerFigures) -> str:
     return f"no, {server.quantized_layers_at_end} swapped"
 
 
-def _add_agreement(build: _Rows, summary: Summary) -> None:
-    if len(summary.policies) < 2 or not summary.same_text_as_first:
-        return
-    first, same = summary.policies[0].policy, summary.same_text_as_first
-    build.add(
-        f"answers with the same text as {policy_title(first)}",
-        lambda p: _NONE if p.policy == first else show_share(same.get(p.policy)),
-        detail=True,
-    )
-
-
 def _add_answers(build: _Rows) -> None:
     """What answers were worth, beside perplexity."""
 
@@ -224,6 +212,7 @@ def _add_answers(build: _Rows) -> None:
         lambda p: p.kl,
         detail=True,
     )
+    add("answers with the same text as at full precision", lambda a: a.same_text, show_share, True)
     add("tokens that agree with full precision", lambda a: a.token_agreement, show_share, True)
     add(
         "tokens per answer before the first that differs",

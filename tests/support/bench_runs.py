@@ -84,7 +84,6 @@ def make_summary(runs: list[Run]) -> tuple[Summary, Schedule]:
             MixPerplexity([Variant.FULL] * 4, 10.0),
             MixPerplexity([Variant.INT4] * 4, 11.0),
         ],
-        same_text_as_first={},
         created="now",
     )  # fmt: skip
     return summary, schedule

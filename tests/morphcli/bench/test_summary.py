@@ -4,7 +4,6 @@ import pytest
 from bench_runs import SLO, answered, make_run, state, unanswered
 
 from morphserve.configs.schema import Slo
-from morphserve.morphcli.bench.compare import agreement
 from morphserve.morphcli.bench.summary import (
     Percentiles,
     mean_perplexity,
@@ -154,15 +153,6 @@ def test_mean_perplexity_weighs_mixes_by_their_tokens() -> None:
     assert found == pytest.approx(10 ** (1 / 4) * 20 ** (3 / 4))
     assert mean_perplexity(tokens, {full: 10.0}) is None
     assert mean_perplexity({}, {full: 10.0}) is None
-
-
-def test_agreement_is_over_requests_answered_in_both_runs() -> None:
-    reference = [answered(0, 0.1), answered(1, 0.1), unanswered(2)]
-    other = [answered(0, 0.9), answered(1, 0.9), answered(2, 0.9)]
-    assert agreement(reference, other) == 1.0
-    other[1].text_sha256 = "another"
-    assert agreement(reference, other) == 0.5
-    assert agreement([unanswered(0)], other) is None
 
 
 def test_targets_are_shown_as_they_are_read() -> None:
