@@ -116,4 +116,4 @@ def test_every_field_of_a_run_folder_is_described() -> None:
     assert set(PolicySummary.__struct_fields__) - page == set()
     assert set(Outcome.__struct_fields__) - page == set()
     assert set(State.__struct_fields__) - page == set()
-    assert set(Summary.__struct_fields__) - page <= {"same_text_as_first", "created", "notes"}
+    assert set(Summary.__struct_fields__) - page <= {"created", "notes"}

@@ -99,6 +99,7 @@ class LoadPoint(msgspec.Struct, frozen=True):
     ttft_p95_s: float | None
     tpot_p95_s: float | None
     repeats: int = 1
+    faults: list[str] = []  # reasons for which it proves nothing
 
 
 class Summary(msgspec.Struct):

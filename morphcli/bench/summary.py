@@ -77,8 +77,8 @@ class Run(msgspec.Struct):
 class ServerFigures(msgspec.Struct, frozen=True):
     """What the server's own state tells of a run. Shares from 0 to 1."""
 
-    preemptions: int
-    swaps: int
+    preemptions: float  # of repeats, the mean per run
+    swaps: float  # of repeats, the mean per run
     quantized_token_share: float | None  # made while a layer was INT8 or INT4; None: no token
     quantized_layers_max: int  # INT8 and INT4
     quantized_layers_at_end: int
@@ -87,7 +87,7 @@ class ServerFigures(msgspec.Struct, frozen=True):
     kv_tokens_min: int  # capacity of the KV cache
     kv_tokens_max: int
     full_again_s: float | None  # from the end of the burst; None: never left, or not back at end
-    later_episodes: int  # times that layers were swapped again after the burst
+    later_episodes: float  # times that layers were swapped again after it; of repeats, per run
 
 
 class Interval(msgspec.Struct, frozen=True):

@@ -37,12 +37,21 @@ def policy_title(policy: str) -> str:
     return titles.get(policy, policy)
 
 
+def in_repeats(policy: PolicySummary) -> str:
+    """What follows a number of requests: ` in 3 repeats`; nothing for a single run."""
+    return f" in {policy.repeats.count} repeats" if policy.repeats else ""
+
+
 def table_rows(summary: Summary) -> list[Row]:
     """Every figure that the run can tell, most telling first."""
     build = _Rows(summary.policies)
     slo = show_slo(summary.settings.slo)
     offered = max(policy.offered for policy in summary.policies)
-    build.add(f"of {offered} requests, missed the target ({slo})", _misses, lambda p: p.slo_misses)
+    build.add(
+        f"of {offered} requests{in_repeats(summary.policies[0])}, missed the target ({slo})",
+        _misses,
+        lambda p: p.slo_misses,
+    )
     for q, name in ((95, "p95"), (50, "p50"), (99, "p99")):
         _latency(build, f"{q} % of requests had their first token within", name, "ttft_s", q != 95)
     for q, name in ((95, "p95"), (50, "p50"), (99, "p99")):
@@ -100,13 +109,17 @@ def _best(costs: Sequence[float | None]) -> int | None:
 
 def _misses(policy: PolicySummary) -> str:
     between = policy.repeats.slo_miss_share if policy.repeats else None
-    share = show_share(policy.slo_miss_share) + _plus_minus(between, show_share)
-    return f"{policy.slo_misses} ({share})"
+    share = f"{policy.slo_misses} ({show_share(policy.slo_miss_share)})"
+    return share + _between(between, show_share)
 
 
-def _plus_minus(between: Interval | None, show: Callable[[float], str]) -> str:
-    """Half a confidence interval; nothing for a single run."""
-    return "" if between is None else f" ± {show((between.high - between.low) / 2)}"
+def _between(interval: Interval | None, show: Callable[[float], str]) -> str:
+    """` [0.9–1.5 s]`; nothing for a single run."""
+    if interval is None:
+        return ""
+    low, high = show(interval.low), show(interval.high)
+    number, _, unit = low.rpartition(" ")
+    return f" [{number if high.endswith(f' {unit}') else low}–{high}]"
 
 
 def _unanswered(policy: PolicySummary) -> str:
@@ -126,7 +139,7 @@ def _latency(build: _Rows, label: str, rank: str, field: str, detail: bool) -> N
         between = None
         if policy.repeats is not None and rank == "p95":
             between = getattr(policy.repeats, f"{field[:4]}_p95_s")
-        return show_s(found) + _plus_minus(between, show_s)
+        return show_s(found) + _between(between, show_s)
 
     def cost(policy: PolicySummary) -> float:
         found = value(policy)
@@ -149,16 +162,17 @@ def _add_server_rows(build: _Rows) -> None:
             detail=detail,
         )
 
-    add("preemptions (work thrown away and redone)", _preemptions, lambda s: s.preemptions)
+    each = ", per run" if any(p.repeats for p in build.policies) else ""
+    add(f"preemptions (work thrown away and redone){each}", _preemptions, lambda s: s.preemptions)
     add("KV cache capacity, tokens", _capacity)
     add("tokens made below full precision", lambda s: show_share(s.quantized_token_share))
     add("INT4 layers: mean per token / most", _layers, detail=True)
     add("all layers at full precision again after the burst", _full_again)
-    add("times that layers were swapped again later", _later, detail=True)
+    add(f"times that layers were swapped again later{each}", _later, detail=True)
 
 
 def _preemptions(server: ServerFigures) -> str:
-    return str(server.preemptions)
+    return show_count(server.preemptions)
 
 
 def _capacity(server: ServerFigures) -> str:
@@ -173,7 +187,7 @@ def _layers(server: ServerFigures) -> str:
 
 
 def _later(server: ServerFigures) -> str:
-    return str(server.later_episodes)
+    return show_count(server.later_episodes)
 
 
 def _full_again(server: ServerFigures) -> str:
@@ -222,6 +236,11 @@ def _add_answers(build: _Rows) -> None:
     )
     add("F1 against references", lambda a: a.f1, show_score)
     add("ROUGE-L against references", lambda a: a.rouge_l, show_score)
+
+
+def show_count(count: float) -> str:
+    """`3`; of a mean `3.4`."""
+    return f"{count:,.1f}".removesuffix(".0")
 
 
 def show_score(score: float) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from morphserve.morphcli.bench.record import Summary
@@ -24,8 +25,10 @@ def print_table(summary: Summary, console: Console, *, details: bool) -> None:
         table.add_column(policy_title(policy.policy), justify="right")
     for row in table_rows(summary):
         if details or not row.is_detail:
-            cells = (f"[green]{c}[/]" if i == row.best else c for i, c in enumerate(row.cells))
-            table.add_row(row.label, *cells)
+            cells = [escape(cell) for cell in row.cells]  # intervals stand in brackets
+            if row.best is not None:
+                cells[row.best] = f"[green]{cells[row.best]}[/]"
+            table.add_row(escape(row.label), *cells)
     console.print(table)
 
 

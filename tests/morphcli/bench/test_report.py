@@ -1,11 +1,13 @@
 """Table, verdict and page say what the figures say."""
 
+import io
 import json
 from pathlib import Path
 
 import msgspec
 import pytest
 from bench_runs import answered, make_run, make_summary, state, unanswered
+from rich.console import Console
 
 from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.morphcli.bench.record import (
@@ -16,8 +18,9 @@ from morphserve.morphcli.bench.record import (
     write_summary,
 )
 from morphserve.morphcli.bench.report import render_report
-from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.bench.summary import Interval, Repeats, Run
 from morphserve.morphcli.bench.table import table_rows
+from morphserve.morphcli.bench.terminal import print_table
 from morphserve.morphcli.bench.verdict import verdict
 from morphserve.morphcli.traces.schedule import Burst
 
@@ -108,6 +111,46 @@ def test_a_win_is_more_than_noise(missed: int, won: bool) -> None:
     found = verdict(summary)
     assert found is not None and found.won == won
     assert found.sentences[0].startswith("Morphing paid" if won else "There is no clear difference")
+
+
+def with_repeats(first_token: Interval | None) -> Repeats:
+    unknown = dict.fromkeys(Repeats.__struct_fields__)
+    return Repeats(**unknown | {"count": 3, "ttft_p95_s": first_token})
+
+
+@pytest.mark.parametrize(
+    ("morph", "full", "won"),
+    [
+        (Interval(0.1, 0.3), None, True),  # full precision left requests unanswered
+        (None, Interval(0.1, 0.3), False),
+        (None, None, False),
+        (Interval(0.1, 0.3), Interval(0.2, 3.0), False),
+    ],
+)
+def test_an_unknown_interval_is_never_the_better_one(
+    morph: Interval | None, full: Interval | None, won: bool
+) -> None:
+    summary, _ = make_summary(
+        [make_run("full", SLOW, CALM), make_run("morph", QUICK, morph_states())]
+    )
+    for policy, between in zip(summary.policies, (full, morph), strict=True):
+        policy.repeats = with_repeats(between)
+    found = verdict(summary)
+    assert found is not None and found.won == won
+    assert "0 of 5 requests in 3 repeats missed" in found.sentences[0]
+
+
+def test_intervals_stand_beside_the_figures_of_repeats() -> None:
+    summary, _ = make_summary([make_run("full", QUICK, CALM)])
+    summary.policies[0].repeats = with_repeats(Interval(0.9, 1.5))
+    rows = {row.label: row.cells for row in table_rows(summary)}
+    assert rows["95 % of requests had their first token within"] == ("200 ms [900 ms–1.5 s]",)
+    assert "preemptions (work thrown away and redone), per run" in rows
+    summary.policies[0].repeats = with_repeats(Interval(1.0, 1.5))
+    console = Console(width=100, file=io.StringIO())
+    print_table(summary, console, details=False)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "of 5 requests in 3 repeats" in shown and "200 ms [1–1.5 s]" in shown
 
 
 def test_every_morph_policy_is_judged_by_name() -> None:
