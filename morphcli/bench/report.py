@@ -118,7 +118,7 @@ def _notes(summary: Summary, runs: Sequence[Run]) -> Iterator[str]:
     yield from summary.notes
     if len(summary.policies) > 1:
         yield "All scales are the same for every policy."
-    shown = runs_shown(runs)
+    shown = runs_shown(summary, runs)
     if len({run.rate for run in runs}) > 1:
         times = "" if shown[0].rate == 1 else f"{shown[0].rate:g} times "
         yield f"Of the loads, the one at {times}the schedule's own rate is drawn."

@@ -16,6 +16,7 @@ from bench_scenes import scene
 from morphserve.morphcli.bench.definitions import DEFINITIONS, definition_of
 from morphserve.morphcli.bench.quality_table import quality_rows
 from morphserve.morphcli.bench.report import render_report, write_report
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
 from morphserve.morphcli.bench.tiles import headline_tiles
 
@@ -147,6 +148,32 @@ def test_a_loss_is_shown_as_one() -> None:
     _, (first, missed, *_) = headline_tiles(summary)
     assert (first.number, first.is_good) == ("15.0 × later", False)
     assert (missed.number, missed.is_good) == ("100 %", False)
+
+
+def test_no_number_has_a_colour_where_the_verdict_calls_neither_better() -> None:
+    never = [unanswered(i, status=503) for i in range(5)]
+    for one, other in ((never, never), ([answered(0, 0.2)], [answered(0, 0.21)])):
+        summary, _ = make_summary([make_run("full", one, []), make_run("morph", other, [])])
+        assert [tile.is_good for tile in headline_tiles(summary)[1]] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("ours", "number"),
+    [
+        (0, "none"),
+        (1, "99.9 % fewer"),
+        (300, "70 % fewer"),
+        (999, "0.1 % fewer"),
+        (1000, "as many"),
+    ],
+)
+def test_only_no_miss_at_all_is_called_none(ours: int, number: str) -> None:
+    def run(policy: str, misses: int) -> Run:
+        outcomes = [answered(i, 3.0 if i < misses else 0.2) for i in range(2000)]
+        return make_run(policy, outcomes, [])
+
+    summary, _ = make_summary([run("full", 1000), run("morph", ours)])
+    assert headline_tiles(summary)[1][1].number == number
 
 
 def test_a_run_that_proves_nothing_has_no_headline_numbers() -> None:
