@@ -125,4 +125,5 @@ def settings_of(request: BenchRequest, simulated: Simulated | None = None) -> Se
         repeat=request.repeat,
         rates=request.rates,
         simulated=simulated,
+        reading=request.reading,
     )

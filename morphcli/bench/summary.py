@@ -142,7 +142,7 @@ class PolicySummary(msgspec.Struct):
     ttft_s: Percentiles  # over offered requests
     tpot_s: Percentiles  # over finished requests
     e2e_s: Percentiles  # over offered requests
-    duration_s: float  # from the first send to the last token
+    duration_s: float  # from the first send to the last token; of repeats, the sum
     output_tokens_per_s: float
     finished_per_s: float
     goodput_per_s: float  # requests within the SLO
@@ -176,7 +176,7 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
     finished = [o for o in outcomes if o.error is None]
     good = sum(meets(o, slo) for o in outcomes)
     refused = sum(o.status not in (0, 200) for o in outcomes)
-    unfinished = sum(o.timed_out for o in outcomes)
+    unfinished = sum(o.timed_out and o.status in (0, 200) for o in outcomes)
     start = min(o.intended_s for o in outcomes)
     end = max(o.intended_s + (o.e2e_s or 0.0) for o in outcomes)
     duration = max(end - start, 1e-9)

@@ -2,6 +2,7 @@
 
 from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.bench.drawings import draw_all
 from morphserve.morphcli.bench.record import (
     Environment,
     MixPerplexity,
@@ -9,6 +10,7 @@ from morphserve.morphcli.bench.record import (
     Summary,
     trace_facts,
 )
+from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise
 from morphserve.morphcli.traces.arrivals import Arrival
@@ -64,6 +66,11 @@ def state(at_s: float, num_int4: int, tokens: int, preemptions: int = 0) -> Stat
 
 def make_run(policy: str, outcomes: list[Outcome], states: list[State]) -> Run:
     return Run(policy, 100.0, outcomes, states)
+
+
+def page_of(summary: Summary, runs: list[Run], schedule: Schedule) -> str:
+    """The report's page."""
+    return render_report(summary, runs, draw_all(summary, runs, schedule))
 
 
 def make_summary(runs: list[Run]) -> tuple[Summary, Schedule]:

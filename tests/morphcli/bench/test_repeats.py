@@ -1,5 +1,6 @@
 """Repeats: figures together, confidence intervals, and the order of runs."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,9 +154,11 @@ def test_a_run_tells_its_repeat_and_its_load() -> None:
         ({"repeat": 0}, "--repeat must be at least 1"),
         ({"rates": (0.0, 1.0)}, "--rates must be above 0"),
         ({"rates": (1.0, 1.0)}, "name each load once"),
+        ({"timeout_s": 0.0}, "--timeout must be a number of seconds above 0"),
+        ({"timeout_s": math.inf}, "--timeout must be a number of seconds above 0"),
     ],
 )
-def test_senseless_repeats_and_rates_are_refused(changes: dict[str, object], message: str) -> None:
+def test_senseless_numbers_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         request(**changes)
 

@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 
 import msgspec
 import pytest
-from bench_runs import answered, make_run, make_summary, state, unanswered
+from bench_runs import answered, make_run, make_summary, page_of, state, unanswered
 from bench_scenes import scene
 
 from morphserve.morphcli.bench.definitions import DEFINITIONS, definition_of
 from morphserve.morphcli.bench.quality_table import quality_rows
-from morphserve.morphcli.bench.report import render_report, write_report
+from morphserve.morphcli.bench.report import write_report
 from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
 from morphserve.morphcli.bench.tiles import headline_tiles
@@ -54,7 +54,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_report(*scene(repeats=2, rates=(0.5, 1.0, 2.0), seconds=20))
+    return page_of(*scene(repeats=2, rates=(0.5, 1.0, 2.0), seconds=20))
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
@@ -124,7 +124,7 @@ def test_what_many_runs_need_is_told(page: str) -> None:
 def test_notes_of_a_summary_stand_above_the_timelines() -> None:
     summary, runs, schedule = scene(("full",), seconds=10)
     summary.notes = ["Layers are those of one replica of four."]
-    assert "Layers are those of one replica of four." in render_report(summary, runs, schedule)
+    assert "Layers are those of one replica of four." in page_of(summary, runs, schedule)
 
 
 def test_the_first_numbers_are_of_morph_against_full_precision() -> None:
@@ -181,7 +181,7 @@ def test_a_run_that_proves_nothing_has_no_headline_numbers() -> None:
     runs = [make_run("full", broken, []), make_run("morph", broken, [])]
     summary, schedule = make_summary(runs)
     assert headline_tiles(summary) == ("", [])
-    page = render_report(summary, runs, schedule)
+    page = page_of(summary, runs, schedule)
     assert 'class="verdicts invalid"' in page and "This run proves nothing" in page
 
 
@@ -218,7 +218,7 @@ def test_each_drawing_has_files_and_those_of_an_older_run_go(tmp_path: Path) -> 
 
 
 def test_a_long_comparison_makes_a_page_of_sane_size() -> None:
-    page = render_report(*scene(("full", "morph"), seconds=300, per_second=5.7, num_layers=32))
+    page = page_of(*scene(("full", "morph"), seconds=300, per_second=5.7, num_layers=32))
     assert len(page.encode()) < 1_000_000  # so that six policies stay under 3 MB
 
 

@@ -48,6 +48,12 @@ def test_misses_are_counted_over_offered_requests() -> None:
     assert found.server is None and found.perplexity is None
 
 
+def test_a_request_that_was_refused_and_ran_into_the_timeout_counts_once() -> None:
+    outcomes = [answered(0, 0.1), unanswered(1, status=503, timed_out=True)]
+    found = summarise(make_run("full", outcomes, []), SLO, burst_end_s=3.0)
+    assert (found.refused, found.unfinished, found.failed) == (1, 0, 0)
+
+
 def test_throughput_is_over_first_send_to_last_token() -> None:
     outcomes = [answered(0, ttft_s=0.5), answered(3, ttft_s=0.5)]  # the last token at 3 + 1 s
     found = summarise(make_run("full", outcomes, []), SLO, burst_end_s=3.0)
