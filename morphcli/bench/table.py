@@ -15,7 +15,7 @@ from morphserve.morphcli.bench.summary import (
     show_slo,
 )
 
-_NONE = "–"
+UNKNOWN = "–"  # what stands in place of a figure that is not known
 _TIE = 0.02  # relative difference under which two figures are called equal
 
 
@@ -56,6 +56,12 @@ def table_rows(summary: Summary) -> list[Row]:
         _latency(build, f"{q} % of requests had their first token within", name, "ttft_s", q != 95)
     for q, name in ((95, "p95"), (50, "p50"), (99, "p99")):
         _latency(build, f"{q} % of answers took per further token at most", name, "tpot_s", q != 95)
+    for q, name in ((50, "p50"), (95, "p95"), (99, "p99")):
+        label = f"{q} % of gaps between tokens were at most"
+        _latency(build, label, name, "itl_s", detail=True, none=UNKNOWN)
+    _latency(build, "95 % of requests had their whole answer within", "p95", "e2e_s", detail=True)
+    label = "95 % of requests were queued in the server for at most"
+    _latency(build, label, "p95", "queue_s", detail=True, none=UNKNOWN)
     build.add(
         "output tokens per second",
         lambda p: f"{p.output_tokens_per_s:,.0f}",
@@ -71,7 +77,7 @@ def table_rows(summary: Summary) -> list[Row]:
     _add_server_rows(build)
     build.add(
         "perplexity of what was served (lower is better)",
-        lambda p: _NONE if p.perplexity is None else f"{p.perplexity:.3f}",
+        lambda p: UNKNOWN if p.perplexity is None else f"{p.perplexity:.3f}",
         lambda p: p.perplexity,
     )
     _add_answers(build)
@@ -92,7 +98,7 @@ class _Rows:
         detail: bool = False,
     ) -> None:
         cells = tuple(show(policy) for policy in self.policies)
-        if any(cell != _NONE for cell in cells):
+        if any(cell != UNKNOWN for cell in cells):
             best = _best([cost(policy) for policy in self.policies])
             self.rows.append(Row(label, cells, best, detail))
 
@@ -126,7 +132,11 @@ def _unanswered(policy: PolicySummary) -> str:
     return f"{policy.refused} / {policy.unfinished} / {policy.failed}"
 
 
-def _latency(build: _Rows, label: str, rank: str, field: str, detail: bool) -> None:
+def _latency(
+    build: _Rows, label: str, rank: str, field: str, detail: bool, none: str = "no answer"
+) -> None:
+    """`none` is what a percentile that is None means: never answered, or UNKNOWN."""
+
     def value(policy: PolicySummary) -> float | None:
         percentiles: Percentiles = getattr(policy, field)
         found: float | None = getattr(percentiles, rank)
@@ -135,15 +145,15 @@ def _latency(build: _Rows, label: str, rank: str, field: str, detail: bool) -> N
     def show(policy: PolicySummary) -> str:
         found = value(policy)
         if found is None:
-            return "no answer"
+            return none
         between = None
         if policy.repeats is not None and rank == "p95":
-            between = getattr(policy.repeats, f"{field[:4]}_p95_s")
+            between = getattr(policy.repeats, f"{field.removesuffix('_s')}_p95_s", None)
         return show_s(found) + _between(between, show_s)
 
-    def cost(policy: PolicySummary) -> float:
+    def cost(policy: PolicySummary) -> float | None:
         found = value(policy)
-        return math.inf if found is None else found
+        return math.inf if found is None and none != UNKNOWN else found
 
     build.add(label, show, cost, detail=detail)
 
@@ -157,7 +167,7 @@ def _add_server_rows(build: _Rows) -> None:
     ) -> None:
         build.add(
             label,
-            lambda p: show(p.server) if p.server else _NONE,
+            lambda p: show(p.server) if p.server else UNKNOWN,
             lambda p: cost(p.server) if p.server else None,
             detail=detail,
         )
@@ -182,7 +192,7 @@ def _capacity(server: ServerFigures) -> str:
 
 
 def _layers(server: ServerFigures) -> str:
-    mean = _NONE if server.int4_layers_mean is None else f"{server.int4_layers_mean:.1f}"
+    mean = UNKNOWN if server.int4_layers_mean is None else f"{server.int4_layers_mean:.1f}"
     return f"{mean} / {server.int4_layers_max}"
 
 
@@ -212,7 +222,7 @@ def _add_answers(build: _Rows) -> None:
 
         def cell(policy: PolicySummary) -> str:
             known = found(policy)
-            return _NONE if known is None else show(known)
+            return UNKNOWN if known is None else show(known)
 
         def cost(policy: PolicySummary) -> float | None:
             known = found(policy)
@@ -222,7 +232,7 @@ def _add_answers(build: _Rows) -> None:
 
     build.add(
         "KL divergence from full precision, 10⁻³ nats per token",
-        lambda p: _NONE if p.kl is None else f"{1000 * p.kl:.2f}",
+        lambda p: UNKNOWN if p.kl is None else f"{1000 * p.kl:.2f}",
         lambda p: p.kl,
         detail=True,
     )
@@ -243,13 +253,13 @@ def show_count(count: float) -> str:
     return f"{count:,.1f}".removesuffix(".0")
 
 
-def show_score(score: float) -> str:
-    """As papers do, in hundredths: `25.19`."""
-    return f"{100 * score:.2f}"
+def show_score(score: float | None) -> str:
+    """As papers do, in hundredths: `25.19`; a dash for None."""
+    return UNKNOWN if score is None else f"{100 * score:.2f}"
 
 
 def show_share(share: float | None) -> str:
     """`4.2 %`; a dash for None."""
     if share is None:
-        return _NONE
+        return UNKNOWN
     return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"

@@ -9,9 +9,8 @@ from rich.table import Table
 
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.summary import PolicySummary, show_s
-from morphserve.morphcli.bench.table import policy_title, show_share, table_rows
+from morphserve.morphcli.bench.table import UNKNOWN, policy_title, show_share, table_rows
 
-_NONE = "–"
 _POLICIES_ACROSS = 3  # more do not fit beside each other on a terminal of 80 columns
 
 
@@ -39,7 +38,7 @@ def _policies_down(summary: Summary) -> Table:
     for heading, _ in known:
         table.add_column(heading, justify="right")
     for p in summary.policies:
-        table.add_row(policy_title(p.policy), *(cell(p) or _NONE for _, cell in known))
+        table.add_row(policy_title(p.policy), *(cell(p) or UNKNOWN for _, cell in known))
     return table
 
 

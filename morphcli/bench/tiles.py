@@ -9,8 +9,6 @@ from morphserve.morphcli.bench.summary import PolicySummary, show_s
 from morphserve.morphcli.bench.table import policy_title, show_share
 from morphserve.morphcli.bench.verdict import is_clearly_sooner, misses_clearly_fewer
 
-_NONE = "–"
-
 
 @dataclass(frozen=True, slots=True)
 class Tile:

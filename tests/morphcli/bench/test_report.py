@@ -190,6 +190,22 @@ def test_no_answer_is_worse_than_a_slow_one() -> None:
     assert rows["95 % of requests had their first token within"].best == 1
 
 
+def test_gaps_whole_answers_and_queues_have_rows_where_they_are_known() -> None:
+    outcomes = [answered(i, 0.2) for i in range(4)]
+    outcomes[0].event_times_s, outcomes[0].queue_s = [0.2, 0.3, 0.6], 0.05
+    rows = {
+        row.label: row.cells
+        for row in table_rows(
+            make_summary([make_run("full", outcomes, []), make_run("other", SLOW, [])])[0]
+        )
+    }
+    assert rows["95 % of gaps between tokens were at most"] == ("300 ms", "–")
+    assert rows["95 % of requests had their whole answer within"] == ("700 ms", "no answer")
+    assert rows["95 % of requests were queued in the server for at most"] == ("50 ms", "–")
+    assert not [row for row in table_rows(make_summary([make_run("a", SLOW, [])])[0])
+                if "gaps" in row.label or "queued" in row.label]  # fmt: skip
+
+
 def test_a_burst_out_of_silence_has_a_rate_and_no_factor() -> None:
     runs = [make_run("full", QUICK, CALM)]
     summary, schedule = make_summary(runs)

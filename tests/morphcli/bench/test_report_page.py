@@ -101,6 +101,9 @@ def test_rows_lead_to_the_word_that_explains_them() -> None:
         ("95 % of answers took per further token at most", "time per further token"),
         ("of 5 requests, missed the target (first token ≤ 1 s)", "missed the target"),
         ("perplexity of what was served (lower is better)", "perplexity"),
+        ("95 % of gaps between tokens were at most", "gap between tokens"),
+        ("95 % of requests had their whole answer within", "whole answer"),
+        ("95 % of requests were queued in the server for at most", "queue time"),
         ("requests per second within the target", "goodput"),
         ("all layers at full precision again after the burst", "full precision again"),
     ):
