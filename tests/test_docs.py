@@ -12,9 +12,9 @@ import typer.main
 
 from morphserve.morphcli.app import app
 from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import PolicySummary
 from morphserve.morphcli.traces.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]

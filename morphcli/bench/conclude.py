@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from morphserve.morphcli.bench.answers import fill_answers
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.quality import Quality
 from morphserve.morphcli.bench.record import (
     LoadPoint,
@@ -21,7 +22,7 @@ from morphserve.morphcli.bench.references import Reference
 from morphserve.morphcli.bench.repeats import load_point, pooled, spread
 from morphserve.morphcli.bench.report import write_report
 from morphserve.morphcli.bench.request import BenchRequest, main_rate
-from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise, tokens_per_mix
+from morphserve.morphcli.bench.summary import Run, summarise, tokens_per_mix
 from morphserve.morphcli.bench.table import policy_title
 from morphserve.morphcli.traces.schedule import Schedule, find_burst
 

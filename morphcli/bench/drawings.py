@@ -8,17 +8,11 @@ from dataclasses import dataclass, field
 from matplotlib.figure import Figure
 
 from morphserve.morphcli.bench import curves, overview, precision
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.frame import make_frame
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.request import main_rate
-from morphserve.morphcli.bench.summary import (
-    PolicySummary,
-    Run,
-    meets,
-    percentile,
-    show_s,
-    show_slo,
-)
+from morphserve.morphcli.bench.summary import Run, meets, percentile, show_s, show_slo
 from morphserve.morphcli.bench.table import policy_title, show_share
 from morphserve.morphcli.bench.timeline import timeline_figure
 from morphserve.morphcli.traces.schedule import Schedule

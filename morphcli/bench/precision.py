@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from morphserve.morphcli.bench.answers import POSITIONS
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.looks import looks
 from morphserve.morphcli.bench.panels import WIDTH_IN
-from morphserve.morphcli.bench.summary import PolicySummary, Run
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import policy_title
 from morphserve.profile.drawing import COLOURS, STYLE
 from morphserve.quantize.manifest import Variant

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from morphserve.morphcli.bench.figures import Answers, PolicySummary
 from morphserve.morphcli.bench.overview import base_perplexity, quality_loss
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import Answers, PolicySummary
 from morphserve.morphcli.bench.table import UNKNOWN, Row, show_score, show_share
 
 

@@ -13,7 +13,8 @@ import msgspec
 
 from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.configs.schema import Slo
-from morphserve.morphcli.bench.summary import PolicySummary, Run
+from morphserve.morphcli.bench.figures import PolicySummary
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.traces.readers import Reading
 from morphserve.morphcli.traces.schedule import Burst, Schedule, Shape
 from morphserve.quantize.manifest import Variant

@@ -6,15 +6,9 @@ from statistics import fmean, stdev
 
 import msgspec
 
+from morphserve.morphcli.bench.figures import Interval, PolicySummary, Repeats, ServerFigures
 from morphserve.morphcli.bench.record import LoadPoint
-from morphserve.morphcli.bench.summary import (
-    Interval,
-    PolicySummary,
-    Repeats,
-    Run,
-    ServerFigures,
-    percentiles,
-)
+from morphserve.morphcli.bench.summary import Run, percentiles
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom; the normal distribution's beyond.
 _T = (

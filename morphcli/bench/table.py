@@ -4,16 +4,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import (
+from morphserve.morphcli.bench.figures import (
     Answers,
     Interval,
     Percentiles,
     PolicySummary,
     ServerFigures,
-    show_s,
-    show_slo,
 )
+from morphserve.morphcli.bench.record import Summary
+from morphserve.morphcli.bench.summary import show_s, show_slo
 
 UNKNOWN = "–"  # what stands in place of a figure that is not known
 _TIE = 0.02  # relative difference under which two figures are called equal
@@ -173,16 +172,20 @@ def _add_server_rows(build: _Rows) -> None:
         )
 
     each = ", per run" if any(p.repeats for p in build.policies) else ""
-    add(f"preemptions (work thrown away and redone){each}", _preemptions, lambda s: s.preemptions)
+    add(
+        f"preemptions (work thrown away and redone){each}",
+        lambda s: show_count(s.preemptions),
+        lambda s: s.preemptions,
+    )
     add("KV cache capacity, tokens", _capacity)
     add("tokens made below full precision", lambda s: show_share(s.quantized_token_share))
     add("INT4 layers: mean per token / most", _layers, detail=True)
     add("all layers at full precision again after the burst", _full_again)
-    add(f"times that layers were swapped again later{each}", _later, detail=True)
-
-
-def _preemptions(server: ServerFigures) -> str:
-    return show_count(server.preemptions)
+    add(
+        f"times that layers were swapped again later{each}",
+        lambda s: show_count(s.later_episodes),
+        detail=True,
+    )
 
 
 def _capacity(server: ServerFigures) -> str:
@@ -194,10 +197,6 @@ def _capacity(server: ServerFigures) -> str:
 def _layers(server: ServerFigures) -> str:
     mean = UNKNOWN if server.int4_layers_mean is None else f"{server.int4_layers_mean:.1f}"
     return f"{mean} / {server.int4_layers_max}"
-
-
-def _later(server: ServerFigures) -> str:
-    return show_count(server.later_episodes)
 
 
 def _full_again(server: ServerFigures) -> str:

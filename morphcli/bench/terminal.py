@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import PolicySummary, show_s
+from morphserve.morphcli.bench.summary import show_s
 from morphserve.morphcli.bench.table import UNKNOWN, policy_title, show_share, table_rows
 
 _POLICIES_ACROSS = 3  # more do not fit beside each other on a terminal of 80 columns

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.overview import base_perplexity, quality_loss
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import PolicySummary, show_s
+from morphserve.morphcli.bench.summary import show_s
 from morphserve.morphcli.bench.table import policy_title, show_share
 from morphserve.morphcli.bench.verdict import is_clearly_sooner, misses_clearly_fewer
 

@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from morphserve.morphcli.bench.figures import Interval, PolicySummary, ServerFigures
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import Interval, PolicySummary, ServerFigures, show_s
+from morphserve.morphcli.bench.summary import show_s
 from morphserve.morphcli.bench.table import in_repeats, policy_title, show_count, show_share
 
 # Differences up to these are called none.

@@ -96,11 +96,11 @@ class Device:
             "memory": f"{self.memory_bytes / 2**30:.1f} GiB",
             "peaks": _rates(self.peak_bytes_per_s, self.peak_flops),
             "linears at full precision": self.full.about(),
-            "at INT8": self.int8.about(),
-            "at INT4": self.int4.about(),
-            "attention of a decoding batch": f"{_us(attention.call_s)}, "
+            "linears at INT8": self.int8.about(),
+            "linears at INT4": self.int4.about(),
+            "attention of a decoding batch": f"{_us(attention.call_s)} a call, "
             f"{_us(attention.sequence_s)} per sequence, K and V at {_gb(attention.kv_bytes_per_s)}",
-            "of a prefill": f"{_us(attention.prefill_call_s)}, "
+            "attention of a prefill": f"{_us(attention.prefill_call_s)} a call, "
             f"{_rates(attention.prefill_bytes_per_s, attention.flops)}",
             "norms and activations of a layer": _us(self.small_s),
             "copies from the host": _gb(self.copy_bytes_per_s),

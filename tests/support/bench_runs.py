@@ -3,6 +3,7 @@
 from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.drawings import draw_all
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import (
     Environment,
     MixPerplexity,
@@ -12,7 +13,7 @@ from morphserve.morphcli.bench.record import (
 )
 from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise
+from morphserve.morphcli.bench.summary import Run, summarise
 from morphserve.morphcli.traces.arrivals import Arrival
 from morphserve.morphcli.traces.schedule import Burst, Schedule, Shape
 from morphserve.quantize.manifest import Rung, Variant

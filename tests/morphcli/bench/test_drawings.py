@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.curves import attainment_figure
 from morphserve.morphcli.bench.drawings import draw_all, median_runs, runs_shown
+from morphserve.morphcli.bench.figures import PositionShare
 from morphserve.morphcli.bench.frame import count_events, in_flight, make_frame
 from morphserve.morphcli.bench.looks import looks
 from morphserve.morphcli.bench.marks import distinct, spans, thin
 from morphserve.morphcli.bench.overview import overview_figure, quality_loss, scatter_figure
 from morphserve.morphcli.bench.precision import positions_figure
 from morphserve.morphcli.bench.record import LoadPoint
-from morphserve.morphcli.bench.summary import PositionShare, Run
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.timeline import timeline_figure
 from morphserve.morphcli.traces.schedule import Burst
 from morphserve.profile.drawing import COLOURS, as_file

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace as replaced
 
 from morphserve.configs.errors import ConfigError
+from morphserve.morphcli.bench.figures import PolicySummary, ServerFigures
 from morphserve.morphcli.bench.repeats import interval, load_point, pooled, spread
 from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate, parse_rates
 from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import PolicySummary, Run, ServerFigures, summarise
+from morphserve.morphcli.bench.summary import Run, summarise
 from morphserve.morphcli.traces.schedule import Shape
 from morphserve.quantize.manifest import Variant
 

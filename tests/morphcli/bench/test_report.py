@@ -10,6 +10,7 @@ from bench_runs import answered, make_run, make_summary, page_of, state, unanswe
 from rich.console import Console
 
 from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.morphcli.bench.figures import Interval, Repeats
 from morphserve.morphcli.bench.record import (
     Summary,
     append_run,
@@ -18,7 +19,7 @@ from morphserve.morphcli.bench.record import (
     write_summary,
 )
 from morphserve.morphcli.bench.setup import how_measured
-from morphserve.morphcli.bench.summary import Interval, Repeats, Run
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
 from morphserve.morphcli.bench.terminal import print_table
 from morphserve.morphcli.bench.verdict import verdict

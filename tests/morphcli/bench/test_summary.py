@@ -4,8 +4,8 @@ import pytest
 from bench_runs import SLO, answered, make_run, state, unanswered
 
 from morphserve.configs.schema import Slo
+from morphserve.morphcli.bench.figures import Percentiles
 from morphserve.morphcli.bench.summary import (
-    Percentiles,
     mean_perplexity,
     meets,
     percentile,
