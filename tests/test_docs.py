@@ -12,9 +12,9 @@ import typer.main
 
 from morphserve.morphcli.app import app
 from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import PolicySummary
 from morphserve.morphcli.traces.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -116,4 +116,4 @@ def test_every_field_of_a_run_folder_is_described() -> None:
     assert set(PolicySummary.__struct_fields__) - page == set()
     assert set(Outcome.__struct_fields__) - page == set()
     assert set(State.__struct_fields__) - page == set()
-    assert set(Summary.__struct_fields__) - page <= {"same_text_as_first", "created", "notes"}
+    assert set(Summary.__struct_fields__) - page <= {"created", "notes"}

@@ -7,9 +7,10 @@ from itertools import zip_longest
 from statistics import fmean
 
 from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.bench.figures import Answers, PolicySummary, PositionShare
 from morphserve.morphcli.bench.references import Reference
 from morphserve.morphcli.bench.scores import f1, rouge_l
-from morphserve.morphcli.bench.summary import Answers, PolicySummary, PositionShare, Run
+from morphserve.morphcli.bench.summary import Run
 from morphserve.quantize.manifest import Variant
 
 # Where stretches of an answer begin. INT4 costs most in the first tokens, which all others follow.

@@ -9,8 +9,8 @@ from typing import get_args, get_origin, get_type_hints
 import msgspec
 
 from morphserve.configs.errors import ConfigError
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import PolicySummary
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,12 +113,3 @@ def _await_full_precision(sampler: Sampler, settle_s: float) -> None:
         if all(layer == "full" for layer in sampler.states[-1].layers):
             return
         time.sleep(0.1)
-
-
-def agreement(reference: Sequence[Outcome], other: Sequence[Outcome]) -> float | None:
-    """Share of requests answered in both runs whose greedy text is the same; None: no such."""
-    texts = {o.index: o.text_sha256 for o in reference if o.text_sha256 is not None}
-    both = [o for o in other if o.error is None and o.index in texts]
-    if not both:
-        return None
-    return sum(o.text_sha256 == texts[o.index] for o in both) / len(both)

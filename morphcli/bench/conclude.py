@@ -1,12 +1,13 @@
 """From finished runs to the summary and the report of the run folder."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from morphserve.morphcli.bench.answers import fill_answers
-from morphserve.morphcli.bench.compare import agreement
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import (
+    LoadPoint,
     MixPerplexity,
     Settings,
     Simulated,
@@ -21,7 +22,8 @@ from morphserve.morphcli.bench.references import Reference
 from morphserve.morphcli.bench.repeats import load_point, pooled, spread
 from morphserve.morphcli.bench.report import write_report
 from morphserve.morphcli.bench.request import BenchRequest, main_rate
-from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise, tokens_per_mix
+from morphserve.morphcli.bench.summary import Run, summarise, tokens_per_mix
+from morphserve.morphcli.bench.table import policy_title
 from morphserve.morphcli.traces.schedule import Schedule, find_burst
 
 if TYPE_CHECKING:  # it imports torch, which a simulation does without
@@ -55,21 +57,21 @@ def conclude(
     told = [p for p, group in zip(policies, groups, strict=True) if group[0].rate == main]
     at_main = [run for run in runs if run.rate == main]
     fill_answers(told, at_main, wanted)
+    curve = [
+        load_point(policy, len(group), facts.duration_s)
+        for policy, group in zip(policies, groups, strict=True)
+        if len(request.rates) > 1
+    ]
     summary = Summary(
         settings=settings_of(request, simulated),
         environment=environment(),
         trace=facts,
         policies=told,
         perplexities=mixes,
-        same_text_as_first=_same_text(at_main),
         created=now(),
         runs=each if len(runs) > len(told) else [],
-        curve=[
-            load_point(policy, len(group), facts.duration_s)
-            for policy, group in zip(policies, groups, strict=True)
-            if len(request.rates) > 1
-        ],
-        notes=[note for run in runs for note in run.notes],
+        curve=curve,
+        notes=[*(note for run in runs for note in run.notes), *_invalid(curve, main)],
     )
     write_summary(request.output, summary)
     write_report(request.output, summary, runs, schedule)
@@ -99,11 +101,14 @@ def _judge(
     return quality.judge(summaries, served)
 
 
-def _same_text(runs: Sequence[Run]) -> dict[str, float]:
-    """By policy, share of the answers that the first policy gave in the same words."""
-    first = runs[0]
-    same = {r.policy: agreement(first.outcomes, r.outcomes) for r in runs if r.repeat == 0}
-    return {p: share for p, share in same.items() if share is not None and p != first.policy}
+def _invalid(curve: Sequence[LoadPoint], main: float) -> Iterator[str]:
+    """A sentence for each load whose run proves nothing; that of the main one is in the verdict."""
+    for point in curve:
+        if point.faults and point.rate != main:
+            yield (
+                f"{policy_title(point.policy)} at {point.rate:g} times the load proves nothing: "
+                f"{'; '.join(point.faults)}."
+            )
 
 
 def settings_of(request: BenchRequest, simulated: Simulated | None = None) -> Settings:
@@ -124,4 +129,5 @@ def settings_of(request: BenchRequest, simulated: Simulated | None = None) -> Se
         repeat=request.repeat,
         rates=request.rates,
         simulated=simulated,
+        reading=request.reading,
     )

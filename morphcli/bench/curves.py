@@ -138,6 +138,15 @@ def first_tokens_figure(curve: Sequence[LoadPoint], target: float | None) -> Fig
     return figure
 
 
+def _draw_hollow(axes: Axes, points: Sequence[tuple[float, float]], look: Look) -> None:
+    """Over points of runs that prove nothing."""
+    if points:
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], look.marker, markersize=5,
+            color=COLOURS[look.colour], markerfacecolor=COLOURS["card"], zorder=3,
+        )  # fmt: skip
+
+
 def _over_load(
     curve: Sequence[LoadPoint], title: str, value: Callable[[LoadPoint], float | None]
 ) -> tuple[Figure, Axes]:
@@ -147,12 +156,13 @@ def _over_load(
         axes = figure.add_subplot()
         for policy, look in looks(policies).items():
             points = sorted(
-                (point.offered_per_s, found)
+                (point.offered_per_s, found, bool(point.faults))
                 for point in curve
                 if point.policy == policy and (found := value(point)) is not None
             )
             line = _line(policy, look) | {"marker": look.marker, "markersize": 5}
-            axes.plot([x for x, _ in points], [y for _, y in points], **line)
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], **line)
+            _draw_hollow(axes, [(x, y) for x, y, is_invalid in points if is_invalid], look)
         axes.set_title(title)
         axes.set(xlabel="requests offered per second", xlim=(0, None))
         _legend_below(figure, axes, len(policies))

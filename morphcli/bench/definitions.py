@@ -149,9 +149,10 @@ DEFINITIONS = (
     ),
     Definition(
         "95 % interval",
-        "Where policies ran several times: whiskers and ± hold the mean over repeats with 95 % "
-        "confidence (Student's t). Repeats differ by chance and by the machine, not by the "
-        "requests sent.",
+        "Where policies ran several times: whiskers and [brackets] are the 95 % confidence "
+        "interval of the mean over repeats of a run's figure (Student's t). The figure beside it "
+        "is of all their requests together, and can lie elsewhere. Repeats differ by chance and "
+        "by the machine, not by the requests sent.",
         r"interval|repeat",
     ),
 )  # fmt: skip

@@ -8,16 +8,11 @@ from dataclasses import dataclass, field
 from matplotlib.figure import Figure
 
 from morphserve.morphcli.bench import curves, overview, precision
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.frame import make_frame
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import (
-    PolicySummary,
-    Run,
-    meets,
-    percentile,
-    show_s,
-    show_slo,
-)
+from morphserve.morphcli.bench.request import main_rate
+from morphserve.morphcli.bench.summary import Run, meets, percentile, show_s, show_slo
 from morphserve.morphcli.bench.table import policy_title, show_share
 from morphserve.morphcli.bench.timeline import timeline_figure
 from morphserve.morphcli.traces.schedule import Schedule
@@ -48,7 +43,7 @@ class Drawings:
 
 def draw_all(summary: Summary, runs: Sequence[Run], schedule: Schedule) -> Drawings:
     """What the figures and runs at hand allow to draw."""
-    at_rate = runs_shown(runs)
+    at_rate = runs_shown(summary, runs)
     return Drawings(
         list(_compared(summary, at_rate)),
         list(_load(summary)) if summary.curve else [],
@@ -57,9 +52,9 @@ def draw_all(summary: Summary, runs: Sequence[Run], schedule: Schedule) -> Drawi
     )
 
 
-def runs_shown(runs: Sequence[Run]) -> list[Run]:
-    """The runs at one load: that of the schedule, or of a sweep the one nearest to it."""
-    rate = min((run.rate for run in runs), key=lambda rate: abs(math.log(rate)))
+def runs_shown(summary: Summary, runs: Sequence[Run]) -> list[Run]:
+    """The runs at the load that the summary tells in full."""
+    rate = main_rate(summary.settings.rates)
     return [run for run in runs if run.rate == rate]
 
 
@@ -120,28 +115,30 @@ def _in_words(policy: PolicySummary) -> str:
 
 def _load(summary: Summary) -> Iterator[Drawing]:
     curve, slo = summary.curve, summary.settings.slo
+    is_invalid = any(point.faults for point in curve)
+    hollow = " Hollow: a run that proves nothing." if is_invalid else ""
     alt = "over requests offered per second, one line for each policy; the table below holds it"
     yield _drawing(
         "attainment",
-        f"Who keeps the target ({show_slo(slo)}) as load grows.",
+        f"Who keeps the target ({show_slo(slo)}) as load grows.{hollow}",
         f"Share of requests within the target {alt}",
         curves.attainment_figure(curve),
     )
     yield _drawing(
         "goodput",
-        "Requests served in time.",
+        f"Requests served in time.{hollow}",
         f"Goodput {alt}",
         curves.goodput_figure(curve),
     )
     yield _drawing(
         "first-tokens-over-load",
-        "How long the first token takes as load grows.",
+        f"How long the first token takes as load grows.{hollow}",
         f"95th percentile of first tokens {alt}",
         curves.first_tokens_figure(curve, slo.ttft_s),
     )
     yield _drawing(
         "throughput",
-        "Tokens made as load grows.",
+        f"Tokens made as load grows.{hollow}",
         f"Output tokens per second {alt}",
         curves.throughput_figure(curve),
     )

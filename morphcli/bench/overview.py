@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from morphserve.morphcli.bench.figures import Interval, PolicySummary, Repeats
 from morphserve.morphcli.bench.looks import Look, looks
 from morphserve.morphcli.bench.panels import WIDTH_IN
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import Interval, PolicySummary, Repeats, show_s
+from morphserve.morphcli.bench.summary import show_s
 from morphserve.morphcli.bench.table import policy_title
 from morphserve.profile.drawing import COLOURS, STYLE
 from morphserve.quantize.manifest import Variant

@@ -2,14 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from morphserve.morphcli.bench.answers import POSITIONS
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.looks import looks
 from morphserve.morphcli.bench.panels import WIDTH_IN
-from morphserve.morphcli.bench.summary import PolicySummary, Run
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import policy_title
 from morphserve.profile.drawing import COLOURS, STYLE
 from morphserve.quantize.manifest import Variant
@@ -17,6 +20,11 @@ from morphserve.quantize.manifest import Variant
 _LOOK = STYLE | {"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5}
 _COLOURS = {Variant.FULL: "full", Variant.INT8: "int8", Variant.INT4: "orange"}
 _NAMES = {Variant.FULL: "full precision", Variant.INT8: "INT8", Variant.INT4: "INT4"}
+# Of all policies the same, however long their answers were.
+_PLACES = [
+    *(f"{start}–{end - 1}" for start, end in pairwise(POSITIONS)),
+    f"{POSITIONS[-1]} and later",
+]
 
 TokenCounts = Mapping[str, Mapping[Variant, int]]  # policy -> precision -> tokens
 
@@ -75,7 +83,7 @@ def positions_figure(policies: Sequence[PolicySummary]) -> Figure | None:
             assert policy.answers is not None
             look, places = found[policy.policy], policy.answers.positions
             axes.plot(
-                [f"{place.start}–{place.end - 1}" for place in places],
+                [POSITIONS.index(place.start) for place in places],
                 [100 * place.below_full for place in places],
                 color=COLOURS[look.colour],
                 linestyle=look.dashes,
@@ -83,7 +91,9 @@ def positions_figure(policies: Sequence[PolicySummary]) -> Figure | None:
                 markersize=4,
                 label=policy_title(policy.policy),
             )
+        axes.set_xticks(range(len(_PLACES)), _PLACES)
         axes.set(
+            xlim=(-0.3, len(_PLACES) - 0.7),
             xlabel="place of the token in its answer, from 0",
             ylabel="made below full precision, %",
             ylim=(-2, 102),

@@ -4,8 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from morphserve.configs.errors import ConfigError
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import MixPerplexity
-from morphserve.morphcli.bench.summary import PolicySummary, mean_perplexity
+from morphserve.morphcli.bench.summary import mean_perplexity
 from morphserve.profile.mixes import Mix, Model, mix_of
 from morphserve.profile.perplexity import Quality as MixQuality
 from morphserve.profile.perplexity import measure

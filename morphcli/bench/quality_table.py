@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 
+from morphserve.morphcli.bench.figures import Answers, PolicySummary
 from morphserve.morphcli.bench.overview import base_perplexity, quality_loss
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import Answers, PolicySummary
-from morphserve.morphcli.bench.table import Row, show_share
-
-_NONE = "–"
+from morphserve.morphcli.bench.table import UNKNOWN, Row, show_score, show_share
 
 
 def quality_rows(summary: Summary) -> list[Row]:
@@ -37,10 +35,10 @@ def quality_rows(summary: Summary) -> list[Row]:
             "tokens per answer before the first that differs",
             _of(lambda a: _show(a.same_prefix_tokens, "{:.1f}")),
         ),
-        _row(summary, "F1 against references", _of(lambda a: _score(a.f1))),
-        _row(summary, "ROUGE-L against references", _of(lambda a: _score(a.rouge_l))),
+        _row(summary, "F1 against references", _of(lambda a: show_score(a.f1))),
+        _row(summary, "ROUGE-L against references", _of(lambda a: show_score(a.rouge_l))),
     ]
-    return [row for row in rows if any(cell != _NONE for cell in row.cells)]
+    return [row for row in rows if any(cell != UNKNOWN for cell in row.cells)]
 
 
 def _row(summary: Summary, label: str, show: Callable[[PolicySummary], str]) -> Row:
@@ -48,16 +46,11 @@ def _row(summary: Summary, label: str, show: Callable[[PolicySummary], str]) -> 
 
 
 def _show(value: float | None, form: str) -> str:
-    return _NONE if value is None else form.format(value)
-
-
-def _score(value: float | None) -> str:
-    """As papers do, in hundredths: `25.19`."""
-    return _show(None if value is None else 100 * value, "{:.2f}")
+    return UNKNOWN if value is None else form.format(value)
 
 
 def _of(show: Callable[[Answers], str]) -> Callable[[PolicySummary], str]:
-    return lambda policy: _NONE if policy.answers is None else show(policy.answers)
+    return lambda policy: UNKNOWN if policy.answers is None else show(policy.answers)
 
 
 def _below_full(policy: PolicySummary) -> str:

@@ -1,5 +1,6 @@
 """The run folder: settings, environment and figures, for people and scripts."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -12,12 +13,15 @@ import msgspec
 
 from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.configs.schema import Slo
-from morphserve.morphcli.bench.summary import PolicySummary, Run
+from morphserve.morphcli.bench.figures import PolicySummary
+from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.traces.readers import Reading
 from morphserve.morphcli.traces.schedule import Burst, Schedule, Shape
 from morphserve.quantize.manifest import Variant
 
 SCHEMA_VERSION = 3
 SUMMARY = "summary.json"
+REPORT, PLOTS = "report.html", "plots"
 _REQUESTS, _TIMELINE, _CONFIG = "requests.jsonl", "timeline.jsonl", "config.json"
 
 
@@ -42,13 +46,14 @@ class Settings(msgspec.Struct, frozen=True):
     memory_budget: str | None
     max_model_len: int | None
     url: str | None
-    policies: tuple[str, ...]  # in the order of the runs
+    policies: tuple[str, ...]  # in the order of the table
     slo: Slo
     timeout_s: float
     repeat: int = 1  # runs of each policy
     rates: tuple[float, ...] = (1.0,)  # loads of a sweep, over that of the shape
     references: str | None = None  # file of prompts with answers
     simulated: Simulated | None = None  # None: servers were measured
+    reading: Reading = Reading()  # of the trace, beyond what its header tells
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -99,6 +104,7 @@ class LoadPoint(msgspec.Struct, frozen=True):
     ttft_p95_s: float | None
     tpot_p95_s: float | None
     repeats: int = 1
+    faults: list[str] = []  # reasons for which it proves nothing
 
 
 class Summary(msgspec.Struct):
@@ -109,7 +115,6 @@ class Summary(msgspec.Struct):
     trace: TraceFacts
     policies: list[PolicySummary]
     perplexities: list[MixPerplexity]  # of each mix of layers that was served, best first
-    same_text_as_first: dict[str, float]  # share of equal greedy answers, by policy
     created: str
     runs: list[PolicySummary] = []  # each repeat alone, in the order in which they ran
     curve: list[LoadPoint] = []  # of a sweep over load
@@ -178,8 +183,8 @@ def _cpu() -> str:
 def open_record(folder: Path, *, force: bool) -> None:
     """Make `folder` ready for the lines of a run.
 
-    Raises ConfigError if it holds a run, or what was finished of one that was interrupted, and
-    not `force`, MorphError if it cannot be written to.
+    A run that `force` replaces goes whole. Raises ConfigError if there is one, or what was
+    finished of one that was interrupted, and not `force`, MorphError if it cannot be written to.
     """
     summary, requests = folder / SUMMARY, folder / _REQUESTS
     if not force and (summary.exists() or (requests.exists() and requests.stat().st_size)):
@@ -189,11 +194,27 @@ def open_record(folder: Path, *, force: bool) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if summary.exists() or requests.exists():
+            _remove_run(folder)
         for name in (_REQUESTS, _TIMELINE):
             (folder / name).write_bytes(b"")
-        summary.unlink(missing_ok=True)
     except OSError as error:
         raise MorphError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def _remove_run(folder: Path) -> None:
+    """What a run wrote there, and nothing else."""
+    plots = folder / PLOTS
+    written = [folder / name for name in (SUMMARY, _CONFIG, REPORT)]
+    for path in (
+        *written,
+        *folder.glob("server-*.log"),
+        *plots.glob("*.svg"),
+        *plots.glob("*.png"),
+    ):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or holds what is someone else's
+        plots.rmdir()
 
 
 def write_config(folder: Path, settings: Settings) -> None:

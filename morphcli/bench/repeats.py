@@ -6,15 +6,9 @@ from statistics import fmean, stdev
 
 import msgspec
 
+from morphserve.morphcli.bench.figures import Interval, PolicySummary, Repeats, ServerFigures
 from morphserve.morphcli.bench.record import LoadPoint
-from morphserve.morphcli.bench.summary import (
-    Interval,
-    PolicySummary,
-    Repeats,
-    Run,
-    ServerFigures,
-    percentiles,
-)
+from morphserve.morphcli.bench.summary import Run, percentiles
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom; the normal distribution's beyond.
 _T = (
@@ -24,17 +18,17 @@ _T = (
 _NORMAL = 1.96
 
 
-def interval(values: Sequence[float | None]) -> Interval | None:
+def interval(values: Sequence[float | None], most: float = math.inf) -> Interval | None:
     """95 % confidence interval of the mean, by Student's t; None: fewer than two, or one unknown.
 
-    Figures of a run are never below 0, and neither is the interval.
+    Figures of a run are never below 0 nor above `most`, and neither is the interval.
     """
     known = [value for value in values if value is not None]
     if len(known) < 2 or len(known) < len(values):
         return None
     t = _T[len(known) - 2] if len(known) - 2 < len(_T) else _NORMAL
     half = t * stdev(known) / math.sqrt(len(known))
-    return Interval(max(0.0, fmean(known) - half), fmean(known) + half)
+    return Interval(max(0.0, fmean(known) - half), min(most, fmean(known) + half))
 
 
 def spread(summaries: Sequence[PolicySummary]) -> Repeats | None:
@@ -43,7 +37,7 @@ def spread(summaries: Sequence[PolicySummary]) -> Repeats | None:
         return None
     return Repeats(
         count=len(summaries),
-        slo_miss_share=interval([s.slo_miss_share for s in summaries]),
+        slo_miss_share=interval([s.slo_miss_share for s in summaries], most=1.0),
         ttft_p95_s=interval([s.ttft_s.p95 for s in summaries]),
         tpot_p95_s=interval([s.tpot_s.p95 for s in summaries]),
         output_tokens_per_s=interval([s.output_tokens_per_s for s in summaries]),
@@ -54,8 +48,8 @@ def spread(summaries: Sequence[PolicySummary]) -> Repeats | None:
 def pooled(runs: Sequence[Run], summaries: Sequence[PolicySummary]) -> PolicySummary:
     """The figures of repeats of one policy together.
 
-    Percentiles are over the requests of all of them, counts are sums, rates are over the sum of
-    their durations.
+    Percentiles are over the requests of all of them, counts of requests are sums, rates are over
+    the sum of their durations; what their servers counted is the mean per run.
     """
     if len(runs) == 1:
         return msgspec.structs.replace(summaries[0])
@@ -83,34 +77,44 @@ def pooled(runs: Sequence[Run], summaries: Sequence[PolicySummary]) -> PolicySum
         lag_p99_s=max(s.lag_p99_s for s in summaries),
         lag_max_s=max(s.lag_max_s for s in summaries),
         faults=[f"repeat {i}: {f}" for i, s in enumerate(summaries, 1) for f in s.faults],
-        server=_pooled_server([s.server for s in summaries]),
+        server=_pooled_server(runs, [s.server for s in summaries]),
         rate=runs[0].rate,
     )
 
 
-def _pooled_server(figures: Sequence[ServerFigures | None]) -> ServerFigures | None:
+def _pooled_server(
+    runs: Sequence[Run], figures: Sequence[ServerFigures | None]
+) -> ServerFigures | None:
     known = [figure for figure in figures if figure is not None]
     if not known or len(known) < len(figures):
         return None
-    back = [figure.full_again_s for figure in known]
+    tokens = [run.states[-1].num_generated - run.states[0].num_generated for run in runs]
     return ServerFigures(
-        preemptions=sum(f.preemptions for f in known),
-        swaps=sum(f.swaps for f in known),
-        quantized_token_share=_mean([f.quantized_token_share for f in known]),
+        preemptions=fmean(f.preemptions for f in known),
+        swaps=fmean(f.swaps for f in known),
+        quantized_token_share=_mean([f.quantized_token_share for f in known], tokens),
         quantized_layers_max=max(f.quantized_layers_max for f in known),
         quantized_layers_at_end=max(f.quantized_layers_at_end for f in known),
-        int4_layers_mean=_mean([f.int4_layers_mean for f in known]),
+        int4_layers_mean=_mean([f.int4_layers_mean for f in known], tokens),
         int4_layers_max=max(f.int4_layers_max for f in known),
         kv_tokens_min=min(f.kv_tokens_min for f in known),
         kv_tokens_max=max(f.kv_tokens_max for f in known),
-        full_again_s=None if None in back else max(s for s in back if s is not None),
-        later_episodes=sum(f.later_episodes for f in known),
+        full_again_s=_full_again(known),
+        later_episodes=fmean(f.later_episodes for f in known),
     )
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+def _full_again(figures: Sequence[ServerFigures]) -> float | None:
+    """The latest of the repeats that left full precision; None: none did, or one is not back."""
+    left = [f for f in figures if f.quantized_layers_max]
+    if any(f.quantized_layers_at_end for f in left):
+        return None
+    return max((f.full_again_s for f in left if f.full_again_s is not None), default=None)
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v is not None and w > 0]
+    return fmean(*zip(*pairs, strict=True)) if pairs else None
 
 
 def load_point(policy: PolicySummary, repeats: int, schedule_s: float) -> LoadPoint:
@@ -128,4 +132,5 @@ def load_point(policy: PolicySummary, repeats: int, schedule_s: float) -> LoadPo
         ttft_p95_s=policy.ttft_s.p95,
         tpot_p95_s=policy.tpot_s.p95,
         repeats=repeats,
+        faults=policy.faults,
     )

@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 from morphserve.morphcli.bench.definitions import DEFINITIONS, OF_ANSWERS, definition_of
 from morphserve.morphcli.bench.drawings import Drawing, Drawings, draw_all, runs_shown
 from morphserve.morphcli.bench.quality_table import quality_rows
-from morphserve.morphcli.bench.record import Summary
+from morphserve.morphcli.bench.record import PLOTS, REPORT, Summary
 from morphserve.morphcli.bench.setup import how_measured
 from morphserve.morphcli.bench.summary import Run, show_s
 from morphserve.morphcli.bench.table import Row, policy_title, show_share, table_rows
@@ -18,7 +18,6 @@ from morphserve.morphcli.traces.schedule import Burst, Schedule
 from morphserve.profile.drawing import COLOURS, DARK_COLOURS, as_file, inline_svg
 
 _MAX_NAMES = 4  # of policies in the headline
-REPORT, PLOTS = "report.html", "plots"
 _PAGE = Path(__file__).with_name("report.html")
 
 
@@ -32,16 +31,12 @@ def write_report(folder: Path, summary: Summary, runs: Sequence[Run], schedule: 
     for drawing in drawings:
         (plots / f"{drawing.name}.svg").write_bytes(drawing.svg)
         (plots / f"{drawing.name}.png").write_bytes(as_file(drawing.figure, "png"))
-    page.write_text(_render(summary, runs, drawings), "utf-8")
+    page.write_text(render_report(summary, runs, drawings), "utf-8")
     return page
 
 
-def render_report(summary: Summary, runs: Sequence[Run], schedule: Schedule) -> str:
+def render_report(summary: Summary, runs: Sequence[Run], drawings: Drawings) -> str:
     """The page."""
-    return _render(summary, runs, draw_all(summary, runs, schedule))
-
-
-def _render(summary: Summary, runs: Sequence[Run], drawings: Drawings) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -118,7 +113,7 @@ def _notes(summary: Summary, runs: Sequence[Run]) -> Iterator[str]:
     yield from summary.notes
     if len(summary.policies) > 1:
         yield "All scales are the same for every policy."
-    shown = runs_shown(runs)
+    shown = runs_shown(summary, runs)
     if len({run.rate for run in runs}) > 1:
         times = "" if shown[0].rate == 1 else f"{shown[0].rate:g} times "
         yield f"Of the loads, the one at {times}the schedule's own rate is drawn."

@@ -45,6 +45,10 @@ class BenchRequest:
             raise ConfigError("--rates must be above 0, as 0.5,1,2")
         if len(set(self.rates)) < len(self.rates) or not self.rates:
             raise ConfigError("--rates: name each load once, as 0.5,1,2")
+        if not 0 < self.timeout_s < math.inf:
+            raise ConfigError("--timeout must be a number of seconds above 0")
+        if self.url is not None and "@" in self.url:  # it stands in every report
+            raise ConfigError("--url must hold no user or password: give a key with --api-key")
         if self.url is not None:
             host_and_port(self.url)
         if self.url is not None or self.is_simulated:

@@ -3,6 +3,8 @@
 from morphserve.morphcli.bench.record import Settings, Simulated, Summary
 from morphserve.morphcli.bench.summary import show_s, show_slo
 from morphserve.morphcli.bench.table import policy_title
+from morphserve.morphcli.traces.readers import Reading
+from morphserve.morphcli.traces.schedule import Shape
 
 
 def how_measured(summary: Summary) -> list[tuple[str, str]]:
@@ -54,16 +56,35 @@ def _prompts(settings: Settings) -> str:
 def _trace(summary: Summary) -> str:
     settings, facts = summary.settings, summary.trace
     shape, trace = settings.shape, settings.trace
-    if shape.window_s is not None:
+    if shape.window_rows is not None:
+        trace += ", rows {} to before {}".format(*shape.window_rows)
+    elif shape.window_s is not None:
         trace += ", seconds {:g} to {:g}".format(*shape.window_s)
+    trace += _reading(settings.reading)
     trace += f"; rate × {shape.rate_scale:g}, time × {shape.time_scale:g}"
     trace += f", prompts × {shape.length_scale:g}"
     trace += f", outputs × {shape.length_scale * shape.output_scale:g}"
     trace += f", seed {shape.seed}. {facts.prompt_tokens:,} prompt and "
     trace += f"{facts.output_tokens:,} output tokens; {facts.clipped_prompts} prompts and "
-    return (
-        f"{trace}{facts.clipped_outputs} outputs cut to the longest allowed. {facts.skipped_rows}"
-    )
+    trace += f"{facts.clipped_outputs} outputs cut to the longest allowed{_longest(shape)}. "
+    return trace + facts.skipped_rows
+
+
+def _reading(reading: Reading) -> str:
+    """How the file was read, where it was said."""
+    told = ""
+    if reading.columns is not None:
+        columns = reading.columns
+        told += f", columns time={columns.time}, prompt={columns.prompt}, output={columns.output}"
+    if reading.time_unit is not None:
+        told += f", stamps in {reading.time_unit.value}"
+    return told
+
+
+def _longest(shape: Shape) -> str:
+    named = (("prompts", shape.max_prompt), ("outputs", shape.max_output))
+    told = ", ".join(f"{name} {most:,} tokens" for name, most in named if most is not None)
+    return f" ({told})" if told else ""
 
 
 def _servers(summary: Summary) -> str:

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import PolicySummary, show_s
-from morphserve.morphcli.bench.table import policy_title, show_share, table_rows
+from morphserve.morphcli.bench.summary import show_s
+from morphserve.morphcli.bench.table import UNKNOWN, policy_title, show_share, table_rows
 
-_NONE = "–"
 _LABEL_WIDTH, _CELL_WIDTH = 30, 16  # narrower columns would cut figures off
 
 
@@ -24,8 +25,10 @@ def print_table(summary: Summary, console: Console, *, details: bool) -> None:
         table.add_column(policy_title(policy.policy), justify="right")
     for row in table_rows(summary):
         if details or not row.is_detail:
-            cells = (f"[green]{c}[/]" if i == row.best else c for i, c in enumerate(row.cells))
-            table.add_row(row.label, *cells)
+            cells = [escape(cell) for cell in row.cells]  # intervals stand in brackets
+            if row.best is not None:
+                cells[row.best] = f"[green]{cells[row.best]}[/]"
+            table.add_row(escape(row.label), *cells)
     console.print(table)
 
 
@@ -36,7 +39,7 @@ def _policies_down(summary: Summary) -> Table:
     for heading, _ in known:
         table.add_column(heading, justify="right")
     for p in summary.policies:
-        table.add_row(policy_title(p.policy), *(cell(p) or _NONE for _, cell in known))
+        table.add_row(policy_title(p.policy), *(cell(p) or UNKNOWN for _, cell in known))
     return table
 
 

@@ -1,13 +1,14 @@
 """The few numbers that a reader of a report sees first: morph against full precision."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.overview import base_perplexity, quality_loss
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import PolicySummary, show_s
+from morphserve.morphcli.bench.summary import show_s
 from morphserve.morphcli.bench.table import policy_title, show_share
-
-_NONE = "–"
+from morphserve.morphcli.bench.verdict import is_clearly_sooner, misses_clearly_fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,32 +39,45 @@ def headline_tiles(summary: Summary) -> tuple[str, list[Tile]]:
 def _first_token(morph: PolicySummary, full: PolicySummary) -> Tile:
     ours, theirs = morph.ttft_s.p95, full.ttft_s.p95
     detail = f"95 % within {_time(ours)}; at full precision {_time(theirs)}"
+    is_good = _is_good(is_clearly_sooner, morph, full)
     if ours is None or theirs is None:
-        return Tile("first token", _time(ours), detail, ours is not None)
+        return Tile("first token", _time(ours), detail, is_good)
     ratio = theirs / ours
     number = f"{ratio:.1f} × sooner" if ratio >= 1 else f"{1 / ratio:.1f} × later"
-    return Tile("first token", number, detail, _clear(ratio))
+    return Tile("first token", number, detail, is_good)
 
 
 def _time(value: float | None) -> str:
     return "never" if value is None else show_s(value)
 
 
-def _clear(ratio: float) -> bool | None:
-    """Whether `ratio`, good above 1, is good; None if it is about 1."""
-    return None if abs(ratio - 1) < 0.02 else ratio > 1
+def _is_good(
+    is_clearly_better: Callable[[PolicySummary, PolicySummary], bool],
+    morph: PolicySummary,
+    full: PolicySummary,
+) -> bool | None:
+    """By a test of the verdict; None where it calls neither better."""
+    if is_clearly_better(morph, full):
+        return True
+    return False if is_clearly_better(full, morph) else None
 
 
 def _misses(morph: PolicySummary, full: PolicySummary) -> Tile:
     ours, theirs = morph.slo_miss_share, full.slo_miss_share
     detail = f"{show_share(ours)} of requests; at full precision {show_share(theirs)}"
-    if not theirs:
-        return Tile("missed the target", show_share(ours), detail, False if ours else None)
-    change = 100 * (ours / theirs - 1)
-    number = f"{abs(change):.0f} % {'fewer' if change <= 0 else 'more'}".replace(
-        "100 % fewer", "none"
-    )
-    return Tile("missed the target", number, detail, _clear(1 - change / 100))
+    is_good = _is_good(misses_clearly_fewer, morph, full)
+    return Tile("missed the target", _change(ours, theirs), detail, is_good)
+
+
+def _change(ours: float, theirs: float) -> str:
+    """`37 % fewer`; all of them and none at all are said only where they are true."""
+    if not ours or not theirs:
+        return "none" if not ours else show_share(ours)
+    if ours == theirs:
+        return "as many"
+    change = 100 * abs(ours / theirs - 1)
+    digits = next(d for d in range(9) if d == 8 or round(change, d) not in (0, 100))
+    return f"{change:.{digits}f} % {'fewer' if ours < theirs else 'more'}"
 
 
 def _throughput(morph: PolicySummary, full: PolicySummary) -> Tile:
@@ -71,7 +85,7 @@ def _throughput(morph: PolicySummary, full: PolicySummary) -> Tile:
     detail = f"{ours:,.0f} output tokens/s; at full precision {theirs:,.0f}"
     if not theirs:
         return Tile("throughput", f"{ours:,.0f} tokens/s", detail, None)
-    return Tile("throughput", f"{ours / theirs:.2f} ×", detail, _clear(ours / theirs))
+    return Tile("throughput", f"{ours / theirs:.2f} ×", detail, None)
 
 
 def _quality(morph: PolicySummary, summary: Summary) -> list[Tile]:

@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass
 
+from morphserve.morphcli.bench.figures import Interval, PolicySummary, ServerFigures
 from morphserve.morphcli.bench.record import Summary
-from morphserve.morphcli.bench.summary import Interval, PolicySummary, ServerFigures, show_s
-from morphserve.morphcli.bench.table import policy_title, show_share
+from morphserve.morphcli.bench.summary import show_s
+from morphserve.morphcli.bench.table import in_repeats, policy_title, show_count, show_share
 
 # Differences up to these are called none.
 _MISSES = 2  # requests
@@ -79,25 +80,33 @@ def _clearly_better(one: PolicySummary, other: PolicySummary) -> bool:
 
     Where there are repeats, their confidence intervals must not meet either.
     """
+    return misses_clearly_fewer(one, other) or is_clearly_sooner(one, other)
+
+
+def misses_clearly_fewer(one: PolicySummary, other: PolicySummary) -> bool:
+    """Whether `one` missed fewer targets, by more than chance."""
     a, b = one.repeats, other.repeats
-    spared = other.slo_misses - one.slo_misses
-    if spared > max(_MISSES, _MISS_SHARE * one.offered):
-        if a is None or b is None or _lies_below(a.slo_miss_share, b.slo_miss_share):
-            return True
+    fewer = other.slo_misses - one.slo_misses > max(_MISSES, _MISS_SHARE * one.offered)
+    return fewer and (a is None or b is None or _lies_below(a.slo_miss_share, b.slo_miss_share))
+
+
+def is_clearly_sooner(one: PolicySummary, other: PolicySummary) -> bool:
+    """Whether the 95th percentile of first tokens of `one` is lower, by more than chance."""
+    a, b = one.repeats, other.repeats
     p95, other_p95 = (math.inf if p is None else p for p in (one.ttft_s.p95, other.ttft_s.p95))
     sooner = p95 < (1 - _SOONER) * other_p95
     return sooner and (a is None or b is None or _lies_below(a.ttft_p95_s, b.ttft_p95_s))
 
 
 def _lies_below(one: Interval | None, other: Interval | None) -> bool:
-    """True where an interval is unknown: a run in which nobody was answered has none."""
-    return one is None or other is None or one.high < other.low
+    """An unknown interval is above all others: some run had no answer at that rank."""
+    return one is not None and (other is None or one.high < other.low)
 
 
 def _figures(morph: PolicySummary, full: PolicySummary) -> str:
     return (
-        f"{morph.slo_misses} of {morph.offered} requests missed the target against "
-        f"{full.slo_misses} at full precision, and 95 % had their first token "
+        f"{morph.slo_misses} of {morph.offered} requests{in_repeats(morph)} missed the target "
+        f"against {full.slo_misses} at full precision, and 95 % had their first token "
         f"{_within(morph.ttft_s.p95)} (full precision: {_within(full.ttft_s.p95)})"
     )
 
@@ -124,7 +133,9 @@ def _cost(morph: PolicySummary, full: PolicySummary) -> list[str]:
     else:
         end = f"{server.quantized_layers_at_end} layers were still swapped when the run ended."
     if server.later_episodes:
-        times = "once" if server.later_episodes == 1 else f"{server.later_episodes} times"
+        number = show_count(server.later_episodes)
+        times = "once" if number == "1" else f"{number} times"
+        times += " per run" if morph.repeats else ""
         end += f" It swapped again later, {times}."
     return [price + ".", end]
 

@@ -128,7 +128,9 @@ def bench(
             help="Exit with 1 unless it holds, as morph.slo_attainment>=0.95. May be repeated.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling, prompts and the order of runs.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of sampling, prompts and the order of runs.")
+    ] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout.")] = False,
@@ -140,7 +142,7 @@ def bench(
     from morphserve.configs.load import parse_slo
     from morphserve.morphcli.bench.assertions import broken, parse_assertions
     from morphserve.morphcli.bench.compare import parse_policies
-    from morphserve.morphcli.bench.report import REPORT
+    from morphserve.morphcli.bench.record import REPORT
     from morphserve.morphcli.bench.request import BenchRequest, parse_rates
     from morphserve.morphcli.bench.verdict import verdict
     from morphserve.morphcli.traces.readers import Reading

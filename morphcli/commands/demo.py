@@ -27,7 +27,7 @@ def demo(
         demo_request,
         fit_load,
     )
-    from morphserve.morphcli.bench.report import REPORT
+    from morphserve.morphcli.bench.record import REPORT
     from morphserve.morphcli.bench.run import run_bench
     from morphserve.morphcli.bench.terminal import print_table
     from morphserve.morphcli.bench.verdict import verdict

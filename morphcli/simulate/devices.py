@@ -1,7 +1,7 @@
 """GPUs as constants, each with its source; docs/simulator.md tells how they were fitted."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from morphserve.configs.errors import ConfigError
 
@@ -31,6 +31,9 @@ class Linear:
         reading, multiplying = num_bytes / self.bytes_per_s, 2 * weights * tokens / self.flops
         return float((reading**p + multiplying**p) ** (1 / p))
 
+    def about(self) -> str:
+        return f"{_rates(self.bytes_per_s, self.flops)}, joined by a {self.sharpness:g}-norm"
+
 
 @dataclass(frozen=True, slots=True)
 class Attention:
@@ -50,6 +53,21 @@ class Link:
 
     call_s: float
     bytes_per_s: float
+
+    def about(self) -> str:
+        return f"{_us(self.call_s)} per all-reduce, {_gb(self.bytes_per_s)}"
+
+
+def _rates(bytes_per_s: float, flops: float) -> str:
+    return f"{_gb(bytes_per_s)} and {flops / 1e12:.4g} TFLOP/s"
+
+
+def _gb(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:,.0f} GB/s"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g} µs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +90,23 @@ class Device:
 
     def about(self) -> dict[str, str]:
         """What a report says of the constants."""
-        shown = {field.name: str(getattr(self, field.name)) for field in fields(self)}
-        shown["sources"] = "; ".join(self.sources)
-        return shown
+        attention = self.attention
+        return {
+            "device": self.title,
+            "memory": f"{self.memory_bytes / 2**30:.1f} GiB",
+            "peaks": _rates(self.peak_bytes_per_s, self.peak_flops),
+            "linears at full precision": self.full.about(),
+            "linears at INT8": self.int8.about(),
+            "linears at INT4": self.int4.about(),
+            "attention of a decoding batch": f"{_us(attention.call_s)} a call, "
+            f"{_us(attention.sequence_s)} per sequence, K and V at {_gb(attention.kv_bytes_per_s)}",
+            "attention of a prefill": f"{_us(attention.prefill_call_s)} a call, "
+            f"{_rates(attention.prefill_bytes_per_s, attention.flops)}",
+            "norms and activations of a layer": _us(self.small_s),
+            "copies from the host": _gb(self.copy_bytes_per_s),
+            "between GPUs": "no fast link" if self.link is None else self.link.about(),
+            "sources": "; ".join(self.sources),
+        }
 
 
 _SMALL_S = 10e-6

@@ -101,9 +101,15 @@ def shape_trace(trace: Trace, shape: Shape) -> Schedule:
 
 
 def _bounds_s(trace: Trace, shape: Shape) -> tuple[float, float]:
-    """From when to when the window lies; a window of rows ends where the next row comes."""
+    """From when to when the window lies; a window of rows ends where the next row comes.
+
+    What lies beyond the trace is no calm of its own, and ends a second after the last request.
+    """
+    if shape.window_rows is None and shape.window_s is not None:
+        start, until = shape.window_s
+        return start, min(until, trace.arrivals[-1].time_s + 1.0)
     if shape.window_rows is None:
-        return shape.window_s or (0.0, math.inf)
+        return 0.0, math.inf
     first, end = shape.window_rows
     after = trace.arrivals[end].time_s if end < len(trace.arrivals) else math.inf
     return (trace.arrivals[first].time_s, after) if first < len(trace.arrivals) else (0.0, 0.0)

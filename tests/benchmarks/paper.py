@@ -26,7 +26,8 @@ from rich.table import Table
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import SchedulerConfig, Slo
 from morphserve.morphcli.bench.compare import served_policy
-from morphserve.morphcli.bench.summary import PolicySummary, percentile, summarise
+from morphserve.morphcli.bench.figures import PolicySummary
+from morphserve.morphcli.bench.summary import percentile, summarise
 from morphserve.morphcli.simulate.devices import find_device
 from morphserve.morphcli.simulate.fleet import Fleet, simulate
 from morphserve.morphcli.simulate.gpu import gpu_target

@@ -19,9 +19,10 @@ from rich.table import Table
 
 from morphserve.configs.load import load_policy
 from morphserve.morphcli.bench.compare import served_policy
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.request import BenchRequest
-from morphserve.morphcli.bench.summary import PolicySummary, summarise
+from morphserve.morphcli.bench.summary import summarise
 from morphserve.morphcli.simulate.bench import Setup, fleet_of
 from morphserve.morphcli.simulate.fleet import Fleet, simulate
 from morphserve.morphcli.traces.readers import read_trace

@@ -2,6 +2,8 @@
 
 from morphserve.configs.schema import Slo
 from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.bench.drawings import draw_all
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import (
     Environment,
     MixPerplexity,
@@ -9,8 +11,9 @@ from morphserve.morphcli.bench.record import (
     Summary,
     trace_facts,
 )
+from morphserve.morphcli.bench.report import render_report
 from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise
+from morphserve.morphcli.bench.summary import Run, summarise
 from morphserve.morphcli.traces.arrivals import Arrival
 from morphserve.morphcli.traces.schedule import Burst, Schedule, Shape
 from morphserve.quantize.manifest import Rung, Variant
@@ -66,6 +69,11 @@ def make_run(policy: str, outcomes: list[Outcome], states: list[State]) -> Run:
     return Run(policy, 100.0, outcomes, states)
 
 
+def page_of(summary: Summary, runs: list[Run], schedule: Schedule) -> str:
+    """The report's page."""
+    return render_report(summary, runs, draw_all(summary, runs, schedule))
+
+
 def make_summary(runs: list[Run]) -> tuple[Summary, Schedule]:
     """A summary of runs that offered the same requests."""
     arrivals = tuple(Arrival(o.intended_s, 8, 11) for o in runs[0].outcomes)
@@ -84,7 +92,6 @@ def make_summary(runs: list[Run]) -> tuple[Summary, Schedule]:
             MixPerplexity([Variant.FULL] * 4, 10.0),
             MixPerplexity([Variant.INT4] * 4, 11.0),
         ],
-        same_text_as_first={},
         created="now",
     )  # fmt: skip
     return summary, schedule

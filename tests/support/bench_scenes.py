@@ -7,18 +7,16 @@ import msgspec
 from bench_runs import SLO, make_summary
 
 from morphserve.morphcli.bench.client import Outcome
-from morphserve.morphcli.bench.record import LoadPoint, MixPerplexity, Summary
-from morphserve.morphcli.bench.server import State
-from morphserve.morphcli.bench.summary import (
+from morphserve.morphcli.bench.figures import (
     Answers,
     Interval,
     PolicySummary,
     PositionShare,
     Repeats,
-    Run,
-    percentile,
-    summarise,
 )
+from morphserve.morphcli.bench.record import LoadPoint, MixPerplexity, Summary
+from morphserve.morphcli.bench.server import State
+from morphserve.morphcli.bench.summary import Run, percentile, summarise
 from morphserve.morphcli.traces.schedule import Burst, Schedule
 from morphserve.quantize.manifest import Rung, Variant
 

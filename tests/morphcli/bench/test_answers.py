@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from morphserve.morphcli.bench.answers import answers_of, fill_answers
 from morphserve.morphcli.bench.client import Outcome
+from morphserve.morphcli.bench.figures import Answers, PositionShare
 from morphserve.morphcli.bench.references import Reference
-from morphserve.morphcli.bench.summary import Answers, PositionShare, Run
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
 from morphserve.quantize.manifest import Variant
 

@@ -80,6 +80,13 @@ def test_a_wrong_url_is_refused_before_anything_is_read() -> None:
         BenchRequest("demo", Path("t"), Shape(), ("server",), Slo(), Path("o"), url="host")
 
 
+def test_a_url_with_a_password_is_refused_without_telling_it() -> None:
+    url = "http://user:secret@127.0.0.1:8000"
+    with pytest.raises(ConfigError, match="--api-key") as error:
+        BenchRequest("demo", Path("t"), Shape(), ("server",), Slo(), Path("o"), url=url)
+    assert "secret" not in str(error.value)
+
+
 def test_int4_without_a_bundle_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="morph needs INT4 layers: give --bundle"):
         BenchRequest("demo", Path("t"), Shape(), ("full", "morph"), Slo(), Path("o"))

@@ -3,17 +3,21 @@
 import math
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 from bench_runs import SLO, answered, make_run, make_summary, state, unanswered
 from bench_scenes import POLICIES, scene, scene_run
 from matplotlib.figure import Figure
 
 from morphserve.configs.schema import Slo
+from morphserve.morphcli.bench.curves import attainment_figure
 from morphserve.morphcli.bench.drawings import draw_all, median_runs, runs_shown
+from morphserve.morphcli.bench.figures import PositionShare
 from morphserve.morphcli.bench.frame import count_events, in_flight, make_frame
 from morphserve.morphcli.bench.looks import looks
 from morphserve.morphcli.bench.marks import distinct, spans, thin
 from morphserve.morphcli.bench.overview import overview_figure, quality_loss, scatter_figure
+from morphserve.morphcli.bench.precision import positions_figure
 from morphserve.morphcli.bench.record import LoadPoint
 from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.timeline import timeline_figure
@@ -131,9 +135,34 @@ def test_the_repeat_in_the_middle_is_drawn() -> None:
 
 
 def test_of_a_sweep_the_load_of_the_trace_is_drawn() -> None:
-    runs = [scene_run("full", rate=rate, seconds=5) for rate in (0.5, 1.0, 2.0)]
-    assert runs_shown(runs) == [runs[1]]
-    assert runs_shown(runs[:1]) == [runs[0]]
+    runs = [scene_run("full", rate=rate, seconds=5) for rate in (0.5, 0.8, 2.0)]
+    summary, _ = make_summary(runs[:1])
+    settings = msgspec.structs.replace(summary.settings, rates=(0.5, 0.8, 2.0))
+    summary.settings = settings
+    assert runs_shown(summary, runs) == [runs[1]]
+
+
+def test_a_point_of_a_run_that_proves_nothing_is_hollow() -> None:
+    summary, runs, schedule = scene(("full", "morph"), rates=(0.5, 1.0), seconds=10)
+    first, *others = summary.curve
+    summary.curve = [msgspec.structs.replace(first, faults=["late"]), *others]
+    (axes,) = attainment_figure(summary.curve).axes
+    hollow = [x for line in axes.lines for x in line.get_xdata()
+              if line.get_markerfacecolor() == COLOURS["card"]]  # fmt: skip
+    assert hollow == [first.offered_per_s]
+    assert "Hollow" in draw_all(summary, runs, schedule).load[0].caption
+
+
+def test_places_in_an_answer_are_the_same_for_every_policy() -> None:
+    summary, _, _ = scene(("full", "morph"), seconds=10)
+    full, morph = summary.policies
+    assert full.answers is not None and morph.answers is not None
+    full.answers.positions[:] = [PositionShare(0, 9, 9, 0.0)]
+    morph.answers.positions[:] = [PositionShare(0, 16, 9, 0.5), PositionShare(16, 30, 9, 0.5)]
+    figure = positions_figure(summary.policies)
+    assert figure is not None
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[0], [0, 1]]
+    assert "16–63" in words(figure) and "16–29" not in words(figure)
 
 
 def test_intervals_are_drawn_where_there_are_repeats() -> None:

@@ -7,9 +7,9 @@ import pytest
 from bench_runs import answered, make_run, make_summary
 
 from morphserve.configs.errors import ConfigError
+from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.quality import open_quality
 from morphserve.morphcli.bench.record import MixPerplexity
-from morphserve.morphcli.bench.summary import PolicySummary
 from morphserve.profile.perplexity import perplexity
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import open_bundle

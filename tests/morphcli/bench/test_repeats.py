@@ -1,5 +1,6 @@
 """Repeats: figures together, confidence intervals, and the order of runs."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace as replaced
 
 from morphserve.configs.errors import ConfigError
+from morphserve.morphcli.bench.figures import PolicySummary, ServerFigures
 from morphserve.morphcli.bench.repeats import interval, load_point, pooled, spread
 from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate, parse_rates
-from morphserve.morphcli.bench.summary import PolicySummary, Run, summarise
+from morphserve.morphcli.bench.server import State
+from morphserve.morphcli.bench.summary import Run, summarise
 from morphserve.morphcli.traces.schedule import Shape
+from morphserve.quantize.manifest import Variant
 
 
 def two_runs() -> tuple[list[Run], list[PolicySummary]]:
@@ -52,8 +56,40 @@ def test_repeats_are_pooled_request_by_request() -> None:
     assert both.ttft_s.p50 == 0.2  # of 0.1, 0.2, 0.3 and never
     assert both.slo_attainment == 0.75
     assert both.duration_s == pytest.approx(sum(s.duration_s for s in each))
-    assert both.server is not None and both.server.preemptions == 6
+    assert both.server is not None and both.server.preemptions == 3  # per run
     assert pooled(runs[:1], each[:1]) == each[0]
+
+
+def pooled_server(*runs: list[State]) -> ServerFigures:
+    made = [make_run("morph", [answered(0, 0.1)], states) for states in runs]
+    found = pooled(made, [summarise(run, SLO, burst_end_s=1.5) for run in made]).server
+    assert found is not None
+    return found
+
+
+def test_a_repeat_that_never_left_full_precision_does_not_hide_that_others_came_back() -> None:
+    never = [state(0, 0, 0), state(5, 0, 10)]
+    back = [state(0, 0, 0), state(1, 2, 10), state(4, 0, 30)]
+    stayed = [state(0, 0, 0), state(1, 2, 10), state(4, 2, 30)]
+    assert pooled_server(never, back).full_again_s == 2.5
+    assert pooled_server(never, never).full_again_s is None
+    assert pooled_server(back, stayed).full_again_s is None
+
+
+def test_counts_of_servers_are_means_per_run_and_shares_are_weighted_by_tokens() -> None:
+    few = [state(0, 4, 0), state(1, 0, 100, preemptions=1)]
+    many = [state(0, 0, 0), state(1, 0, 300, preemptions=4)]
+    for sample in many:
+        sample.generated_tokens = {Variant.FULL: sample.num_generated}
+    found = pooled_server(few, many)
+    assert found.preemptions == 2.5
+    assert found.quantized_token_share == 50 / 400
+    assert found.int4_layers_mean == 4 * 100 / 400
+
+
+def test_an_interval_of_a_share_ends_at_all() -> None:
+    found = interval([1.0, 0.8], most=1.0)
+    assert found is not None and (found.low, found.high) == (0.0, 1.0)
 
 
 def test_the_spread_tells_how_far_repeats_differ() -> None:
@@ -101,6 +137,11 @@ def test_the_load_offered_is_that_of_the_schedule_however_late_answers_end() -> 
     assert [(point.rate, point.offered_per_s) for point in points] == [(2.0, 1.0), (2.0, 1.0)]
 
 
+def test_a_load_whose_run_proves_nothing_says_so() -> None:
+    broken = summarise(make_run("full", [answered(0, 0.1), unanswered(1)], []), SLO, 1.0)
+    assert load_point(broken, 1, schedule_s=4.0).faults == broken.faults != []
+
+
 def test_a_run_tells_its_repeat_and_its_load() -> None:
     run = replaced(two_runs()[0][0], repeat=3, rate=0.5)
     found = summarise(run, SLO, burst_end_s=1.0)
@@ -114,9 +155,11 @@ def test_a_run_tells_its_repeat_and_its_load() -> None:
         ({"repeat": 0}, "--repeat must be at least 1"),
         ({"rates": (0.0, 1.0)}, "--rates must be above 0"),
         ({"rates": (1.0, 1.0)}, "name each load once"),
+        ({"timeout_s": 0.0}, "--timeout must be a number of seconds above 0"),
+        ({"timeout_s": math.inf}, "--timeout must be a number of seconds above 0"),
     ],
 )
-def test_senseless_repeats_and_rates_are_refused(changes: dict[str, object], message: str) -> None:
+def test_senseless_numbers_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         request(**changes)
 

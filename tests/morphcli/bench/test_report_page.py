@@ -10,12 +10,13 @@ from xml.etree import ElementTree
 
 import msgspec
 import pytest
-from bench_runs import answered, make_run, make_summary, state, unanswered
+from bench_runs import answered, make_run, make_summary, page_of, state, unanswered
 from bench_scenes import scene
 
 from morphserve.morphcli.bench.definitions import DEFINITIONS, definition_of
 from morphserve.morphcli.bench.quality_table import quality_rows
-from morphserve.morphcli.bench.report import render_report, write_report
+from morphserve.morphcli.bench.report import write_report
+from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.bench.table import table_rows
 from morphserve.morphcli.bench.tiles import headline_tiles
 
@@ -53,7 +54,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_report(*scene(repeats=2, rates=(0.5, 1.0, 2.0), seconds=20))
+    return page_of(*scene(repeats=2, rates=(0.5, 1.0, 2.0), seconds=20))
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page: str) -> None:
@@ -100,6 +101,9 @@ def test_rows_lead_to_the_word_that_explains_them() -> None:
         ("95 % of answers took per further token at most", "time per further token"),
         ("of 5 requests, missed the target (first token ≤ 1 s)", "missed the target"),
         ("perplexity of what was served (lower is better)", "perplexity"),
+        ("95 % of gaps between tokens were at most", "gap between tokens"),
+        ("95 % of requests had their whole answer within", "whole answer"),
+        ("95 % of requests were queued in the server for at most", "queue time"),
         ("requests per second within the target", "goodput"),
         ("all layers at full precision again after the burst", "full precision again"),
     ):
@@ -123,7 +127,7 @@ def test_what_many_runs_need_is_told(page: str) -> None:
 def test_notes_of_a_summary_stand_above_the_timelines() -> None:
     summary, runs, schedule = scene(("full",), seconds=10)
     summary.notes = ["Layers are those of one replica of four."]
-    assert "Layers are those of one replica of four." in render_report(summary, runs, schedule)
+    assert "Layers are those of one replica of four." in page_of(summary, runs, schedule)
 
 
 def test_the_first_numbers_are_of_morph_against_full_precision() -> None:
@@ -149,12 +153,38 @@ def test_a_loss_is_shown_as_one() -> None:
     assert (missed.number, missed.is_good) == ("100 %", False)
 
 
+def test_no_number_has_a_colour_where_the_verdict_calls_neither_better() -> None:
+    never = [unanswered(i, status=503) for i in range(5)]
+    for one, other in ((never, never), ([answered(0, 0.2)], [answered(0, 0.21)])):
+        summary, _ = make_summary([make_run("full", one, []), make_run("morph", other, [])])
+        assert [tile.is_good for tile in headline_tiles(summary)[1]] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("ours", "number"),
+    [
+        (0, "none"),
+        (1, "99.9 % fewer"),
+        (300, "70 % fewer"),
+        (999, "0.1 % fewer"),
+        (1000, "as many"),
+    ],
+)
+def test_only_no_miss_at_all_is_called_none(ours: int, number: str) -> None:
+    def run(policy: str, misses: int) -> Run:
+        outcomes = [answered(i, 3.0 if i < misses else 0.2) for i in range(2000)]
+        return make_run(policy, outcomes, [])
+
+    summary, _ = make_summary([run("full", 1000), run("morph", ours)])
+    assert headline_tiles(summary)[1][1].number == number
+
+
 def test_a_run_that_proves_nothing_has_no_headline_numbers() -> None:
     broken = [answered(0, 0.2), unanswered(1)]
     runs = [make_run("full", broken, []), make_run("morph", broken, [])]
     summary, schedule = make_summary(runs)
     assert headline_tiles(summary) == ("", [])
-    page = render_report(summary, runs, schedule)
+    page = page_of(summary, runs, schedule)
     assert 'class="verdicts invalid"' in page and "This run proves nothing" in page
 
 
@@ -191,7 +221,7 @@ def test_each_drawing_has_files_and_those_of_an_older_run_go(tmp_path: Path) -> 
 
 
 def test_a_long_comparison_makes_a_page_of_sane_size() -> None:
-    page = render_report(*scene(("full", "morph"), seconds=300, per_second=5.7, num_layers=32))
+    page = page_of(*scene(("full", "morph"), seconds=300, per_second=5.7, num_layers=32))
     assert len(page.encode()) < 1_000_000  # so that six policies stay under 3 MB
 
 

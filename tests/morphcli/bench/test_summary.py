@@ -4,9 +4,8 @@ import pytest
 from bench_runs import SLO, answered, make_run, state, unanswered
 
 from morphserve.configs.schema import Slo
-from morphserve.morphcli.bench.compare import agreement
+from morphserve.morphcli.bench.figures import Percentiles
 from morphserve.morphcli.bench.summary import (
-    Percentiles,
     mean_perplexity,
     meets,
     percentile,
@@ -47,6 +46,12 @@ def test_misses_are_counted_over_offered_requests() -> None:
     assert found.ttft_s == Percentiles(p50=1.5, p95=None, p99=None)
     assert found.tpot_s.p50 == pytest.approx(0.05) and found.tpot_s.p99 == pytest.approx(0.2)
     assert found.server is None and found.perplexity is None
+
+
+def test_a_request_that_was_refused_and_ran_into_the_timeout_counts_once() -> None:
+    outcomes = [answered(0, 0.1), unanswered(1, status=503, timed_out=True)]
+    found = summarise(make_run("full", outcomes, []), SLO, burst_end_s=3.0)
+    assert (found.refused, found.unfinished, found.failed) == (1, 0, 0)
 
 
 def test_throughput_is_over_first_send_to_last_token() -> None:
@@ -154,15 +159,6 @@ def test_mean_perplexity_weighs_mixes_by_their_tokens() -> None:
     assert found == pytest.approx(10 ** (1 / 4) * 20 ** (3 / 4))
     assert mean_perplexity(tokens, {full: 10.0}) is None
     assert mean_perplexity({}, {full: 10.0}) is None
-
-
-def test_agreement_is_over_requests_answered_in_both_runs() -> None:
-    reference = [answered(0, 0.1), answered(1, 0.1), unanswered(2)]
-    other = [answered(0, 0.9), answered(1, 0.9), answered(2, 0.9)]
-    assert agreement(reference, other) == 1.0
-    other[1].text_sha256 = "another"
-    assert agreement(reference, other) == 0.5
-    assert agreement([unanswered(0)], other) is None
 
 
 def test_targets_are_shown_as_they_are_read() -> None:

@@ -141,3 +141,14 @@ def test_an_unknown_model_is_refused_with_those_that_are_known() -> None:
 def test_targets_are_made_without_torch() -> None:
     code = "import sys; import morphserve.morphcli.simulate.gpu; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_devices_constants_are_told_in_words_with_units(name: str) -> None:
+    told = find_device(name).about()
+    assert "GB/s and" in told["linears at INT4"] and told["attention of a prefill"].endswith(
+        "FLOP/s"
+    )
+    assert not [
+        text for text in told.values() if "Linear(" in text or "=" in text or "None" in text
+    ]

@@ -25,6 +25,11 @@ def test_a_window_starts_at_second_zero() -> None:
     assert schedule.duration_s == 2.0
 
 
+def test_a_window_beyond_the_end_of_the_trace_ends_soon_after_its_last_request() -> None:
+    schedule = shape_trace(STEADY, Shape(window_s=(90.0, 900.0)))  # the last is at 99.75 s
+    assert (len(schedule.arrivals), schedule.duration_s) == (40, 10.75)
+
+
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 1.5, 3.0])
 def test_rate_scale_keeps_the_shape(scale: float) -> None:
     schedule = shape_trace(STEADY, Shape(rate_scale=scale))
