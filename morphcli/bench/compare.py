@@ -96,7 +96,8 @@ def _run(bench: Bench, policy: str, url: str, on_outcome: _REPLAY_STEP) -> Run:
         epoch_s, outcomes = replay(plan, on_outcome, processes)
         _await_full_precision(sampler, settle_s)
     told = list(notes(plan, outcomes))
-    return Run(policy, epoch_s, outcomes, sampler.states, notes=told)
+    forced = plan.dialect.forces_length
+    return Run(policy, epoch_s, outcomes, sampler.states, forces_length=forced, notes=told)
 
 
 def _planned(bench: Bench) -> list[PlannedRequest]:

@@ -71,7 +71,7 @@ def conclude(
         created=now(),
         runs=each if len(runs) > len(told) else [],
         curve=curve,
-        notes=[*(note for run in runs for note in run.notes), *_invalid(curve, main)],
+        notes=list(dict.fromkeys([*(n for r in runs for n in r.notes), *_invalid(curve, main)])),
     )
     write_summary(request.output, summary)
     write_report(request.output, summary, runs, schedule)

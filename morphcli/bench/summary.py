@@ -61,6 +61,7 @@ class Run(msgspec.Struct):
     repeat: int = 0  # of the same schedule against the same policy, from 0
     rate: float = 1.0  # of a sweep: requests per second, over those of the schedule
     replicas: int = 1  # whose states are told together
+    forces_length: bool = True  # the server was told how many tokens to make
     notes: list[str] = []  # what a reader has to know of how it was measured
 
     def at_s(self, state: State) -> float:
@@ -99,14 +100,15 @@ def summarise(run: Run, slo: Slo, burst_end_s: float) -> PolicySummary:
         lag_p50_s=percentile(lags, 50),
         lag_p99_s=percentile(lags, 99),
         lag_max_s=max(lags),
-        faults=list(_faults(outcomes)),
+        faults=list(_faults(run)),
         server=_server_figures(run, burst_end_s),
         repeat=run.repeat,
         rate=run.rate,
     )
 
 
-def _faults(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _faults(run: Run) -> Iterator[str]:
+    outcomes = run.outcomes
     finished = [o for o in outcomes if o.error is None]
     late = percentile([o.lag_s for o in outcomes], 99)
     if late > MAX_LAG_P99_S:
@@ -120,7 +122,7 @@ def _faults(outcomes: Sequence[Outcome]) -> Iterator[str]:
     if unknown := sum(not o.output_tokens for o in finished):
         yield f"{unknown} answers did not tell their number of tokens"
     # An answer whose text is kept is held against a reference, and may end by itself.
-    forced = [o for o in finished if o.text is None]
+    forced = [o for o in finished if o.text is None and run.forces_length]
     if wrong := sum(o.output_tokens not in (0, o.max_tokens) for o in forced):
         yield f"{wrong} answers had another length than asked for"
 

@@ -234,7 +234,7 @@ def _show(summary: "Summary", found: "Verdict | None", console: "Console") -> No
     from morphserve.morphcli.bench.terminal import print_table
 
     print_table(summary, console, details=True)
-    for note in dict.fromkeys(summary.notes):
+    for note in summary.notes:
         console.print(note, highlight=False, markup=False)
     if found:
         console.print(*found.sentences, sep="\n", highlight=False, markup=False)
