@@ -24,6 +24,7 @@ class DeviceMemory:
 
     total: int
     free: Callable[[], int]
+    name: str = "this machine has"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def _plan(
         wanted = config.scheduler.max_num_seqs * max_model_len
         wanted_bytes = budget_for(sizes, slots, cache.min_run_bytes, wanted)
         budget = max(least, min(wanted_bytes, memory.free()))
-    _require_device(budget, memory)
+    _require_device(budget, memory, asked=cache.memory_budget is not None)
     try:
         plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)
         tokens = plan.capacity(variants) * cache.block_tokens
@@ -131,12 +132,19 @@ def _plan(
     return plan
 
 
-def _require_device(budget: int, memory: DeviceMemory) -> None:
-    if budget > memory.total:
+def _require_device(budget: int, memory: DeviceMemory, *, asked: bool) -> None:
+    if budget <= memory.total:
+        return
+    wanted, total = f"{budget / 2**20:.0f} MiB", f"{memory.total / 2**20:.0f} MiB"
+    if asked:
         raise OutOfBudget(
-            f"a memory budget of {budget / 2**20:.0f} MiB is more than this machine has: lower "
-            f"--memory-budget below {memory.total / 2**20:.0f} MiB"
+            f"a memory budget of {wanted} is more than {memory.name}: lower --memory-budget "
+            f"below {total}"
         )
+    raise OutOfBudget(
+        f"the model and one request of full length take {wanted}, more than {memory.name} "
+        f"({total}): lower --max-model-len"
+    )
 
 
 def _require_gain(capacities: Sequence[int], block_tokens: int) -> None:

@@ -1,8 +1,9 @@
 """The load generator: sends a plan open-loop from its own process and times the answers.
 
-It runs as `python -m morphserve.morphcli.bench.client`: a Plan as JSON on standard input; on
-standard output one line `Started`, then one line `Outcome` per request, as each ends. Requests
-leave at their planned times whether or not earlier ones were answered.
+It runs as `python -m morphserve.morphcli.bench.client`, for one plan or a share of it. On standard
+input a line `Plan`, answered by a line `Ready`, then a line `Start`; on standard output then a line
+`Outcome` per request, as each ends. Requests leave at their planned times whether or not earlier
+ones were answered.
 """
 
 import asyncio
@@ -18,9 +19,9 @@ from itertools import pairwise
 
 import msgspec
 
+from morphserve.morphcli.bench.chunks import Choice, Chunk, decode_chunk
+from morphserve.morphcli.bench.dialect import Dialect
 from morphserve.morphcli.bench.http import HttpError, ServerSentEvents, bearer, post_stream
-
-_LEAD_S = 0.3  # from reading the plan to the first possible send
 
 
 class PlannedRequest(msgspec.Struct, frozen=True):
@@ -41,9 +42,16 @@ class Plan(msgspec.Struct, frozen=True):
     api_key: str | None = None
     token_ids: bool = False  # asked for; not every server takes such a wish
     graded: bool = False  # answers may end by themselves, and their texts are kept
+    dialect: Dialect = Dialect()
 
 
-class Started(msgspec.Struct, frozen=True, tag=True):
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The plan is read."""
+
+
+class Start(msgspec.Struct, frozen=True):
+    """When to begin; all processes of one plan get the same."""
+
     epoch_s: float  # wall clock at time 0 of the plan
 
 
@@ -65,7 +73,8 @@ class Outcome(msgspec.Struct, tag=True):
     ttft_s: float | None = None
     e2e_s: float | None = None
     event_times_s: list[float] = []  # one per streamed piece, which may hold several tokens
-    output_tokens: int = 0  # from the usage block; 0: there was none
+    output_tokens: int = 0  # 0: the server told none, and streamed no text
+    counts_pieces: bool = False  # output_tokens is of streamed pieces: there was no usage block
     tokens_full: int | None = None  # tokens per precision, where the server reports them
     tokens_int4: int | None = None
     text_sha256: str | None = None
@@ -97,39 +106,10 @@ class Outcome(msgspec.Struct, tag=True):
         return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
 
 
-class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-    morph: dict[str, int] | None = None
-
-
-class _Choice(msgspec.Struct):
-    text: str = ""
-    finish_reason: str | None = None
-    token_ids: list[int] | None = None
-    token_precisions: list[tuple[str, int]] | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: msgspec.Raw | None = None
-
-
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
-
-
 def request_body(plan: Plan, request: PlannedRequest) -> bytes:
     """The JSON of a completion of the planned number of tokens, or of fewer if it is graded."""
-    body: dict[str, object] = {
-        "model": plan.model,
-        "prompt": request.prompt,
-        "max_tokens": request.output_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if not plan.graded:
-        body |= {"min_tokens": request.output_tokens, "ignore_eos": True}
+    body = plan.dialect.fields(request.prompt, request.output_tokens, exact=not plan.graded)
+    body["model"] = plan.model
     if plan.token_ids:
         body["return_token_ids"] = True
     return msgspec.json.encode(body)
@@ -172,14 +152,17 @@ async def _stream(plan: Plan, body: bytes, due: float, outcome: Outcome) -> None
     text = hashlib.sha256()
     ended = False
     outcome.text = "" if plan.graded else None
-    async with post_stream(plan.url, "/v1/completions", body, bearer(plan.api_key)) as answer:
+    route = plan.dialect.route
+    async with post_stream(plan.url, route, body, bearer(plan.api_key)) as answer:
         outcome.status = answer.status
         if answer.status != 200:
             raise HttpError(f"refused with {answer.status}: {(await answer.read())[:200]!r}")
         async for data in ServerSentEvents(answer):
             if ended := data == b"[DONE]":
                 break
-            _take(_decode_chunk(data), time.monotonic() - due, text, outcome)
+            _take(decode_chunk(data), time.monotonic() - due, text, outcome)
+        # Some servers end without this word.
+        ended = ended or (answer.is_complete and outcome.finish_reason is not None)
     if not ended:
         raise HttpError("the connection ended before the answer did")
     if outcome.ttft_s is None:
@@ -188,27 +171,29 @@ async def _stream(plan: Plan, body: bytes, due: float, outcome: Outcome) -> None
     outcome.text_sha256 = text.hexdigest()[:16]
 
 
-def _take(chunk: _Chunk, at_s: float, text: "hashlib._Hash", outcome: Outcome) -> None:
+def _take(chunk: Chunk, at_s: float, text: "hashlib._Hash", outcome: Outcome) -> None:
     if chunk.error is not None:
         raise HttpError(f"error while streaming: {bytes(chunk.error)[:200]!r}")
     for choice in chunk.choices:
         # A token may have no text, as half a character.
-        if choice.text or choice.token_ids or choice.finish_reason:
+        if choice.piece or choice.token_ids or choice.finish_reason:
             outcome.ttft_s = at_s if outcome.ttft_s is None else outcome.ttft_s
             outcome.event_times_s.append(at_s)
-            text.update(choice.text.encode())
+            text.update(choice.piece.encode())
+            outcome.output_tokens += bool(choice.piece)
+            outcome.counts_pieces = True  # until a usage block tells better
             _keep(choice, outcome)
         outcome.finish_reason = choice.finish_reason or outcome.finish_reason
     if chunk.usage is not None:
-        outcome.output_tokens = chunk.usage.completion_tokens
-        if chunk.usage.morph is not None:
-            outcome.tokens_full = chunk.usage.morph.get("full")
-            outcome.tokens_int4 = chunk.usage.morph.get("int4")
+        outcome.output_tokens, outcome.counts_pieces = chunk.usage.completion_tokens, False
+        if (morph := chunk.usage.morph) is not None:
+            outcome.tokens_full, outcome.tokens_int4 = morph.full, morph.int4
+            outcome.queue_s = morph.queue_s
 
 
-def _keep(choice: _Choice, outcome: Outcome) -> None:
+def _keep(choice: Choice, outcome: Outcome) -> None:
     if outcome.text is not None:
-        outcome.text += choice.text
+        outcome.text += choice.piece
     if choice.token_ids is not None:
         outcome.token_ids = outcome.token_ids or []
         outcome.token_ids += choice.token_ids
@@ -219,14 +204,15 @@ def _keep(choice: _Choice, outcome: Outcome) -> None:
 
 
 async def _main() -> None:
-    plan = msgspec.json.decode(sys.stdin.buffer.read(), type=Plan)
-    started = time.monotonic() + _LEAD_S
-    _emit(Started(time.time() + _LEAD_S))
-    async for outcome in replay(plan, started):
+    plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=Plan)
+    _emit(Ready())
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
+    started_s = time.monotonic() + start.epoch_s - time.time()
+    async for outcome in replay(plan, started_s):
         _emit(outcome)
 
 
-def _emit(message: Started | Outcome) -> None:
+def _emit(message: Ready | Outcome) -> None:
     sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
     sys.stdout.buffer.flush()
 

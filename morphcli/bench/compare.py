@@ -1,18 +1,16 @@
 """The same schedule against one policy after another, each on a server of its own."""
 
-import subprocess
-import sys
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
-from morphserve.configs.errors import ConfigError, MorphError
+from morphserve.configs.errors import ConfigError
 from morphserve.configs.load import load_policy
-from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest, Started
+from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest
 from morphserve.morphcli.bench.prompts import Prompts
+from morphserve.morphcli.bench.replay import num_processes, replay
 from morphserve.morphcli.bench.server import (
     Sampler,
     ServerOptions,
@@ -21,6 +19,7 @@ from morphserve.morphcli.bench.server import (
     served_model,
 )
 from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.bench.warm_up import notes, warm_up
 from morphserve.morphcli.traces.schedule import Schedule
 
 _NAMES = {
@@ -29,12 +28,7 @@ _NAMES = {
     "morph:performance": "performance",
     "morph:accuracy": "accuracy",
 }
-_WARM_UP_TOKENS = 8
 _REPLAY_STEP = Callable[[Outcome], None]
-
-
-class ReplayFailed(MorphError):
-    """The load generator died, or not even the first request was answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +78,25 @@ def run_policy(bench: Bench, policy: str, on_outcome: _REPLAY_STEP, name: str = 
 
 
 def _run(bench: Bench, policy: str, url: str, on_outcome: _REPLAY_STEP) -> Run:
-    model = served_model(url, bench.api_key)
-    requests = _planned(bench)
-    _warm_up(bench, url, model)
+    plan = Plan(
+        url,
+        served_model(url, bench.api_key),
+        bench.timeout_s,
+        _planned(bench),
+        bench.api_key,
+        token_ids=bench.servers is not None,
+        graded=bench.graded,
+    )
+    settle_s = 0.0 if policy.startswith("static:") else bench.settle_s
     with Sampler(url, bench.api_key) as sampler:
-        plan = Plan(
-            url,
-            model,
-            bench.timeout_s,
-            requests,
-            bench.api_key,
-            token_ids=bench.servers is not None,
-            graded=bench.graded,
-        )
-        started, outcomes = replay(plan, on_outcome)
-        if not policy.startswith("static:"):
-            _await_full_precision(sampler, bench.settle_s)
-    return Run(policy, started.epoch_s, outcomes, sampler.states)
-
-
-def _warm_up(bench: Bench, url: str, model: str) -> None:
-    request = PlannedRequest(0, 0.0, bench.prompts.warm_up, 0, _WARM_UP_TOKENS)
-    plan = Plan(url, model, bench.timeout_s, [request], bench.api_key)
-    _, (outcome,) = replay(plan, lambda _: None)
-    if outcome.error is not None:
-        raise ReplayFailed(f"{url} did not answer the warm-up request: {outcome.error}")
+        plan = warm_up(plan, bench.prompts)
+        _await_full_precision(sampler, settle_s)
+        sampler.states.clear()
+        processes = num_processes(plan.requests, os.cpu_count() or 1)
+        epoch_s, outcomes = replay(plan, on_outcome, processes)
+        _await_full_precision(sampler, settle_s)
+    told = list(notes(plan, outcomes))
+    return Run(policy, epoch_s, outcomes, sampler.states, notes=told)
 
 
 def _planned(bench: Bench) -> list[PlannedRequest]:
@@ -125,29 +113,3 @@ def _await_full_precision(sampler: Sampler, settle_s: float) -> None:
         if all(layer == "full" for layer in sampler.states[-1].layers):
             return
         time.sleep(0.1)
-
-
-def replay(plan: Plan, on_outcome: _REPLAY_STEP) -> tuple[Started, list[Outcome]]:
-    """Send `plan` from a process of its own; outcomes in the order of the plan."""
-    command = [sys.executable, "-m", "morphserve.morphcli.bench.client"]
-    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert client.stdin is not None and client.stdout is not None
-        with client.stdin as stdin:
-            stdin.write(msgspec.json.encode(plan))
-        outcomes: list[Outcome] = []
-        started: Started | None = None
-        with client.stdout as lines:
-            for line in lines:
-                message = msgspec.json.decode(line, type=Started | Outcome)
-                if isinstance(message, Started):
-                    started = message
-                else:
-                    outcomes.append(message)
-                    on_outcome(message)
-        if client.wait() or started is None or len(outcomes) != len(plan.requests):
-            raise ReplayFailed(f"the load generator ended early (exit code {client.returncode})")
-    finally:
-        client.kill()
-        client.wait()
-    return started, sorted(outcomes, key=lambda outcome: outcome.index)

@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from morphserve.morphcli.bench.answers import fill_answers
 from morphserve.morphcli.bench.figures import PolicySummary
-from morphserve.morphcli.bench.quality import Quality
 from morphserve.morphcli.bench.record import (
     MixPerplexity,
     Settings,
@@ -24,6 +24,9 @@ from morphserve.morphcli.bench.request import BenchRequest, main_rate
 from morphserve.morphcli.bench.summary import Run, summarise, tokens_per_mix
 from morphserve.morphcli.traces.schedule import Schedule, find_burst
 
+if TYPE_CHECKING:  # it imports torch, which a simulation does without
+    from morphserve.morphcli.bench.quality import Quality
+
 
 def facts_of(schedule: Schedule, prompts_as_token_ids: int, skipped: str) -> TraceFacts:
     """What the run's main schedule offers."""
@@ -36,7 +39,7 @@ def conclude(
     facts: TraceFacts,
     runs: Sequence[Run],
     schedule: Schedule,
-    quality: Quality | None = None,
+    quality: "Quality | None" = None,
     wanted: Sequence[Reference] = (),
     simulated: Simulated | None = None,
 ) -> Summary:
@@ -88,7 +91,7 @@ def _of(
 
 
 def _judge(
-    quality: Quality | None, summaries: Sequence[PolicySummary], runs: Sequence[Sequence[Run]]
+    quality: "Quality | None", summaries: Sequence[PolicySummary], runs: Sequence[Sequence[Run]]
 ) -> list[MixPerplexity]:
     if quality is None:
         return []

@@ -1,8 +1,11 @@
 """HTTP/1.1 as a client: one request per connection, the answer streamed."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import cache
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httptools
@@ -14,16 +17,43 @@ class HttpError(Exception):
     """An answer that is not a completion."""
 
 
-def host_and_port(url: str) -> tuple[str, int]:
-    """Of a plain `http://host:port`; raises ConfigError for anything else."""
+class Address(NamedTuple):
+    """Where a server listens."""
+
+    host: str
+    port: int
+    is_tls: bool
+    prefix: str  # of every path, without a slash at the end
+
+    @property
+    def name(self) -> str:
+        """As a Host header has it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def address(url: str) -> Address:
+    """Of `http://HOST:PORT` or https, which may end in /v1; raises ConfigError for another URL."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or 80
+        is_tls, host = parts.scheme == "https", parts.hostname
+        port = parts.port or (443 if is_tls else 80)
     except ValueError:
-        parts, host, port = urlsplit(""), None, 0
-    if parts.scheme != "http" or host is None or parts.path.strip("/"):
-        raise ConfigError(f"{url!r} is no server's URL: write http://HOST:PORT, without a path")
-    return host, port
+        parts, host = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or host is None or parts.query or parts.fragment:
+        raise ConfigError(f"{url!r} is no server's URL: write http://HOST:PORT")
+    return Address(host, port, is_tls, parts.path.rstrip("/").removesuffix("/v1"))
+
+
+def host_and_port(url: str) -> tuple[str, int]:
+    """Of a server's URL; raises ConfigError for another."""
+    return address(url)[:2]
+
+
+@cache
+def tls_context() -> ssl.SSLContext:
+    """Trusts whom the system trusts."""
+    return ssl.create_default_context()
 
 
 def bearer(api_key: str | None) -> dict[str, str]:
@@ -38,7 +68,7 @@ class Answer:
         self._reader = reader
         self._parser = httptools.HttpResponseParser(self)
         self._pieces: list[bytes] = []
-        self._complete = False
+        self.is_complete = False  # nothing of it is missing
         self._has_status = False
 
     @property
@@ -52,7 +82,7 @@ class Answer:
         self._pieces.append(body)
 
     def on_message_complete(self) -> None:
-        self._complete = True
+        self.is_complete = True
 
     async def read_head(self) -> None:
         while not self._has_status:
@@ -65,7 +95,7 @@ class Answer:
             pieces, self._pieces = self._pieces, []
             for piece in pieces:
                 yield piece
-            if self._complete or not await self._feed():
+            if self.is_complete or not await self._feed():
                 break
         for piece in self._pieces:
             yield piece
@@ -88,17 +118,19 @@ async def open_stream(
     url: str, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
 ) -> AsyncIterator[Answer]:
     """A request over a connection of its own, which is closed at the end."""
-    host, port = host_and_port(url)
-    reader, writer = await asyncio.open_connection(host, port)
+    at = address(url)
+    tls = tls_context() if at.is_tls else None
+    reader, writer = await asyncio.open_connection(at.host, at.port, ssl=tls)
     fields = {
-        "Host": f"{host}:{port}",
+        "Host": at.name,
         "Content-Type": "application/json",
         "Content-Length": str(len(body)),
         "Connection": "close",
         **(headers or {}),
     }
     try:
-        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {text}" for name, text in fields.items())]
+        lines = [f"{method} {at.prefix}{path} HTTP/1.1"]
+        lines += [f"{name}: {text}" for name, text in fields.items()]
         writer.write("\r\n".join([*lines, "", ""]).encode() + body)
         await writer.drain()
         answer = Answer(reader)

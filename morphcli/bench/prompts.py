@@ -22,11 +22,19 @@ class Prompts:
 
     prompts: tuple[str | list[int], ...]
     warm_up: str | list[int]  # as long as the shortest
+    tokenizer: Tokenizer | None = None  # that made them; None: all are text
 
     @property
     def num_token_ids(self) -> int:
         """Prompts that are sent as token ids."""
         return sum(not isinstance(prompt, str) for prompt in self.prompts)
+
+    def as_text(self, prompt: str | list[int]) -> str:
+        """One of these, for a server that takes no ids; its length may change a little by this."""
+        if isinstance(prompt, str):
+            return prompt
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode(prompt))
 
 
 def load_corpus(model: Path, prompts_file: Path | None) -> str:
@@ -66,7 +74,8 @@ def make_prompts(tokenizer: Tokenizer, text: str, lengths: Sequence[int], seed: 
         )
     rng = random.Random(seed)
     prompts = tuple(_prompt(tokenizer, corpus, n, special, rng) for n in lengths)
-    return Prompts(prompts, _prompt(tokenizer, corpus, min(lengths), special, rng))
+    warm_up = _prompt(tokenizer, corpus, min(lengths), special, rng)
+    return Prompts(prompts, warm_up, tokenizer)
 
 
 def _prompt(

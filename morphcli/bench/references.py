@@ -110,7 +110,7 @@ def pair_references(
         replace(arrival, prompt_tokens=fitted[row][1])
         for arrival, row in zip(schedule.arrivals, chosen, strict=True)
     )
-    prompts = Prompts(tuple(fitted[row][0] for row in chosen), _shortest(fitted))
+    prompts = Prompts(tuple(fitted[row][0] for row in chosen), _shortest(fitted), tokenizer)
     cut = sum(isinstance(fitted[row][0], list) for row in chosen)
     fitted_schedule = replace(schedule, arrivals=arrivals, clipped_prompts=cut)
     return [references[row] for row in chosen], prompts, fitted_schedule

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from morphserve.configs.errors import MorphError
-from morphserve.morphcli.bench.http import bearer, host_and_port
+from morphserve.morphcli.bench.http import address, bearer, tls_context
 from morphserve.quantize.manifest import Rung, Variant
 from morphserve.runtime.ladder import Ladder
 
@@ -187,9 +187,14 @@ def get(
     url: str, path: str, timeout_s: float = 5.0, *, api_key: str | None = None
 ) -> tuple[int, bytes]:
     """Status and body of one GET."""
-    connection = http.client.HTTPConnection(*host_and_port(url), timeout=timeout_s)
+    at = address(url)
+    connection = (
+        http.client.HTTPSConnection(at.host, at.port, timeout=timeout_s, context=tls_context())
+        if at.is_tls
+        else http.client.HTTPConnection(at.host, at.port, timeout=timeout_s)
+    )
     try:
-        connection.request("GET", path, headers=bearer(api_key))
+        connection.request("GET", at.prefix + path, headers=bearer(api_key))
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:

@@ -60,6 +60,7 @@ class Run(msgspec.Struct):
     states: list[State]
     repeat: int = 0  # of the same schedule against the same policy, from 0
     rate: float = 1.0  # of a sweep: requests per second, over those of the schedule
+    replicas: int = 1  # whose states are told together
     notes: list[str] = []  # what a reader has to know of how it was measured
 
     def at_s(self, state: State) -> float:
@@ -141,7 +142,8 @@ def _server_figures(run: Run, burst_end_s: float) -> ServerFigures | None:
         quantized_token_share=quantized / generated if generated else None,
         quantized_layers_max=max(state.num_quantized for state in states),
         quantized_layers_at_end=last.num_quantized,
-        int4_layers_mean=int4_layers / total if total else None,
+        # The layers of a fleet's states are of one replica, its tokens of all.
+        int4_layers_mean=int4_layers / total if total and run.replicas == 1 else None,
         int4_layers_max=max(state.num_int4 for state in states),
         kv_tokens_min=min(capacities),
         kv_tokens_max=max(capacities),

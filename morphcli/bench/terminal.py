@@ -12,12 +12,12 @@ from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.summary import show_s
 from morphserve.morphcli.bench.table import UNKNOWN, policy_title, show_share, table_rows
 
-_POLICIES_ACROSS = 3  # more do not fit beside each other on a terminal of 80 columns
+_LABEL_WIDTH, _CELL_WIDTH = 30, 16  # narrower columns would cut figures off
 
 
 def print_table(summary: Summary, console: Console, *, details: bool) -> None:
     """The headline table; the best cell of a row is green."""
-    if len(summary.policies) > _POLICIES_ACROSS and console.width < 30 + 16 * len(summary.policies):
+    if console.width < _LABEL_WIDTH + _CELL_WIDTH * len(summary.policies):
         return console.print(_policies_down(summary))
     table = Table(box=SIMPLE_HEAD)
     table.add_column("", min_width=28)

@@ -1,7 +1,8 @@
 """`morph bench`: the same trace against several policies, told in one table and one report."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +20,9 @@ _SIMULATION = "Simulation"
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, or demo.")],
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face folder, or demo; simulated, also llama-3-8b.")
+    ],
     trace: Annotated[Path, typer.Option(help="CSV or JSON lines; docs/traces.md has the formats.")],
     bundle: Annotated[Path | None, typer.Option(help="Folder made by `morph quantize`.")] = None,
     memory_budget: Annotated[
@@ -47,24 +50,38 @@ def bench(
         ),
     ] = None,
     replicas: Annotated[
-        int, typer.Option(help="Servers behind a router.", rich_help_panel=_SIMULATION)
-    ] = 1,
+        int | None,
+        typer.Option(help="Servers behind a router. [default: 1]", rich_help_panel=_SIMULATION),
+    ] = None,
     router: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="round-robin, least-loaded or pressure-aware.", rich_help_panel=_SIMULATION
-        ),
-    ] = "least-loaded",
-    tensor_parallel: Annotated[
-        int, typer.Option(help="GPUs that share each layer.", rich_help_panel=_SIMULATION)
-    ] = 1,
-    slowdown: Annotated[
-        float,
-        typer.Option(
-            help="Steps take so many times what the cost model says.",
+            help="round-robin, least-loaded or pressure-aware. [default: least-loaded]",
             rich_help_panel=_SIMULATION,
         ),
-    ] = 1.0,
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(help="GPUs that share each layer.", rich_help_panel=_SIMULATION),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            help="Most requests running at once. [default: a server's]",
+            rich_help_panel=_SIMULATION,
+        ),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens in a step.", rich_help_panel=_SIMULATION),
+    ] = None,
+    slowdown: Annotated[
+        float | None,
+        typer.Option(
+            help="Steps take so many times what the cost model says. [default: 1]",
+            rich_help_panel=_SIMULATION,
+        ),
+    ] = None,
     map: Annotated[
         str | None, typer.Option(help="Columns of the trace: time=COL,prompt=COL,output=COL.")
     ] = None,
@@ -72,7 +89,10 @@ def bench(
         TimeUnit | None, typer.Option(help="Of its stamps. [default: the format's]")
     ] = None,
     window: Annotated[
-        str | None, typer.Option(help="Part of the trace: seconds t:92-154, or rows idx:0-99.")
+        str | None,
+        typer.Option(
+            help="Part of the trace: seconds t:92-154, or rows idx:0-100, to before the last."
+        ),
     ] = None,
     rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
     time_scale: Annotated[float, typer.Option(help="Seconds times this.")] = 1.0,
@@ -124,15 +144,23 @@ def bench(
     from morphserve.morphcli.bench.compare import parse_policies
     from morphserve.morphcli.bench.record import REPORT
     from morphserve.morphcli.bench.request import BenchRequest, parse_rates
-    from morphserve.morphcli.bench.run import run_bench
     from morphserve.morphcli.bench.verdict import verdict
     from morphserve.morphcli.traces.readers import Reading
     from morphserve.morphcli.traces.schedule import Shape, Window, parse_window
 
     if url is not None and compare is not None:
         raise ConfigError("--compare starts servers of its own: leave it out with --url")
-    if url is not None and simulate is not None:
-        raise ConfigError("--simulate stands in for a server: leave out --url")
+    simulation: dict[str, Any] = {
+        "replicas": replicas,
+        "router": router,
+        "tensor_parallel": tensor_parallel,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "slowdown": slowdown,
+    }
+    simulation = {name: value for name, value in simulation.items() if value is not None}
+    served = {"--url": url, "--api-key": api_key, "--prompts": prompts, "--references": references}
+    _check_simulation(simulate, simulation, [name for name, given in served.items() if given])
     part = parse_window(window) if window else Window()
     request = BenchRequest(
         model=model,
@@ -168,13 +196,13 @@ def bench(
     wanted = parse_assertions(assertions or [], request.policies)
     console = Console(stderr=True)
     if simulate is None:
+        from morphserve.morphcli.bench.run import run_bench
+
         summary = run_bench(request, console)
     else:
         from morphserve.morphcli.simulate.bench import Setup, simulate_bench
 
-        summary = simulate_bench(
-            request, Setup(simulate, replicas, router, slowdown, tensor_parallel), console
-        )
+        summary = simulate_bench(request, Setup(simulate, **simulation), console)
     found = verdict(summary)
     if json:
         if any(policy.faults for policy in summary.policies) and found:
@@ -187,6 +215,19 @@ def bench(
     if failures := list(broken(summary, wanted)):
         console.print(*failures, sep="\n", style="red", highlight=False, markup=False)
         raise typer.Exit(1)
+
+
+def _check_simulation(
+    simulate: str | None, simulation: dict[str, Any], served: Sequence[str]
+) -> None:
+    """No option is passed over in silence."""
+    from morphserve.configs.errors import ConfigError
+
+    if simulate is None and simulation:
+        name = next(iter(simulation)).replace("_", "-")
+        raise ConfigError(f"--{name} is for --simulate: leave it out, or name a device")
+    if simulate is not None and served:
+        raise ConfigError(f"--simulate stands in for servers: leave out {served[0]}")
 
 
 def _show(summary: "Summary", found: "Verdict | None", console: "Console") -> None:

@@ -1,6 +1,5 @@
 """`morph trace`: request traces described, cut, made and merged."""
 
-import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +20,6 @@ trace = typer.Typer(
     rich_markup_mode=None,
 )
 
-_WINDOW_S, _LEAST_WINDOW_S = 300, 20
 _READING = "Reading"
 _File = Annotated[Path, typer.Argument(help="CSV or JSON lines, also gzipped.")]
 _Map = Annotated[
@@ -69,25 +67,24 @@ def describe(
 
     from morphserve.morphcli.traces.stats import describe as describe_rows
 
-    found = describe_rows(_read(file, _reading(map, time_unit, spread, where, seed)))
+    reading = _reading(map, time_unit, spread, where, seed)
+    found = describe_rows(_read(file, reading))
     if json:
         typer.echo(msgspec.json.encode(found).decode())
         return
     from rich.console import Console
 
+    from morphserve.morphcli.traces.next_command import after_describe
     from morphserve.morphcli.traces.show import description_table
 
     Console().print(description_table(found), highlight=False)
-    again = _again(file, map, time_unit)
-    typer.echo(_try_window(again, found.seconds.total) or _try_bench(again))
+    typer.echo(after_describe(file, reading, found.seconds.total))
 
 
 @trace.command(cls=Command)
 def window(
     file: _File,
-    seconds: Annotated[
-        int, typer.Option(min=_LEAST_WINDOW_S, help="Length of the window.")
-    ] = _WINDOW_S,
+    seconds: Annotated[int, typer.Option(min=20, help="Length of the window.")] = 300,
     densest: Annotated[
         bool, typer.Option("--densest", help="Most requests, not calm, burst and calm.")
     ] = False,
@@ -112,7 +109,8 @@ def window(
 
     if output:
         refuse_to_replace(output, force)
-    rows = _read(file, _reading(map, time_unit, spread, where, seed))
+    reading = _reading(map, time_unit, spread, where, seed)
+    rows = _read(file, reading)
     found = find_windows(rows, seconds, densest=densest)
     if pick > len(found):
         raise ConfigError(f"--pick {pick}: there are {len(found)} windows")
@@ -125,14 +123,16 @@ def window(
         return
     from rich.console import Console
 
+    from morphserve.morphcli.traces.next_command import after_slice, after_window
     from morphserve.morphcli.traces.show import candidates_table
 
     Console().print(candidates_table(found), highlight=False)
     if output:
-        replay = shlex.quote(str(output))
-        typer.echo(f"wrote {output}: {picked.requests:,} requests, {_try_bench(replay)}")
+        typer.echo(f"wrote {output}: {picked.requests:,} requests, {after_slice(output)}")
     else:
-        typer.echo(_try_bench(f"{_again(file, map, time_unit)} --window {picked}"))
+        options = ["--seconds", str(seconds), *(["--densest"] if densest else [])]
+        options += ["--pick", str(pick)] if pick > 1 else []
+        typer.echo(after_window(file, reading, picked, options))
 
 
 @trace.command(cls=Command)
@@ -197,6 +197,7 @@ def merge(
 ) -> None:
     """Merge traces by date, or by their starts; one file is rewritten."""
     from morphserve.morphcli.traces.merge import are_apart, merge_rows
+    from morphserve.morphcli.traces.next_command import after_writing
     from morphserve.morphcli.traces.writer import refuse_to_replace, write_rows
 
     refuse_to_replace(output, force)
@@ -208,11 +209,10 @@ def merge(
     if rows.start_us is not None and are_apart(parts):
         typer.echo("warning: these traces lie apart in time: --by-start joins them", err=True)
     write_rows(output, rows)
-    file = shlex.quote(str(output))
     how = "by their starts" if rows.start_us is None else "by date"
     typer.echo(
         f"wrote {output}: {len(rows):,} requests over {rows.span_s:,.1f} s, merged {how}, "
-        f"{_try_window(file, math.ceil(rows.span_s)) or _try_bench(file)}"
+        f"{after_writing(output, rows.span_s)}"
     )
 
 
@@ -239,21 +239,3 @@ def _read(file: Path, reading: "Reading") -> "Rows":
     if skipped := describe_bad_rows(rows.source, rows.bad_rows, len(rows)):
         typer.echo(f"warning: {skipped}", err=True)
     return rows
-
-
-def _again(file: Path, map: str | None, time_unit: TimeUnit | None) -> str:
-    """The file for a next command line, with what it takes to read it."""
-    words = [str(file), *(["--map", map] if map else [])]
-    return shlex.join([*words, *(["--time-unit", time_unit.value] if time_unit else [])])
-
-
-def _try_window(trace: str, seconds: int) -> str | None:
-    """None for a trace too short to have windows."""
-    if seconds < _LEAST_WINDOW_S:
-        return None
-    shorter = "" if seconds > _WINDOW_S else f" --seconds {max(_LEAST_WINDOW_S, seconds // 2)}"
-    return f"find its burst: morph trace window {trace}{shorter}"
-
-
-def _try_bench(trace: str) -> str:
-    return f"try: morph bench MODEL --trace {trace}"

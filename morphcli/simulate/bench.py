@@ -1,6 +1,7 @@
 """A comparison on a simulated device: from a trace to the same run folder, no server started."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from msgspec import structs
 from rich.console import Console
@@ -20,10 +21,11 @@ from morphserve.morphcli.bench.record import (
 )
 from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate
 from morphserve.morphcli.bench.summary import Run
-from morphserve.morphcli.simulate.devices import find_device
-from morphserve.morphcli.simulate.fleet import Fleet, simulate
+from morphserve.morphcli.simulate.devices import DEVICES, find_device
+from morphserve.morphcli.simulate.fleet import Fleet, check, simulate
 from morphserve.morphcli.simulate.gpu import gpu_target
 from morphserve.morphcli.simulate.here import HERE, this_machine
+from morphserve.morphcli.simulate.router import make_router
 from morphserve.morphcli.simulate.sizes import find_model
 from morphserve.morphcli.simulate.target import Target
 from morphserve.morphcli.traces.readers import read_trace
@@ -44,12 +46,24 @@ class Setup:
     router: str = "least-loaded"
     slowdown: float = 1.0  # of steps, by what else runs on the machine
     tensor_parallel: int = 1  # devices of a replica
+    max_num_seqs: int | None = None  # requests running at once; None: as a server's default
+    max_num_batched_tokens: int | None = None  # in one step; None: as a server's default
+
+    def limits(self, max_model_len: int | None) -> SchedulerConfig:
+        """Of a replica's steps."""
+        plain = SchedulerConfig(max_model_len=max_model_len)
+        seqs = plain.max_num_seqs if self.max_num_seqs is None else self.max_num_seqs
+        tokens = self.max_num_batched_tokens
+        return SchedulerConfig(
+            seqs, plain.max_num_batched_tokens if tokens is None else tokens, max_model_len
+        )
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError(f"--replicas must be at least 1, not {self.replicas}")
-        if not self.slowdown > 0:
+        if not 0 < self.slowdown < math.inf:
             raise ConfigError(f"--slowdown must be above 0, not {self.slowdown:g}")
+        make_router(self.router)
 
 
 def simulate_bench(request: BenchRequest, setup: Setup, console: Console) -> Summary:
@@ -62,6 +76,8 @@ def simulate_bench(request: BenchRequest, setup: Setup, console: Console) -> Sum
     loads = {rate: shape_trace(trace, request.shape.at(rate)) for rate in request.rates}
     schedule = loads[main_rate(request.rates)]
     fleet = fleet_of(request, setup)
+    for policy in request.policies:
+        check(fleet, load_policy(served_policy(policy)))
     open_record(request.output, force=request.force)
     write_config(request.output, settings_of(request, _about(fleet)))
     runs = []
@@ -85,21 +101,28 @@ def _about(fleet: Fleet) -> Simulated:
 
 def fleet_of(request: BenchRequest, setup: Setup) -> Fleet:
     """Raises MorphError for a device or a model that cannot be simulated."""
-    budget = None if request.memory_budget is None else parse_bytes(request.memory_budget)
-    cache = CacheConfig(memory_budget=budget)
+    cache = CacheConfig()
+    target = _target(request, setup, cache)
+    # One budget for every policy: by itself each would take what its own sizes call for.
+    budget = target.memory_bytes - target.reserved_bytes
+    if request.memory_budget is not None:
+        budget = parse_bytes(request.memory_budget)
     return Fleet(
-        _target(request, setup, cache),
+        target,
         replicas=setup.replicas,
         router=setup.router,
-        cache=cache,
-        limits=SchedulerConfig(max_model_len=request.max_model_len),
+        cache=replace(cache, memory_budget=budget),
+        limits=setup.limits(request.max_model_len),
         timeout_s=request.timeout_s,
         slowdown=setup.slowdown,
     )
 
 
 def _target(request: BenchRequest, setup: Setup, cache: CacheConfig) -> Target:
-    if setup.device != HERE:
+    if setup.device.lower() not in (HERE, *DEVICES):
+        names = ", ".join((HERE, *DEVICES))
+        raise ConfigError(f"--simulate {setup.device!r} is not known: use {names}")
+    if setup.device.lower() != HERE:
         return gpu_target(
             find_device(setup.device),
             find_model(request.model),
@@ -108,6 +131,8 @@ def _target(request: BenchRequest, setup: Setup, cache: CacheConfig) -> Target:
         )
     if setup.tensor_parallel > 1:
         raise ConfigError("--tensor-parallel is for GPUs: leave it out with --simulate here")
+    if request.memory_budget is None:
+        raise ConfigError("give --memory-budget, as 96MiB: no server takes the whole machine")
     if request.bundle is None:
         raise ConfigError(
             "--simulate here goes by times that were measured on this machine: give --bundle, made "

@@ -192,11 +192,19 @@ class CountedScheduler(Scheduler):
         left = request.params.max_tokens - len(request.output)
         self._marks[request.id] = next_pace - 1
         heappush(self._ends, (next_pace - 1 + left, next(self._tickets), request))
-        crossing = next_pace + (1 - tokens) % self._block_tokens
+        crossing = self._crossing(tokens, next_pace)
         self._crossings[crossing % self._block_tokens] += 1
-        if crossing == next_pace and len(request.blocks) == self._blocks_for(tokens):
+        if self._is_held(request, crossing - next_pace):
             self._in_advance[crossing] = self._in_advance.get(crossing, 0) + 1
         self._context += tokens
+
+    def _crossing(self, tokens: int, next_pace: int) -> int:
+        """The step that first wants a block more for a request that goes on with so many tokens."""
+        return next_pace + (1 - tokens) % self._block_tokens
+
+    def _is_held(self, request: Request, steps: int) -> bool:
+        """Whether it has the block that it comes to want so many steps after its next one."""
+        return len(request.blocks) >= self._blocks_for(request.num_tokens + steps)
 
     def _end_due(self, batch: CountedBatch) -> None:
         while self._ends and self._ends[0][0] <= self._pace:
@@ -207,9 +215,11 @@ class CountedScheduler(Scheduler):
 
     def _forget(self, request: Request) -> None:
         """Counts a decoding request no longer."""
-        mark = self._marks[request.id]
-        crossing = mark + 1 + (1 - request.num_tokens) % self._block_tokens
+        next_pace = self._marks[request.id] + 1
+        crossing = self._crossing(request.num_tokens, next_pace)
         self._crossings[crossing % self._block_tokens] -= 1
+        if crossing > self._pace and self._is_held(request, crossing - next_pace):
+            self._in_advance[crossing] -= 1
         self._catch_up(request)
         self._context -= request.num_tokens
         del self._marks[request.id]

@@ -150,7 +150,10 @@ class SimulatedDevice:
         self._clock.seconds = end_s
 
     def longest_step_s(self, tokens: int, num_seqs: int, context: int) -> float:
-        """No step of at most so many tokens takes longer at full precision, unless slowed down."""
+        """At least what the controller takes a step of a prompt's first tokens for, full precision.
+
+        Without slowdown.
+        """
         costs, num_layers = self._target.costs, len(self._variants)
         attention = costs.prefill.of(tokens, tokens * (tokens + 1) / 2)
         attention += costs.decode.of(num_seqs, context)

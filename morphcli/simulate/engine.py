@@ -1,13 +1,13 @@
 """The engine that serves, on a device of sizes and times: it turns as fast as Python can."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from morphserve.configs.schema import EngineConfig
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.simulate.counted import CountedBatch, CountedScheduler
 from morphserve.morphcli.simulate.device import SimulatedClock, SimulatedDevice, SimulatedLayers
 from morphserve.morphcli.simulate.pool import CountingPool
+from morphserve.morphcli.simulate.stretch import Stretch
 from morphserve.morphcli.simulate.target import Target
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.engine import Engine
@@ -21,42 +21,18 @@ from morphserve.runtime.swapper import Swapper
 _FEW = 64  # waiting requests that are looked at one by one
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Decode steps in which nothing happens but a token for each request."""
-
-    steps: int
-    start_s: float
-    first_s: float  # duration of the first one
-    growth_s: float  # by which each is longer than the one before
-
-    def end_s(self, steps: int) -> float:
-        """When so many of them are done."""
-        growth_s = self.growth_s * steps * (steps - 1) / 2
-        return self.start_s + steps * self.first_s + growth_s
-
-    def begun_before(self, time_s: float) -> int:
-        """How many have begun, and so are carried to their end, by this time."""
-        wanted = time_s - self.start_s
-        if self.growth_s > 0:
-            linear = self.first_s - self.growth_s / 2
-            steps = (math.sqrt(linear**2 + 2 * self.growth_s * wanted) - linear) / self.growth_s
-        else:
-            steps = wanted / self.first_s
-        return min(self.steps, math.ceil(steps - 1e-9))
-
-
 class SimulatedEngine(Engine):
     """Scheduler, block pool, monitor, controller and swapper are those of the real one."""
 
     def __init__(self, config: EngineConfig, target: Target, slowdown: float = 1.0) -> None:
         ladder = ladder_of(config, target)
+        usable = target.memory_bytes - target.reserved_bytes
         layout = lay_out(
             config,
             _served(target.sizes, config, ladder),
             ladder,
             target.max_position,
-            DeviceMemory(target.memory_bytes, lambda: target.memory_bytes - target.reserved_bytes),
+            DeviceMemory(usable, lambda: usable, f"{target.device} can give"),
         )
         self.clock = SimulatedClock()
         self._slo, self._limits = config.slo, config.scheduler
@@ -69,6 +45,10 @@ class SimulatedEngine(Engine):
     def rung(self) -> int:
         """Steps of the ladder that are taken, or under way."""
         return self._rung if self._parts.swapper.in_flight else self._computing_rung
+
+    @property
+    def num_swaps(self) -> int:
+        return self._monitor.swaps
 
     def state(self) -> State:
         """What a run is judged by, at this moment."""
@@ -158,6 +138,8 @@ class SimulatedEngine(Engine):
         """Whether the next step can neither lead to a decision nor meet a swap."""
         if not self._has_arrived or not self.scheduler.running and not self.scheduler.waiting:
             return False
+        if self._limits.queue_timeout_s is not None and self.scheduler.waiting:
+            return False
         return not self._control.is_due(self.clock.seconds) or self._is_calm(0)
 
     def _is_calm(self, steps: int) -> bool:
@@ -172,22 +154,27 @@ class SimulatedEngine(Engine):
         most = scheduler.num_used + len(scheduler.running) * (2 + horizon // size)
         most += sum(2 + (request.num_tokens + horizon) // size for request in waiting)
         fits = most <= self._policy.demote_above * hello.capacities[0]
-        return fits and (not waiting or self._is_soon())
+        return fits and (not waiting or self._is_soon(steps))
 
-    def _is_soon(self) -> bool:
-        """Whether every waiting request is predicted well within its target, at worst."""
+    def _is_soon(self, steps: int) -> bool:
+        """Whether every waiting request is predicted well within its target, at worst.
+
+        Their age counts, so that nothing is said of looks after further steps.
+        """
         target_s = self._slo.ttft_s
         if target_s is None:
             return True
+        if steps:
+            return False
         scheduler = self.scheduler
         scheduler.start_counting()
         decodes, context = scheduler.decoding
         budget = self._limits.max_num_batched_tokens
-        steps = -(-scheduler.queued_tokens // max(1, budget - len(scheduler.running)))
+        chunks = -(-scheduler.queued_tokens // max(1, budget - len(scheduler.running)))
         slowdown = self._monitor.slowdown or 1.0
         chunk_s = self._device.longest_step_s(budget, len(scheduler.running), context) * slowdown
         age_s = self.clock.seconds - scheduler.waiting[0].arrival_s
-        return age_s + steps * chunk_s <= self._policy.slo_share * target_s
+        return age_s + chunks * chunk_s <= self._policy.slo_share * target_s
 
     def _knows_tokens(self, message: Submit) -> bool:
         return True  # a simulated prompt has a length and no content

@@ -9,6 +9,7 @@ from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, Schedul
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.simulate.engine import SimulatedEngine
 from morphserve.morphcli.simulate.replica import Replica
 from morphserve.morphcli.simulate.router import make_router
 from morphserve.morphcli.simulate.target import Target
@@ -35,23 +36,33 @@ class Fleet:
     slowdown: float = 1.0  # of steps, by what else runs on the machine
 
 
+def check(fleet: Fleet, policy: Policy) -> None:
+    """Raises MorphError where no server with this policy would start."""
+    SimulatedEngine(_config(fleet, policy), fleet.target)
+
+
+def _config(fleet: Fleet, policy: Policy) -> EngineConfig:
+    return EngineConfig(
+        fleet.target.model, policy, cache=fleet.cache, scheduler=fleet.limits, slo=fleet.slo
+    )
+
+
 def simulate(fleet: Fleet, schedule: Schedule, policy: Policy, name: str | None = None) -> Run:
     """The run of one policy; seconds count from the start of the schedule.
 
     Raises MorphError where no server would start.
     """
-    config = EngineConfig(
-        fleet.target.model, policy, cache=fleet.cache, scheduler=fleet.limits, slo=fleet.slo
-    )
+    config = _config(fleet, policy)
+    recorder = _Recorder(max(_LEAST_INTERVAL_S, schedule.duration_s / _MOST_SAMPLES))
     replicas = [
-        Replica(config, fleet.target, fleet.timeout_s, fleet.slowdown)
+        Replica(config, fleet.target, fleet.timeout_s, fleet.slowdown, recorder.record)
         for _ in range(fleet.replicas)
     ]
-    recorder = _Recorder(replicas, max(_LEAST_INTERVAL_S, schedule.duration_s / _MOST_SAMPLES))
+    recorder.watch(replicas)
     with _no_garbage():
         outcomes = _serve(replicas, schedule, fleet.router, recorder)
         recorder.settle(schedule.duration_s + fleet.timeout_s + _SETTLE_S)
-    return Run(name or policy.name, 0.0, outcomes, recorder.states)
+    return Run(name or policy.name, 0.0, outcomes, recorder.in_order(), replicas=fleet.replicas)
 
 
 @contextmanager
@@ -86,19 +97,27 @@ def _serve(
 
 
 class _Recorder:
-    """Samples of the fleet's state at equal intervals."""
+    """Samples of the fleet's state at equal intervals, and at each swap."""
 
-    def __init__(self, replicas: Sequence[Replica], interval_s: float) -> None:
-        self.states: list[State] = []
-        self._replicas = replicas
+    def __init__(self, interval_s: float) -> None:
+        self._states: list[State] = []
+        self._replicas: Sequence[Replica] = ()
         self._interval_s = interval_s
         self._next_s = 0.0
+
+    def watch(self, replicas: Sequence[Replica]) -> None:
+        self._replicas = replicas
+
+    def in_order(self) -> list[State]:
+        """Replicas run ahead of each other between two arrivals, and so do their swaps."""
+        return sorted(self._states, key=lambda state: state.time)
 
     def record_until(self, time_s: float) -> None:
         while self._next_s <= time_s:
             for replica in self._replicas:
                 replica.run_until(self._next_s)
-            self.states.append(self._state())
+                replica.catch_up(self._next_s)
+            self.record(self._next_s)
             self._next_s += self._interval_s
 
     def settle(self, latest_s: float) -> None:
@@ -108,12 +127,15 @@ class _Recorder:
             if all(replica.is_idle for replica in self._replicas):
                 return
 
-    def _state(self) -> State:
+    def record(self, time_s: float) -> None:
+        self._states.append(self._state(time_s))
+
+    def _state(self, time_s: float) -> State:
         """Sums over the replicas; layers are those of the replica that is furthest demoted."""
         states = [replica.engine.state() for replica in self._replicas]
         deepest = max(states, key=lambda s: sum(DEPTH[variant] for variant in s.layers))
         return State(
-            time=self._next_s,
+            time=time_s,
             layers=deepest.layers,
             swapping=deepest.swapping,
             ladder=deepest.ladder,

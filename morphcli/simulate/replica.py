@@ -2,14 +2,15 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from morphserve.configs.schema import EngineConfig
+from morphserve.configs.schema import EngineConfig, ServerConfig
 from morphserve.morphcli.bench.client import Outcome
 from morphserve.morphcli.simulate.counted import CountedBatch
-from morphserve.morphcli.simulate.engine import SimulatedEngine, Stretch
+from morphserve.morphcli.simulate.engine import SimulatedEngine
 from morphserve.morphcli.simulate.router import ReplicaLoad
+from morphserve.morphcli.simulate.stretch import Stretch
 from morphserve.morphcli.simulate.target import Target
 from morphserve.morphcli.traces.arrivals import Arrival
 from morphserve.runtime.messages import Step, Submit, TokenOutput
@@ -17,18 +18,24 @@ from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.server.admission import QUEUED_CACHES, Admission, Ticket
 from morphserve.runtime.server.errors import ApiError
 
-MAX_QUEUED = 512  # prompts beside those that run, as a server's default
+MAX_QUEUED = ServerConfig("simulated").max_queued  # prompts beside those that run
 
 
 class Replica:
     """Answers requests in the order of their arrival; its time goes on as it is told."""
 
     def __init__(
-        self, config: EngineConfig, target: Target, timeout_s: float, slowdown: float = 1.0
+        self,
+        config: EngineConfig,
+        target: Target,
+        timeout_s: float,
+        slowdown: float = 1.0,
+        on_swap: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.engine = SimulatedEngine(config, target, slowdown)
         self._timeout_s = timeout_s  # of a request
         self._stretch: Stretch | None = None  # under way
+        self._on_swap = on_swap  # told the time
         self._flying: dict[str, tuple[Outcome, Ticket]] = {}
         self._deadlines: deque[tuple[float, str]] = deque()
         self._load: ReplicaLoad | None = None
@@ -105,6 +112,12 @@ class Replica:
         self._run(time_s)
         self._changed()
 
+    def catch_up(self, time_s: float) -> None:
+        """Brings its counters to now, as far as steps have begun."""
+        if self._stretch is not None:
+            self._end_stretch(time_s)
+            self._changed()
+
     def _run(self, time_s: float) -> None:
         engine = self.engine
         while True:
@@ -117,11 +130,17 @@ class Replica:
                 return
             self._stretch = engine.stretch()
             if self._stretch is None:
-                match engine.turn():
-                    case CountedBatch(joined=joined, ended=ended):
-                        self._take(joined, ended)
-                    case Step(outputs=outputs):
-                        self._take_outputs(outputs)
+                self._turn()
+
+    def _turn(self) -> None:
+        engine, swaps = self.engine, self.engine.num_swaps
+        match engine.turn():
+            case CountedBatch(joined=joined, ended=ended):
+                self._take(joined, ended)
+            case Step(outputs=outputs):
+                self._take_outputs(outputs)
+        if engine.num_swaps != swaps:
+            self._on_swap(engine.clock.seconds)
 
     def _take(self, joined: Sequence[Request], ended: Sequence[Request]) -> None:
         for request in joined:
@@ -166,11 +185,14 @@ class Replica:
 
     def _cut(self, time_s: float) -> None:
         """Ends the stretch with the step that is under way, and brings an idle clock to now."""
+        self._end_stretch(time_s)
+        self.engine.clock.seconds = max(self.engine.clock.seconds, time_s)
+
+    def _end_stretch(self, time_s: float) -> None:
         if self._stretch is not None:
             if steps := self._stretch.begun_before(time_s):
                 self.engine.skip(self._stretch, steps)
             self._stretch = None
-        self.engine.clock.seconds = max(self.engine.clock.seconds, time_s)
 
     def _enter(self, arrival: Arrival) -> Ticket:
         ticket = self._admission.enter()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from morphserve.configs.errors import MorphError
 
 _SHOWN_BAD_ROWS = 5
+LONGEST_S = 40e6  # 15 months; its seconds still fit in memory
 
 
 class TraceError(MorphError):
@@ -50,6 +51,15 @@ def describe_bad_rows(path: str, bad_rows: Sequence[BadRow], num_good: int) -> s
     tail = f"; and {more} more" if more > 0 else ""
     total = len(bad_rows) + num_good
     return f"skipped {len(bad_rows)} of {total} rows of {path} ({shown}{tail})"
+
+
+def refuse_endless(path: str, seconds: float, way_out: str = "") -> None:
+    """Raises TraceError for a time so long that its seconds would not fit in memory."""
+    if seconds > LONGEST_S:
+        raise TraceError(
+            f"{path} runs over {seconds / 86_400:,.0f} days, too long to count by the second: "
+            f"is a stamp wrong, or the --time-unit?{way_out}"
+        )
 
 
 def count_reasons(bad_rows: Sequence[BadRow]) -> dict[str, int]:

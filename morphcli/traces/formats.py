@@ -97,8 +97,14 @@ def require(path: str, names: Iterable[str], header: Collection[str]) -> None:
 
 
 def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(name if len(name) <= 40 else f"{name[:40]}…" for name in list(names)[:20])
+    shown = ", ".join(map(_shown, list(names)[:20]))
     return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
+
+
+def _shown(name: str) -> str:
+    """A name for a message: cut where it is long, quoted where a terminal would act on it."""
+    short = name if len(name) <= 40 else f"{name[:40]}…"
+    return short if short.isprintable() else repr(short)
 
 
 def parse_map(text: str) -> Columns:

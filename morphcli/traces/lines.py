@@ -46,7 +46,8 @@ def open_lines(path: Path) -> Iterator[Lines]:
                 raise TraceError(f"cannot read trace {path}: it is not text")
             yield Lines(tuple(comments), sample, data)
     except (OSError, EOFError, zlib.error) as error:
-        raise TraceError(f"cannot read trace {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error  # not the path once more
+        raise TraceError(f"cannot read trace {path}: {reason}") from error
 
 
 def _open(path: Path) -> TextIO:

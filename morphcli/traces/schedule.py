@@ -2,12 +2,14 @@
 
 import math
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from morphserve.configs.errors import ConfigError
-from morphserve.morphcli.traces.arrivals import Arrival, Trace, TraceError
+from morphserve.morphcli.traces.arrivals import Arrival, Trace, TraceError, refuse_endless
+from morphserve.morphcli.traces.rows import Integers
 
 _LEAST_BURST = 10  # arrivals in 5 s; fewer are no burst, however rare others are
 
@@ -69,7 +71,8 @@ def parse_window(text: str) -> Window:
         seconds = 0.0, 0.0
     if unit != "t" or not dash or not 0 <= seconds[0] < seconds[1] < math.inf:
         raise ConfigError(
-            f"--window {text!r}: write t:A-B in seconds or idx:A-B in rows, for example t:92-154"
+            f"--window {text!r}: write t:A-B in seconds or idx:A-B in rows, B the first one after "
+            "them, for example t:92-154 or idx:0-100"
         )
     return Window(seconds)
 
@@ -77,7 +80,7 @@ def parse_window(text: str) -> Window:
 def shape_trace(trace: Trace, shape: Shape) -> Schedule:
     """The arrivals that a replay of `trace` sends; equal inputs give equal schedules.
 
-    Raises TraceError if no request is left.
+    Raises TraceError if no request is left, or if they lie too far apart for any replay.
     """
     start, end = _bounds_s(trace, shape)
     window = _inside(trace, shape, start, end)
@@ -86,9 +89,12 @@ def shape_trace(trace: Trace, shape: Shape) -> Schedule:
         raise TraceError(_nothing_left(trace, shape))
     clipped = [_clipped(a, shape) for a in arrivals]
     duration_s = (end - start) * shape.time_scale
+    if not math.isfinite(duration_s):
+        duration_s = arrivals[-1].time_s
+    refuse_endless(trace.path, duration_s, " --window t:A-B or idx:A-B replays a part of it")
     return Schedule(
         tuple(clipped),
-        duration_s if math.isfinite(duration_s) else arrivals[-1].time_s,
+        duration_s,
         sum(a.prompt_tokens != b.prompt_tokens for a, b in zip(arrivals, clipped, strict=True)),
         sum(a.output_tokens != b.output_tokens for a, b in zip(arrivals, clipped, strict=True)),
     )
@@ -176,19 +182,23 @@ def find_burst(arrivals: Sequence[Arrival], duration_s: float) -> Burst | None:
     None where the schedule has no such stretch.
     """
     counts = rate_per_second(arrivals, duration_s)
-    windows = [counts[max(0, i - 2) : i + 3] for i in range(len(counts))]
-    means = [statistics.fmean(window) for window in windows]
-    usual = statistics.median(means)
-    threshold = 2 * usual + 3 * math.sqrt(usual / 5)
-    high = [i for i, mean in enumerate(means) if mean > threshold]
-    if not high or max(map(sum, windows)) < _LEAST_BURST:
+    sums = _around(counts)
+    means = sums / _around(np.ones_like(counts))
+    usual = float(np.median(means))
+    dense = np.flatnonzero(means > 2 * usual + 3 * math.sqrt(usual / 5))
+    if not len(dense) or sums.max() < _LEAST_BURST:
         return None
-    return Burst(float(high[0]), min(high[-1] + 1.0, duration_s), usual, max(means))
+    end_s = min(float(dense[-1]) + 1, duration_s)
+    return Burst(float(dense[0]), end_s, usual, float(means.max()))
 
 
-def rate_per_second(arrivals: Sequence[Arrival], duration_s: float) -> list[int]:
+def _around(counts: Integers) -> Integers:
+    """Sums over each second, the two before and the two after, where they are."""
+    return np.convolve(counts, np.ones(5, dtype=np.int64))[2:-2]
+
+
+def rate_per_second(arrivals: Sequence[Arrival], duration_s: float) -> Integers:
     """Arrivals in each second of the schedule."""
-    counts = [0] * max(1, math.ceil(max(duration_s, arrivals[-1].time_s)))
-    for arrival in arrivals:
-        counts[min(int(arrival.time_s), len(counts) - 1)] += 1
-    return counts
+    num_seconds = max(1, math.ceil(max(duration_s, arrivals[-1].time_s)))
+    seconds = np.array([a.time_s for a in arrivals]).astype(np.int64)
+    return np.bincount(np.minimum(seconds, num_seconds - 1), minlength=num_seconds)

@@ -7,11 +7,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from morphserve.morphcli.traces.arrivals import TraceError, count_reasons
+from morphserve.morphcli.traces.arrivals import count_reasons, refuse_endless
 from morphserve.morphcli.traces.rows import Integers, Rows
 
 _MINUTE_S = 60
-_LONGEST_S = 40e6  # 15 months
 
 
 class Gaps(msgspec.Struct, frozen=True):
@@ -125,11 +124,7 @@ def counts_per_second(rows: Rows, weights: Integers | None = None) -> NDArray[np
 
     Raises TraceError for a trace so long that its seconds would not fit in memory.
     """
-    if rows.span_s > _LONGEST_S:
-        raise TraceError(
-            f"{rows.source} runs over {rows.span_s / 86_400:,.0f} days, too long to count by the "
-            "second: is a stamp wrong, or the --time-unit?"
-        )
+    refuse_endless(rows.source, rows.span_s)
     return np.bincount(rows.time_us // 1_000_000, weights=weights).astype(np.float64)
 
 

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from morphserve.configs.errors import ConfigError
-from morphserve.morphcli.traces.arrivals import TraceError
+from morphserve.morphcli.traces.arrivals import LONGEST_S, TraceError, refuse_endless
 from morphserve.morphcli.traces.rows import Integers, Rows, sorted_rows
 from morphserve.morphcli.traces.stats import dispersion as dispersion_of
 
 _DRAWS = 32  # traces drawn where a target is to be met; the nearest is kept
 _PROMPT_SIGMA, _OUTPUT_SIGMA = 0.7, 1.0  # of the logarithms; about those of Azure's conversations
+_MOST_CV = 100
 _CV, _DISPERSION = 3.0, 8.0  # where none is asked for
 _MOST_REQUESTS = 50_000_000
 
@@ -44,6 +45,8 @@ class Traffic:
         for name in ("rate", "seconds", "burst_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.removesuffix('_s')} must be above 0")
+        if self.seconds > LONGEST_S:
+            raise ConfigError(f"--seconds must be at most {LONGEST_S:,.0f}")
         if not 1 <= self.rate * self.seconds <= _MOST_REQUESTS:
             raise ConfigError(
                 f"--rate times --seconds must be between 1 and {_MOST_REQUESTS:,} requests"
@@ -56,8 +59,8 @@ class Traffic:
             raise ConfigError("--dispersion must be above 1, which is that of a Poisson process")
         if self.cv is not None and (self.kind is not Kind.GAMMA or self.dispersion is not None):
             raise ConfigError("--cv is for gamma, without --dispersion")
-        if self.cv is not None and not 0.05 <= self.cv <= 100:
-            raise ConfigError("--cv must be between 0.05 and 100")
+        if self.cv is not None and not 0.05 <= self.cv <= _MOST_CV:
+            raise ConfigError(f"--cv must be between 0.05 and {_MOST_CV}")
 
 
 def traffic(
@@ -73,6 +76,7 @@ def traffic(
     if kind not in list(Kind):
         raise ConfigError(f"unknown kind {kind!r}: choose one of {', '.join(Kind)}")
     if like is not None:
+        refuse_endless(like.source, like.span_s)
         span_s = max(like.span_s, 1.0)
         seconds = span_s if seconds is None else seconds
         rate = len(like) / span_s if rate is None else rate
@@ -176,14 +180,25 @@ def _gamma(rng: np.random.Generator, rate: float, seconds: float, cv: float) -> 
 def _cv_of(rate: float, wanted: float) -> float:
     """The variation of Gamma gaps whose counts per second have the wanted dispersion.
 
-    There is no formula at one second: it is measured on long traces, of one seed at every step.
+    Where a second holds many bursts there is a formula, see below. Elsewhere it is measured on
+    long traces, of one seed at every step.
     """
-    low, high = 0.0, math.log(100)
+    if rate >= 10 * wanted:
+        # Over t seconds, counts of gaps of variation c vary by c² rate t + (1 - c⁴) / 6, for long
+        # t. This is the c of the wanted variance at t = 1.
+        return math.sqrt(3 * rate * (1 - math.sqrt(1 - (wanted - 1 / (6 * rate)) / (1.5 * rate))))
+    seconds = max(100_000 / rate, min(200, 5_000_000 / rate))
+    low, high = 0.0, math.log(_MOST_CV)
     for _ in range(16):
         middle = (low + high) / 2
-        times_s = _gamma(np.random.default_rng(0), rate, 100_000 / rate, math.exp(middle))
+        times_s = _gamma(np.random.default_rng(0), rate, seconds, math.exp(middle))
         found = dispersion_of(_stamps_us(times_s)) or 1.0
         low, high = (middle, high) if found < wanted else (low, middle)
+    if high == math.log(_MOST_CV):
+        raise ConfigError(
+            f"gamma reaches no dispersion of {wanted:g} at {rate:g} requests/s: choose onoff or "
+            "nbinom"
+        )
     return math.exp((low + high) / 2)
 
 

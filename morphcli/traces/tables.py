@@ -18,11 +18,19 @@ Triple = tuple[Value, Value, Value]  # time, prompt, output as the file has them
 Splitter = Callable[[str], Triple | None]
 Filters = Sequence[tuple[str, str]]
 
+_SEPARATORS = {";": "semicolons", "\t": "tabs"}  # that a header may have in place of commas
+
 
 def read_names(path: Path, lines: Lines) -> list[str]:
     """The names in a CSV header, or the keys of the first JSON line that has any."""
+    first = lines.sample[0][1]
+    if first.startswith("["):
+        raise TraceError(
+            f"{path} is a JSON array: write an object per line instead, for example with "
+            "jq -c '.[]'"
+        )
     if not is_json(lines):
-        return _header(path, lines.sample[0][1])
+        return _header(path, first)
     for _, line in lines.sample:
         try:
             return list(msgspec.json.decode(line, type=dict[str, Any]))
@@ -38,18 +46,26 @@ def is_json(lines: Lines) -> bool:
 
 def _header(path: Path, line: str) -> list[str]:
     try:
-        return [name.strip() for name in next(csv.reader([line]))]
+        names = [name.strip() for name in next(csv.reader([line]))]
     except csv.Error as error:
         raise TraceError(f"the header of {path} cannot be read: {error}") from error
+    separators = (name for mark, name in _SEPARATORS.items() if line.count(mark) > line.count(","))
+    if separator := next(separators, None):
+        raise TraceError(f"{path} separates its fields by {separator}: write it with commas")
+    return names
 
 
 def csv_splitter(names: Sequence[str], columns: Columns, filters: Filters) -> Splitter:
     """Reads lines of a CSV file with this header."""
     triple_of = itemgetter(*map(names.index, (columns.time, columns.prompt, columns.output)))
     wanted = [(names.index(column), value) for column, value in filters]
+    width = len(names)
 
     def split(line: str) -> Triple | None:
         fields = line.split(",") if '"' not in line else _quoted_fields(line)
+        if len(fields) > width and any(map(str.strip, fields[width:])):
+            # As of a comma in a number: columns may be shifted, so that none is to be trusted.
+            raise ValueError(f"too many fields: {len(fields)} fields, the header has {width}")
         try:
             triple: Triple = triple_of(fields)
             for position, value in wanted:
@@ -57,7 +73,7 @@ def csv_splitter(names: Sequence[str], columns: Columns, filters: Filters) -> Sp
                     return None
         except IndexError:
             found = f"{len(fields)} field{'s' * (len(fields) != 1)}"
-            raise ValueError(f"too few fields: {found}, the header has {len(names)}") from None
+            raise ValueError(f"too few fields: {found}, the header has {width}") from None
         return triple
 
     return split

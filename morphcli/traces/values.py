@@ -29,10 +29,16 @@ def count_tokens(value: Value, column: str) -> int:
 
 def _whole(value: Value) -> int:
     try:
-        number = float(value)
+        number = _float(value)
     except (ValueError, OverflowError):
         return -1
     return int(number) if number.is_integer() else -1
+
+
+def _float(value: Value) -> float:
+    if isinstance(value, str) and "_" in value:  # Python's own way to write a number
+        raise ValueError
+    return float(value)
 
 
 def stamp_reader(unit: TimeUnit, column: str) -> Callable[[Value], int]:
@@ -63,7 +69,7 @@ def _date_text(value: Value) -> str:
 
 def _number_us(value: Value, scale: int, column: str) -> int:
     try:
-        at = round(float(value) * scale)
+        at = round(_float(value) * scale)
     except (ValueError, OverflowError):  # of no number, nan and infinity
         at = _MOST_US
     if not -_MOST_US < at < _MOST_US:
@@ -101,7 +107,7 @@ def is_since_1970(stamp_us: int, unit: TimeUnit) -> bool:
 
 def _number(value: Value) -> float | None:
     try:
-        number = float(value)
+        number = _float(value)
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None

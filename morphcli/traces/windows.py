@@ -49,10 +49,13 @@ def find_windows(
     if seconds < PARTS:
         raise ConfigError(f"--seconds must be at least {PARTS}")
     counts = counts_per_second(rows)
+    if len(counts) < PARTS:
+        raise TraceError(
+            f"{rows.source} lasts {len(counts)} s, and a window {PARTS} s at least: replay it whole"
+        )
     if len(counts) < seconds:
         raise TraceError(
-            f"{rows.source} lasts {len(counts)} s: give --seconds {len(counts)} or less, at least "
-            f"{PARTS}"
+            f"{rows.source} lasts {len(counts)} s: give --seconds {len(counts)} or less"
         )
     scores = sliding_sums(counts, seconds) if densest else _lifts(counts, seconds)
     starts = list(_best(scores, seconds, most))

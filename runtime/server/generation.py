@@ -65,7 +65,7 @@ class Job:
     demands: Demands = Demands()
     tells_ids: bool = False  # of tokens, beside the text
     echo: Sequence[str] = ()  # texts of the prompts, if each choice is to begin with its prompt's
-    tokens: MorphUsage = field(default_factory=MorphUsage)
+    morph: MorphUsage = field(default_factory=MorphUsage)
     cached_tokens: int = 0
     on_first_token: Callable[[int], None] = _nobody_asks  # told with each chunk of a choice
 
@@ -90,23 +90,24 @@ class Job:
     def count(self, choice: int, chunk: Chunk) -> None:
         if choice % self.choices_per_prompt == 0:  # a prompt counts once, as in prompt_tokens
             self.cached_tokens += chunk.cached_tokens
+        self.morph.queue_s = max(self.morph.queue_s, round(chunk.queued_s, 6))
         match chunk.precision:
             case Variant.FULL:
-                self.tokens.full += len(chunk.tokens)
+                self.morph.full += len(chunk.tokens)
             case Variant.INT8:
-                self.tokens.int8 += len(chunk.tokens)
+                self.morph.int8 += len(chunk.tokens)
             case Variant.INT4:
-                self.tokens.int4 += len(chunk.tokens)
+                self.morph.int4 += len(chunk.tokens)
 
     def usage(self) -> Usage:
         prompt = sum(map(len, self.prompts))
-        completion = self.tokens.full + self.tokens.int8 + self.tokens.int4
+        completion = self.morph.full + self.morph.int8 + self.morph.int4
         return Usage(
             prompt,
             completion,
             prompt + completion,
             PromptTokensDetails(self.cached_tokens),
-            self.tokens,
+            self.morph,
         )
 
 

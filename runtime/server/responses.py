@@ -14,6 +14,9 @@ class MorphUsage(Struct):
     full: int = 0
     int8: int = 0
     int4: int = 0
+    queue_s: Annotated[
+        float, Meta(description="Seconds until first scheduled, of the choice that waited longest.")
+    ] = 0.0
 
 
 class PromptTokensDetails(Struct):

@@ -116,7 +116,7 @@ def test_what_went_wrong_is_one_sentence(server: tuple[str, Any]) -> None:
         assert f"no server answers at {closed}" in refusal("complete", closed, "x")
     assert "takes no request now: the queue is full" in refusal("complete", url, "refuse")
     assert "ended the connection before" in refusal("complete", url, "drop")
-    assert "write http://HOST:PORT" in refusal("complete", "https://a", "x")
+    assert "write http://HOST:PORT" in refusal("complete", "ftp://a", "x")
     assert "put the prompt into quotes" in refusal("complete", url, "two", "words")
 
 

@@ -57,6 +57,43 @@ def test_next_commands_keep_what_reading_takes() -> None:
     assert f"--trace {FILES / 'plain.csv'} {' '.join(PLAIN_MAP)} --time-unit ms" in told
 
 
+OF_GPT4 = ("--spread", "0.5", "--where", "Model=GPT-4", "--seed", "3")
+
+
+def test_what_bench_cannot_read_is_first_written(tmp_path: Path) -> None:
+    file = FILES / "burstgpt1.csv"
+    told = morph("describe", file, *OF_GPT4).stdout.splitlines()[-1]
+    options = " ".join(OF_GPT4)
+    assert told.endswith(
+        f"write the rows first: morph trace merge {file} {options} --output part.csv"
+    )
+    part = tmp_path / "part.csv"
+    morph("merge", file, *OF_GPT4, "--output", part)
+    assert len(read_rows(part)) == 2
+
+
+def test_a_window_of_some_rows_is_first_written(tmp_path: Path) -> None:
+    file, part = tmp_path / "models.csv", tmp_path / "part.csv"
+    calm, burst = range(0, 60, 2), (20 + i / 10 for i in range(100))
+    lines = (f"{at},5,5,{model}" for at in (*calm, *burst) for model in "ab")
+    file.write_text("t,p,o,model\n" + "\n".join(lines), "utf-8")
+    reading = ("--map", "time=t,prompt=p,output=o", "--where", "model=a")
+    options = ("--seconds", "30", "--densest")
+    told = morph("describe", file, *reading).stdout.splitlines()[-1]
+    assert told == f"find its burst: morph trace window {file} {' '.join(reading)} --seconds 29"
+    told = morph("window", file, *reading, *options).stdout.splitlines()[-1]
+    command = f"window {file} {' '.join(reading)} {' '.join(options)} --output part.csv"
+    assert told.endswith(f"write the rows first: morph trace {command}")
+    words = told.partition("morph trace ")[2].split()
+    morph(*words[:-1], part)
+    assert read_rows(part).left_out == 0 and len(read_rows(part)) > 100
+
+
+def test_a_seed_is_kept_as_bench_has_it_too() -> None:
+    told = morph("describe", FILES / "burstgpt1.csv", "--seed", "3").stdout
+    assert told.endswith(f"--trace {FILES / 'burstgpt1.csv'} --seed 3\n")
+
+
 def test_window_lists_windows_and_how_to_replay_the_best() -> None:
     result = morph("window", SHIPPED, "--seconds", "40")
     assert result.exit_code == 0 and "█" in result.stdout

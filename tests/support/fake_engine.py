@@ -26,6 +26,7 @@ from morphserve.runtime.messages import (
 CRASH, REFUSE, INT4, STOP, MUTE, STUCK, CACHED = 4000, 4001, 4002, 4003, 4004, 4005, 4006
 NUM_LAYERS = 4
 MAX_MODEL_LEN = 2048
+QUEUED_S = 0.25  # of every request
 HELLO = Hello(
     max_model_len=MAX_MODEL_LEN,
     num_layers=NUM_LAYERS,
@@ -145,6 +146,7 @@ class FakeEngine:
             reason,
             None if running.logprobs is None else [running.told(token)],
             cached if running.produced == 1 else 0,
+            queued_s=QUEUED_S if running.produced == 1 else 0.0,
         )
 
     def snapshot(self) -> Snapshot:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ class _Server(ThreadingHTTPServer):
         self.state: dict[str, Any] | None = None
         self.api_key: str | None = None
         self.stop_after: int | None = None  # tokens, unless a request forbids it
+        self.routes = {"/v1/completions", "/v1/chat/completions"}
+        self.unknown_fields: set[str] = set()  # of a request, which is refused
+        self.takes_ids = True  # as a prompt
+        self.sends_usage = True
+        self.ends_with_done = True
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # a client that hangs up is part of the tests
@@ -47,6 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._may_ask():
             return self._json(401, {"error": {"message": "wrong key"}})
+        if refusal := self._refusal(body):
+            return self._json(*refusal)
         self.server.bodies.append(body)
         self.server.started_s.append(time.monotonic())
         said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
@@ -60,6 +68,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._stream(body)
         else:
             self._stream(body, drop=how == "drop", stuck=how == "stuck")
+
+    def _refusal(self, body: dict[str, Any]) -> tuple[int, object] | None:
+        if self.path not in self.server.routes:
+            return 404, {"detail": "Not Found"}
+        if unknown := self.server.unknown_fields & body.keys():
+            return 422, {"detail": f"Unexpected fields in the request: {sorted(unknown)}"}
+        if not self.server.takes_ids and isinstance(body.get("prompt"), list):
+            return 400, {"detail": "prompt must be a string."}
+        return None
 
     def _may_ask(self) -> bool:
         key = self.server.api_key
@@ -103,10 +120,12 @@ class _Handler(BaseHTTPRequestHandler):
             if drop:
                 self.close_connection = True
                 return
-        usage = {"completion_tokens": total, "morph": {"full": total - 1, "int4": 1}}
-        self._event({"choices": [], "usage": usage})
-        self._chunk(b"data: [DO")
-        self._chunk(b"NE]\n\n")
+        if self.server.sends_usage:
+            morph = {"full": total - 1, "int4": 1, "queue_s": 0.25}
+            self._event({"choices": [], "usage": {"completion_tokens": total, "morph": morph}})
+        if self.server.ends_with_done:
+            self._chunk(b"data: [DO")
+            self._chunk(b"NE]\n\n")
         self._chunk(b"")
 
     def _event(self, value: object) -> None:
@@ -118,13 +137,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def fake_server() -> Iterator[tuple[str, _Server]]:
+def fake_server(tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, _Server]]:
     """Its URL and the server; the first word of a prompt says how it is treated."""
     server = _Server()
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", server
+        scheme = "http" if tls is None else "https"
+        yield f"{scheme}://127.0.0.1:{server.server_address[1]}", server
     finally:
         server.shutdown()
         thread.join()

@@ -3,13 +3,10 @@
 import socket
 
 import msgspec
-import pytest
 from fake_server import fake_server
 
-from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest
-from morphserve.morphcli.bench.compare import replay
-from morphserve.morphcli.bench.http import host_and_port
+from morphserve.morphcli.bench.replay import replay
 
 
 def plan(url: str, prompts: list[str], *, gap_s: float = 0.0, timeout_s: float = 20.0) -> Plan:
@@ -26,6 +23,7 @@ def test_an_answer_is_recorded_with_its_tokens_and_precisions() -> None:
         (outcome,) = outcomes_of(plan(url, ["plain text"]))
     assert (outcome.status, outcome.error, outcome.finish_reason) == (200, None, "length")
     assert (outcome.output_tokens, outcome.tokens_full, outcome.tokens_int4) == (5, 4, 1)
+    assert (outcome.queue_s, outcome.counts_pieces) == (0.25, False)
     assert len(outcome.event_times_s) == 3  # pieces of two, two and one token
     assert outcome.ttft_s == outcome.event_times_s[0]
     assert outcome.e2e_s == outcome.event_times_s[-1]
@@ -85,6 +83,13 @@ def test_a_dropped_connection_is_a_failure_even_after_tokens() -> None:
     assert outcome.ttft_s is not None and outcome.e2e_s is None
 
 
+def test_an_answer_with_a_reason_needs_no_last_word() -> None:
+    with fake_server() as (url, server):
+        server.ends_with_done = False
+        (outcome,) = outcomes_of(plan(url, ["plain"]))
+    assert (outcome.error, outcome.finish_reason) == (None, "length")
+
+
 def test_a_stuck_request_ends_at_its_timeout() -> None:
     with fake_server() as (url, _):
         (outcome,) = outcomes_of(plan(url, ["stuck"], timeout_s=0.3))
@@ -96,9 +101,3 @@ def test_no_server_is_an_outcome_too() -> None:
         unused.bind(("127.0.0.1", 0))  # bound, but not listening: connections are refused
         (outcome,) = outcomes_of(plan(f"http://127.0.0.1:{unused.getsockname()[1]}", ["plain"]))
     assert outcome.status == 0 and outcome.error is not None and not outcome.timed_out
-
-
-@pytest.mark.parametrize("url", ["https://host:1", "host:80", "http://host/v1", "http://h:x"])
-def test_a_url_that_cannot_be_benched_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="http://HOST:PORT"):
-        host_and_port(url)

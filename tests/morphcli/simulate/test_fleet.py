@@ -130,15 +130,22 @@ def end_of_cell(control: Control) -> float:
 @given(
     arrivals=arrivals,
     policy=st.sampled_from(["off", "static:2", "accuracy", "balanced", "performance"]),
-    num_blocks=st.sampled_from([12, 24, 60]),
+    num_blocks=st.sampled_from([12, 24, 60, 240]),
+    seats=st.sampled_from([2, 8, 16]),
     slo=st.sampled_from([Slo(), Slo(ttft_s=0.5, tpot_s=0.05)]),
     timeout_s=st.sampled_from([0.5, 60.0]),
 )
 def test_steps_that_are_skipped_would_have_changed_nothing(
-    arrivals: Sequence[Arrival], policy: str, num_blocks: int, slo: Slo, timeout_s: float
+    arrivals: Sequence[Arrival],
+    policy: str,
+    num_blocks: int,
+    seats: int,
+    slo: Slo,
+    timeout_s: float,
 ) -> None:
     ordered = Schedule(tuple(sorted(arrivals, key=lambda a: a.time_s)), 4.0)
-    fleet = small_fleet(num_blocks, slo=slo, timeout_s=timeout_s)
+    limits = SchedulerConfig(seats, 64, 128)
+    fleet = small_fleet(num_blocks, slo=slo, timeout_s=timeout_s, limits=limits)
     # The share of tokens made at INT4 is counted by buckets of time, which skipping may change.
     unlimited = replace(load_policy(policy), max_demoted_token_share=1.0)
     with pytest.MonkeyPatch.context() as patch:
@@ -153,6 +160,7 @@ def test_steps_that_are_skipped_would_have_changed_nothing(
     assert skipped.outcomes == stepped.outcomes
     counted = [(r.states[-1].swaps, r.states[-1].preemptions) for r in (skipped, stepped)]
     assert counted[0] == counted[1]
+    assert skipped.states[-1].blocks_used == 0
 
 
 def test_limits_are_those_of_the_server() -> None:

@@ -77,6 +77,11 @@ def test_a_window_that_is_none_is_refused(text: str) -> None:
         parse_window(text)
 
 
+def test_rows_of_a_window_are_told_with_their_end() -> None:
+    with pytest.raises(ConfigError, match="B the first one after them, .* or idx:0-100"):
+        parse_window("idx:0")
+
+
 def test_a_window_is_parsed() -> None:
     assert parse_window("t:92-154.5") == Window(seconds=(92.0, 154.5))
     assert parse_window("idx:10-250") == Window(rows=(10, 250))
@@ -102,6 +107,15 @@ def test_thinning_keeps_a_burst_as_sharp_as_it_is() -> None:
     counts = rate_per_second(schedule.arrivals, schedule.duration_s)
     assert abs(len(schedule.arrivals) - 1010 / 4.75) <= 1
     assert all(abs(count - 101 / 4.75) <= 1 for count in counts[20:29])
+
+
+def test_a_stamp_that_is_far_off_is_one_sentence() -> None:
+    stamps = [0.0, *(1.7e9 + i for i in range(20))]
+    trace = Trace("t.csv", tuple(Arrival(at, 1, 1) for at in stamps))
+    for shape in (Shape(), Shape(window_s=(0.0, 1e12)), Shape(window_rows=(0, 5))):
+        with pytest.raises(TraceError, match="t.csv runs over .* is a stamp wrong.* --window"):
+            shape_trace(trace, shape)
+    assert len(shape_trace(trace, Shape(window_rows=(1, 21))).arrivals) == 20
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from morphserve.configs.errors import ConfigError
-from morphserve.morphcli.traces.rows import Rows
+from morphserve.morphcli.traces.arrivals import TraceError
+from morphserve.morphcli.traces.rows import Rows, sorted_rows
 from morphserve.morphcli.traces.stats import describe, dispersion
 from morphserve.morphcli.traces.synth import Kind, MadeLengths, Traffic, make_rows, traffic
 
@@ -35,6 +36,27 @@ def test_each_kind_meets_a_wanted_dispersion(kind: Kind, rate: float, wanted: fl
     rows = made(kind, rate, 1800, dispersion=wanted)
     assert dispersion(rows.time_us) == pytest.approx(wanted, rel=0.2)
     assert len(rows) / 1800 == pytest.approx(rate, rel=0.15)
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(2_000.0, 100), (60_000.0, 5)])
+def test_gamma_gaps_at_high_rates_vary_by_the_root_of_the_dispersion(
+    rate: float, seconds: float
+) -> None:
+    found = describe(made(Kind.GAMMA, rate, seconds, dispersion=9.0))
+    assert found.gaps is not None and found.gaps.cv == pytest.approx(3, rel=0.03)
+
+
+def test_a_dispersion_that_gamma_cannot_reach_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="gamma reaches no dispersion of 900000 at 1 requests/s"):
+        made(Kind.GAMMA, 1, 1800, dispersion=900_000.0)
+
+
+def test_a_model_with_a_stamp_far_off_is_one_sentence() -> None:
+    sizes = np.ones(3, dtype=np.int64)
+    stamps = np.array([0, 1_700_000_000, 1_700_000_001]) * 1_000_000
+    model = sorted_rows("t.csv", "made", stamps, sizes, sizes, is_dated=False)
+    with pytest.raises(TraceError, match="t.csv runs over 19,676 days"):
+        traffic("poisson", None, None, None, None, 15.0, model)
 
 
 def test_bursts_that_are_on_and_off_last_and_others_do_not() -> None:
@@ -88,6 +110,7 @@ def test_equal_seeds_give_equal_traffic_and_others_do_not(kind: Kind) -> None:
         ({"kind": "gamma", "cv": 1000.0}, "--cv must be between"),
         ({"kind": "poisson", "rate": 1e9}, "between 1 and 50,000,000 requests"),
         ({"kind": "poisson", "rate": 0.01}, "between 1 and"),
+        ({"kind": "poisson", "rate": 1e-6, "seconds": 1e9}, "--seconds must be at most 40,000,000"),
     ],
 )
 def test_traffic_that_cannot_be_is_refused(wanted: dict[str, object], message: str) -> None:

@@ -64,6 +64,8 @@ def test_a_trace_shorter_than_the_window_is_one_sentence() -> None:
         find_windows(rows_of(CALM + CALM), 401)
     with pytest.raises(ConfigError, match="at least 20"):
         find_windows(TWO, 19)
+    with pytest.raises(TraceError, match="lasts 2 s, and a window 20 s at least: replay it whole"):
+        find_windows(rows_of([2, 2]), 300)
 
 
 def test_a_cut_starts_at_its_first_row() -> None:

@@ -43,7 +43,7 @@ async def test_a_completion_has_text_reason_and_usage(api: httpx.AsyncClient) ->
         "completion_tokens": 6,
         "total_tokens": 9,
         "prompt_tokens_details": {"cached_tokens": 0},
-        "morph": {"full": 6, "int8": 0, "int4": 0},
+        "morph": {"full": 6, "int8": 0, "int4": 0, "queue_s": fake_engine.QUEUED_S},
     }
 
 
@@ -76,7 +76,13 @@ async def test_several_prompts_are_several_choices(
 
 async def test_tokens_made_with_int4_layers_are_counted_apart(api: httpx.AsyncClient) -> None:
     answer = await complete(api, prompt=[fake_engine.INT4], max_tokens=3)
-    assert answer["usage"]["morph"] == {"full": 0, "int8": 0, "int4": 3}
+    told = answer["usage"]["morph"]
+    assert [told[name] for name in ("full", "int8", "int4")] == [0, 0, 3]
+
+
+async def test_usage_tells_the_longest_wait_of_the_choices(api: httpx.AsyncClient) -> None:
+    answer = await complete(api, prompt=["import os", "def"], max_tokens=2)
+    assert answer["usage"]["morph"]["queue_s"] == fake_engine.QUEUED_S
 
 
 async def test_a_stream_joins_to_the_whole(api: httpx.AsyncClient) -> None:
