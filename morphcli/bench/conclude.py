@@ -1,13 +1,12 @@
 """From finished runs to the summary and the report of the run folder."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from morphserve.morphcli.bench.answers import fill_answers
 from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import (
-    LoadPoint,
     MixPerplexity,
     Settings,
     Simulated,
@@ -19,11 +18,10 @@ from morphserve.morphcli.bench.record import (
     write_summary,
 )
 from morphserve.morphcli.bench.references import Reference
-from morphserve.morphcli.bench.repeats import load_point, pooled, spread
+from morphserve.morphcli.bench.repeats import invalid_loads, load_point, pooled, spread
 from morphserve.morphcli.bench.report import write_report
 from morphserve.morphcli.bench.request import BenchRequest, main_rate
 from morphserve.morphcli.bench.summary import Run, summarise, tokens_per_mix
-from morphserve.morphcli.bench.table import policy_title
 from morphserve.morphcli.traces.schedule import Schedule, find_burst
 
 if TYPE_CHECKING:  # it imports torch, which a simulation does without
@@ -71,7 +69,9 @@ def conclude(
         created=now(),
         runs=each if len(runs) > len(told) else [],
         curve=curve,
-        notes=list(dict.fromkeys([*(n for r in runs for n in r.notes), *_invalid(curve, main)])),
+        notes=list(
+            dict.fromkeys([*(n for r in runs for n in r.notes), *invalid_loads(curve, main)])
+        ),
     )
     write_summary(request.output, summary)
     write_report(request.output, summary, runs, schedule)
@@ -99,16 +99,6 @@ def _judge(
         return []
     served = [sum((Counter(tokens_per_mix(r.states)) for r in of), Counter()) for of in runs]
     return quality.judge(summaries, served)
-
-
-def _invalid(curve: Sequence[LoadPoint], main: float) -> Iterator[str]:
-    """A sentence for each load whose run proves nothing; that of the main one is in the verdict."""
-    for point in curve:
-        if point.faults and point.rate != main:
-            yield (
-                f"{policy_title(point.policy)} at {point.rate:g} times the load proves nothing: "
-                f"{'; '.join(point.faults)}."
-            )
 
 
 def settings_of(request: BenchRequest, simulated: Simulated | None = None) -> Settings:

@@ -1,7 +1,7 @@
 """Repeats of the same run: their figures together, and how far they differ."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
 import msgspec
@@ -9,6 +9,7 @@ import msgspec
 from morphserve.morphcli.bench.figures import Interval, PolicySummary, Repeats, ServerFigures
 from morphserve.morphcli.bench.record import LoadPoint
 from morphserve.morphcli.bench.summary import Run, percentiles
+from morphserve.morphcli.bench.table import policy_title
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom; the normal distribution's beyond.
 _T = (
@@ -134,3 +135,13 @@ def load_point(policy: PolicySummary, repeats: int, schedule_s: float) -> LoadPo
         repeats=repeats,
         faults=policy.faults,
     )
+
+
+def invalid_loads(curve: Sequence[LoadPoint], main: float) -> Iterator[str]:
+    """A sentence for each load whose run proves nothing; that of the main one is in the verdict."""
+    for point in curve:
+        if point.faults and point.rate != main:
+            yield (
+                f"{policy_title(point.policy)} at {point.rate:g} times the load proves nothing: "
+                f"{'; '.join(point.faults)}."
+            )

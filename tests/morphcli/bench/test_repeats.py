@@ -12,7 +12,13 @@ from msgspec.structs import replace as replaced
 
 from morphserve.configs.errors import ConfigError
 from morphserve.morphcli.bench.figures import PolicySummary, ServerFigures
-from morphserve.morphcli.bench.repeats import interval, load_point, pooled, spread
+from morphserve.morphcli.bench.repeats import (
+    interval,
+    invalid_loads,
+    load_point,
+    pooled,
+    spread,
+)
 from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate, parse_rates
 from morphserve.morphcli.bench.server import State
 from morphserve.morphcli.bench.summary import Run, summarise
@@ -139,7 +145,13 @@ def test_the_load_offered_is_that_of_the_schedule_however_late_answers_end() -> 
 
 def test_a_load_whose_run_proves_nothing_says_so() -> None:
     broken = summarise(make_run("full", [answered(0, 0.1), unanswered(1)], []), SLO, 1.0)
-    assert load_point(broken, 1, schedule_s=4.0).faults == broken.faults != []
+    point = load_point(broken, 1, schedule_s=4.0)
+    assert point.faults == broken.faults
+    assert list(invalid_loads([point], main=2.0)) == [
+        "full precision at 1 times the load proves nothing: "
+        "1 requests failed without a whole answer."
+    ]
+    assert list(invalid_loads([point], main=1.0)) == []  # the verdict tells it
 
 
 def test_a_run_tells_its_repeat_and_its_load() -> None:
