@@ -3,13 +3,14 @@
     python tests/benchmarks/simulator.py RUN TRACE [--bundle DIR]
 
 RUN is the folder of a finished `morph bench`, TRACE the file that it replayed. The same schedule is
-simulated under each policy; how much slower steps are while HTTP and clients share the cores is
-fitted to the median time per token at full precision, and used for every policy.
+simulated under each policy. How many times longer steps take while HTTP and clients share the cores
+is one number for all policies, fitted to their latencies.
 """
 
 import argparse
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,15 +54,26 @@ def simulated(summary: Summary, fleet: Fleet, schedule: Schedule, policy: str) -
 
 
 def fitted_slowdown(summary: Summary, fleet: Fleet, schedule: Schedule) -> float:
-    """By bisection: the median time per token rises with it."""
-    full = next(p for p in summary.policies if p.policy == "full")
-    assert full.tpot_s.p50 is not None
-    low, high = 0.5, 4.0
-    while high / low > 1.005:
-        middle = math.sqrt(low * high)
-        found = simulated(summary, replace(fleet, slowdown=middle), schedule, "full").tpot_s.p50
-        low, high = (middle, high) if found is None or found < full.tpot_s.p50 else (low, middle)
-    return math.sqrt(low * high)
+    """The one of a few dozen under which the policies' latencies are the least off, as ratios."""
+
+    def off(slowdown: float) -> float:
+        slowed = replace(fleet, slowdown=slowdown)
+        return statistics.fmean(
+            abs(math.log(ours / real))
+            for measured in summary.policies
+            for real, ours in _latencies(
+                measured, simulated(summary, slowed, schedule, measured.policy)
+            )
+        )
+
+    return min((1 + i / 40 for i in range(40)), key=off)
+
+
+def _latencies(measured: PolicySummary, found: PolicySummary) -> Iterator[tuple[float, float]]:
+    for name, figure in FIGURES.items():
+        real, ours = figure(measured), figure(found)
+        if name.endswith("ms") and real and ours:
+            yield real, ours
 
 
 def request_of(summary: Summary, trace: Path, bundle: Path | None) -> BenchRequest:
