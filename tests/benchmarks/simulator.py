@@ -35,7 +35,7 @@ FIGURES: dict[str, Callable[[PolicySummary], float | None]] = {
     "per token P50, ms": lambda p: _ms(p.tpot_s.p50),
     "per token P95, ms": lambda p: _ms(p.tpot_s.p95),
     "output tokens/s": lambda p: p.output_tokens_per_s,
-    "missed": lambda p: float(p.slo_misses),
+    "missed, %": lambda p: 100 * p.slo_miss_share,
     "swaps": lambda p: float(p.server.swaps) if p.server else None,
     "preemptions": lambda p: float(p.server.preemptions) if p.server else None,
     "below full, %": lambda p: 100 * (p.server.quantized_token_share or 0) if p.server else None,
