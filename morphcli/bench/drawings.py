@@ -53,9 +53,10 @@ def draw_all(summary: Summary, runs: Sequence[Run], schedule: Schedule) -> Drawi
 
 
 def runs_shown(summary: Summary, runs: Sequence[Run]) -> list[Run]:
-    """The runs at the load that the summary tells in full."""
-    rate = main_rate(summary.settings.rates)
-    return [run for run in runs if run.rate == rate]
+    """The runs at the load that the summary tells in full, in the order of its policies."""
+    rate, order = main_rate(summary.settings.rates), [p.policy for p in summary.policies]
+    told = [run for run in runs if run.rate == rate]
+    return sorted(told, key=lambda run: order.index(run.policy))
 
 
 def median_runs(summary: Summary, runs: Sequence[Run]) -> list[Run]:
