@@ -35,7 +35,7 @@ _REPLAY_STEP = Callable[[Outcome], None]
 class Bench:
     """One comparison: what is sent, and to whom."""
 
-    policies: tuple[str, ...]  # as the user writes them, in the order of the runs
+    policies: tuple[str, ...]  # as the user writes them
     schedule: Schedule
     prompts: Prompts
     timeout_s: float  # per request

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from morphserve.morphcli.settings import first_key
-from morphserve.morphcli.traces.formats import TimeUnit, parse_map
+from morphserve.morphcli.traces.formats import parse_map
+from morphserve.morphcli.traces.options import (
+    Columns,
+    LengthScale,
+    MaxOutput,
+    MaxPrompt,
+    Part,
+    RateScale,
+    StampUnit,
+    TraceFile,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +33,7 @@ def bench(
     model: Annotated[
         str, typer.Argument(help="Hugging Face folder, or demo; simulated, also llama-3-8b.")
     ],
-    trace: Annotated[Path, typer.Option(help="CSV or JSON lines; docs/traces.md has the formats.")],
+    trace: TraceFile,
     bundle: Annotated[Path | None, typer.Option(help="Folder made by `morph quantize`.")] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Memory for weights and KV cache, as 96MiB; every server's.")
@@ -82,26 +92,17 @@ def bench(
             rich_help_panel=_SIMULATION,
         ),
     ] = None,
-    map: Annotated[
-        str | None, typer.Option(help="Columns of the trace: time=COL,prompt=COL,output=COL.")
-    ] = None,
-    time_unit: Annotated[
-        TimeUnit | None, typer.Option(help="Of its stamps. [default: the format's]")
-    ] = None,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            help="Part of the trace: seconds t:92-154, or rows idx:0-100, to before the last."
-        ),
-    ] = None,
-    rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
+    map: Columns = None,
+    time_unit: StampUnit = None,
+    window: Part = None,
+    rate_scale: RateScale = 1.0,
     time_scale: Annotated[float, typer.Option(help="Seconds times this.")] = 1.0,
-    length_scale: Annotated[float, typer.Option(help="Tokens per request times this.")] = 1.0,
+    length_scale: LengthScale = 1.0,
     output_scale: Annotated[
         float, typer.Option(help="Output tokens times this, on top of --length-scale.")
     ] = 1.0,
-    max_prompt: Annotated[int | None, typer.Option(help="Cut longer prompts, tokens.")] = None,
-    max_output: Annotated[int | None, typer.Option(help="Cut longer outputs, tokens.")] = None,
+    max_prompt: MaxPrompt = None,
+    max_output: MaxOutput = None,
     slo: Annotated[str, typer.Option(help="Targets of a request.")] = "ttft=2s,tpot=200ms",
     prompts: Annotated[
         Path | None, typer.Option(help="Text to cut prompts from. [default: the model's held-out]")

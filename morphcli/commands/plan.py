@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from morphserve.morphcli.traces.formats import TimeUnit, parse_map
+from morphserve.morphcli.traces.formats import parse_map
+from morphserve.morphcli.traces.options import (
+    Columns,
+    LengthScale,
+    MaxOutput,
+    MaxPrompt,
+    Part,
+    RateScale,
+    StampUnit,
+    TraceFile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +36,7 @@ def plan(
     model: Annotated[
         str, typer.Argument(help=f"A folder with a config.json, or a name: {_MODELS}.")
     ],
-    trace: Annotated[Path, typer.Option(help="CSV or JSON lines; docs/traces.md has the formats.")],
+    trace: TraceFile,
     device: Annotated[str, typer.Option(help="l4, l40s, a100, a100-40, h100 or h200.")],
     slo: Annotated[str, typer.Option(help="Targets of a request.")] = "ttft=2s,tpot=100ms",
     share: Annotated[float, typer.Option(help="Of requests that must meet them.")] = 0.99,
@@ -47,19 +57,13 @@ def plan(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
-    map: Annotated[
-        str | None, typer.Option(help="Columns of the trace: time=COL,prompt=COL,output=COL.")
-    ] = None,
-    time_unit: Annotated[
-        TimeUnit | None, typer.Option(help="Of its stamps. [default: the format's]")
-    ] = None,
-    window: Annotated[
-        str | None, typer.Option(help="Part of the trace: seconds t:92-154, or rows idx:0-99.")
-    ] = None,
-    rate_scale: Annotated[float, typer.Option(help="Requests per second times this.")] = 1.0,
-    length_scale: Annotated[float, typer.Option(help="Tokens per request times this.")] = 1.0,
-    max_prompt: Annotated[int | None, typer.Option(help="Cut longer prompts, tokens.")] = None,
-    max_output: Annotated[int | None, typer.Option(help="Cut longer outputs, tokens.")] = None,
+    map: Columns = None,
+    time_unit: StampUnit = None,
+    window: Part = None,
+    rate_scale: RateScale = 1.0,
+    length_scale: LengthScale = 1.0,
+    max_prompt: MaxPrompt = None,
+    max_output: MaxOutput = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:

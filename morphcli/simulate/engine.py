@@ -168,7 +168,7 @@ class SimulatedEngine(Engine):
             return False
         scheduler = self.scheduler
         scheduler.start_counting()
-        decodes, context = scheduler.decoding
+        _, context = scheduler.decoding
         budget = self._limits.max_num_batched_tokens
         chunks = -(-scheduler.queued_tokens // max(1, budget - len(scheduler.running)))
         slowdown = self._monitor.slowdown or 1.0

@@ -24,7 +24,6 @@ def gpu_target(
     name: str,
     *,
     int8: bool = False,
-    block_tokens: int = 16,
     tensor_parallel: int = 1,
 ) -> Target:
     """A replica of so many devices, each of which holds an equal part of every layer.
@@ -33,7 +32,7 @@ def gpu_target(
     memory that it takes, if the model does not fit.
     """
     _check_split(device, arch, tensor_parallel)
-    sizes = model_sizes(arch, int8=int8, block_tokens=block_tokens, shards=tensor_parallel)
+    sizes = model_sizes(arch, int8=int8, shards=tensor_parallel)
     reserved = int(device.memory_bytes * _RESERVED)
     _check_fit(device, sizes, name, device.memory_bytes - reserved)
     title = device.title if tensor_parallel == 1 else f"{tensor_parallel} x {device.title}"

@@ -6,6 +6,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from morphserve.configs.errors import ConfigError
+from morphserve.configs.schema import CacheConfig
 from morphserve.quantize.architecture import Architecture, read_architecture
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.modules import linear_shapes, vector_shapes
@@ -47,9 +48,7 @@ def layer_weights(arch: Architecture) -> int:
     return sum(n * k for n, k in linear_shapes(arch).values())
 
 
-def model_sizes(
-    arch: Architecture, *, int8: bool = False, block_tokens: int = 16, shards: int = 1
-) -> ModelSizes:
+def model_sizes(arch: Architecture, *, int8: bool = False, shards: int = 1) -> ModelSizes:
     """Bytes on each of `shards` devices that hold equal parts; 16 bits at full precision."""
     variants = [Variant.FULL, *([Variant.INT8] if int8 else []), Variant.INT4]
     images = {variant: align(layer_bytes(arch, variant) // shards) for variant in variants}
@@ -57,7 +56,7 @@ def model_sizes(
         static_bytes=align(_static_bytes(arch) // shards),
         image_bytes={variant: (size,) * arch.num_layers for variant, size in images.items()},
         kv_bytes_per_token=2 * arch.kv_size * _ITEM // shards,
-        block_tokens=block_tokens,
+        block_tokens=CacheConfig().block_tokens,
     )
 
 

@@ -75,6 +75,14 @@ def test_a_late_load_generator_and_wrong_lengths_are_faults() -> None:
     ]
 
 
+def test_another_length_is_no_fault_where_the_server_could_not_be_told_one() -> None:
+    short = answered(0, 0.1)
+    short.output_tokens = 3
+    run = make_run("server", [short], [])
+    run.forces_length = False
+    assert summarise(run, SLO, 3.0).faults == []
+
+
 def test_failures_errors_and_missing_counts_are_faults_and_turning_away_is_none() -> None:
     silent = answered(5, 0.1)
     silent.output_tokens = 0
