@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from msgspec import structs
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import TaskID
 
 from morphserve.configs.load import resolve_model
 from morphserve.morphcli.bench.client import Outcome
@@ -36,6 +29,7 @@ from morphserve.morphcli.bench.references import (
 from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate
 from morphserve.morphcli.bench.server import ServerOptions, ended_by_signals
 from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.bench.terminal import request_progress
 from morphserve.morphcli.traces.arrivals import Trace
 from morphserve.morphcli.traces.readers import read_trace
 from morphserve.morphcli.traces.schedule import Schedule, shape_trace
@@ -117,16 +111,9 @@ def _bench(request: BenchRequest, schedule: Schedule, prompts: Prompts) -> Bench
 
 
 def _run_all(request: BenchRequest, loads: Mapping[float, _Load], console: Console) -> list[Run]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeElapsedColumn(),
-    )
     runs: list[Run] = []
     jobs = jobs_of(request)
-    with Progress(*columns, console=console) as progress:
+    with request_progress(console) as progress:
         for number, job in enumerate(jobs, 1):
             bench = loads[job.rate].bench
             count = f"{number}/{len(jobs)} " if len(jobs) > len(request.policies) else ""

@@ -1,10 +1,17 @@
-"""The headline table on a terminal."""
+"""What a comparison shows on a terminal: its progress and its headline table."""
 
 from collections.abc import Callable
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from morphserve.morphcli.bench.figures import PolicySummary
@@ -13,6 +20,18 @@ from morphserve.morphcli.bench.summary import show_s
 from morphserve.morphcli.bench.table import UNKNOWN, policy_title, show_share, table_rows
 
 _LABEL_WIDTH, _CELL_WIDTH = 30, 16  # narrower columns would cut figures off
+
+
+def request_progress(console: Console) -> Progress:
+    """A bar of requests per run."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeElapsedColumn(),
+        console=console,
+    )
 
 
 def print_table(summary: Summary, console: Console, *, details: bool) -> None:

@@ -1,7 +1,9 @@
 """A comparison on a simulated device: from a trace to the same run folder, no server started."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from msgspec import structs
 from rich.console import Console
@@ -21,6 +23,7 @@ from morphserve.morphcli.bench.record import (
 )
 from morphserve.morphcli.bench.request import BenchRequest, jobs_of, main_rate
 from morphserve.morphcli.bench.summary import Run
+from morphserve.morphcli.bench.terminal import request_progress
 from morphserve.morphcli.simulate.devices import DEVICES, find_device
 from morphserve.morphcli.simulate.fleet import Fleet, check, simulate
 from morphserve.morphcli.simulate.gpu import gpu_target
@@ -80,11 +83,15 @@ def simulate_bench(request: BenchRequest, setup: Setup, console: Console) -> Sum
         check(fleet, load_policy(served_policy(policy)))
     open_record(request.output, force=request.force)
     write_config(request.output, settings_of(request, _about(fleet)))
-    runs = []
-    for job in jobs_of(request):
-        console.print(f"simulating {job.title}", highlight=False)
-        runs.append(structs.replace(_run(fleet, loads[job.rate], job.policy), rate=job.rate))
-        append_run(request.output, runs[-1])
+    runs: list[Run] = []
+    with request_progress(console) as progress:
+        for job in jobs_of(request):
+            load = loads[job.rate]
+            task = progress.add_task(f"{job.title:<16}", total=len(load.arrivals))
+            run = _run(fleet, load, job.policy, partial(progress.advance, task))
+            runs.append(structs.replace(run, rate=job.rate))
+            append_run(request.output, runs[-1])
+            progress.stop_task(task)
     if setup.replicas > 1:
         runs[0].notes.append(_FLEET_NOTE)
     return conclude(
@@ -141,5 +148,5 @@ def _target(request: BenchRequest, setup: Setup, cache: CacheConfig) -> Target:
     return this_machine(request.model, request.bundle, cache)
 
 
-def _run(fleet: Fleet, schedule: Schedule, policy: str) -> Run:
-    return simulate(fleet, schedule, load_policy(served_policy(policy)), policy)
+def _run(fleet: Fleet, schedule: Schedule, policy: str, on_requests: Callable[[int], None]) -> Run:
+    return simulate(fleet, schedule, load_policy(served_policy(policy)), policy, on_requests)

@@ -1,7 +1,7 @@
 """Replicas behind a router, under a schedule: what `morph bench` would have recorded."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from morphserve.morphcli.traces.schedule import Schedule
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.ladder import DEPTH
 
+_TOLD_TOGETHER = 1000  # requests, of whose coming is told
 _MOST_SAMPLES = 3000  # of the fleet's state
 _LEAST_INTERVAL_S = 0.1
 _SETTLE_S = 30.0  # longest wait for full precision after the last answer
@@ -47,9 +48,16 @@ def _config(fleet: Fleet, policy: Policy) -> EngineConfig:
     )
 
 
-def simulate(fleet: Fleet, schedule: Schedule, policy: Policy, name: str | None = None) -> Run:
+def simulate(
+    fleet: Fleet,
+    schedule: Schedule,
+    policy: Policy,
+    name: str | None = None,
+    on_requests: Callable[[int], None] = lambda _: None,
+) -> Run:
     """The run of one policy; seconds count from the start of the schedule.
 
+    `on_requests` is told now and then how many requests more have come.
     Raises MorphError where no server would start.
     """
     config = _config(fleet, policy)
@@ -60,7 +68,7 @@ def simulate(fleet: Fleet, schedule: Schedule, policy: Policy, name: str | None 
     ]
     recorder.watch(replicas)
     with _no_garbage():
-        outcomes = _serve(replicas, schedule, fleet.router, recorder)
+        outcomes = _serve(replicas, schedule, fleet.router, recorder, on_requests)
         recorder.settle(schedule.duration_s + fleet.timeout_s + _SETTLE_S)
     return Run(name or policy.name, 0.0, outcomes, recorder.in_order(), replicas=fleet.replicas)
 
@@ -78,7 +86,11 @@ def _no_garbage() -> Iterator[None]:
 
 
 def _serve(
-    replicas: Sequence[Replica], schedule: Schedule, router_name: str, recorder: "_Recorder"
+    replicas: Sequence[Replica],
+    schedule: Schedule,
+    router_name: str,
+    recorder: "_Recorder",
+    on_requests: Callable[[int], None],
 ) -> list[Outcome]:
     router, alone = make_router(router_name), len(replicas) == 1
     outcomes: list[Outcome] = []
@@ -93,6 +105,9 @@ def _serve(
             loads = [replica.load() for replica in replicas]
             chosen = router.choose(loads, arrival.prompt_tokens + arrival.output_tokens)
         outcomes.append(replicas[chosen].submit(index, arrival))
+        if len(outcomes) % _TOLD_TOGETHER == 0:
+            on_requests(_TOLD_TOGETHER)
+    on_requests(len(outcomes) % _TOLD_TOGETHER)
     return outcomes
 
 

@@ -172,3 +172,10 @@ def test_limits_are_those_of_the_server() -> None:
 def test_a_fleet_without_room_for_one_request_is_refused() -> None:
     with pytest.raises(OutOfBudget, match="raise --memory-budget"):
         simulate(small_fleet(2), schedule(0.0), MORPH)
+
+
+def test_every_request_that_has_come_is_told() -> None:
+    told: list[int] = []
+    many = Schedule(tuple(Arrival(i / 8, 10, 2) for i in range(1203)), 160.0)
+    simulate(small_fleet(), many, FULL, on_requests=told.append)
+    assert told == [1000, 203]
