@@ -12,7 +12,7 @@
 #define SPLIT_CHUNKS 4
 #define SPLIT_TILES (SPLIT_CHUNKS * CHUNK_TILES) // that one thread takes of a long context
 #define JOB_ROWS 4                               // rows_t that share what they read
-#define MIN_ITEMS 8                              // per thread, so that all end at about the same time
+#define PIECES 16  // per thread, so that all end at about the same time
 
 // Copies of tiles that a block or a head fills only in part, so that no load leaves the page.
 typedef struct {
@@ -203,6 +203,22 @@ static int64_t query_offset(const call_t *call, const sequence_t *q, int64_t gro
     return ((q->start + index / share) * s->heads + group * share + index % share) * s->dim;
 }
 
+static void scale_query(int kind, const float *q, float scale, int64_t dim, unit *to) {
+    float *f = (float *)to;
+    uint16_t *h = (uint16_t *)to;
+    int64_t d = 0;
+    for (; d + W <= dim; d += W)
+        if (kind == BF16)
+            store_bf16(h + d, load(q + d) * splat(scale));
+        else
+            store(f + d, load(q + d) * splat(scale));
+    for (; d < dim; d++)
+        if (kind == BF16)
+            h[d] = to_bf16(q[d] * scale);
+        else
+            f[d] = q[d] * scale;
+}
+
 static void take_queries(const call_t *call, const sequence_t *q, int64_t group, int64_t first,
                          rows_t *r) {
     const shape_t *s = &call->shape;
@@ -210,13 +226,8 @@ static void take_queries(const call_t *call, const sequence_t *q, int64_t group,
     r->rows = (int)least(MAX_ROWS, q->queries - first);
     for (int i = 0; i < r->rows; i++) {
         const float *from = call->q + query_offset(call, q, group, first + i);
-        float *scaled = (float *)r->query[i];
         r->limit[i] = q->seen + (first + i) / (s->heads / s->kv_heads) + 1;
-        for (int64_t d = 0; d < s->dim; d++)
-            if (call->kind == BF16)
-                ((uint16_t *)r->query[i])[d] = to_bf16(from[d] * scale);
-            else
-                scaled[d] = from[d] * scale;
+        scale_query(call->kind, from, scale, s->dim, r->query[i]);
     }
 }
 
@@ -225,13 +236,17 @@ static void put_results(const call_t *call, const sequence_t *q, int64_t group, 
     for (int i = 0; i < rows; i++) {
         const float total = lane_sum(load(m->total[i]));
         float *out = call->out + query_offset(call, q, group, first + i);
-        for (int64_t d = 0; d < call->shape.dim; d++) out[d] = m->sums[i][d] / total;
+        int64_t d = 0;
+        for (; d + W <= call->shape.dim; d += W)
+            store(out + d, load(m->sums[i] + d) / splat(total));
+        for (; d < call->shape.dim; d++) out[d] = m->sums[i][d] / total;
     }
 }
 
-// Splits `from` to `to` of the context for all rows of a job, added up in all[] of each.
+// Splits `from` to `to` of the context for all rows of a job, added up in all[] of each. `after`
+// are the tiles that the thread reads next.
 static void attend_splits(const call_t *call, const sequence_t *q, int64_t group, rows_t *r,
-                          int jobs, int64_t from, int64_t to) {
+                          int jobs, int64_t from, int64_t to, const tile_t *after) {
     const shape_t *s = &call->shape;
     const int64_t width = whole(s->dim, TILE) * TILE;
     tile_t tiles[SPLIT_TILES + GROUP_TILES];
@@ -240,7 +255,8 @@ static void attend_splits(const call_t *call, const sequence_t *q, int64_t group
         const int64_t first = split * SPLIT_TILES;
         const int64_t placed = least(SPLIT_TILES + GROUP_TILES, q->tiles - first);
         place_tiles(call, q, group, first, first + placed, tiles);
-        for (int64_t i = placed; i < SPLIT_TILES + GROUP_TILES; i++) tiles[i] = tiles[placed - 1];
+        for (int64_t i = placed; i < SPLIT_TILES + GROUP_TILES; i++)
+            tiles[i] = after[(i - placed) % GROUP_TILES];
         for (int j = 0; j < jobs; j++)
             clear(split == from ? &r[j].all : &r[j].split, r[j].rows, width);
         for (int64_t t = 0; t < SPLIT_TILES; t += CHUNK_TILES)
@@ -255,12 +271,13 @@ static void attend_splits(const call_t *call, const sequence_t *q, int64_t group
     }
 }
 
-static void attend_item(const call_t *call, const sequence_t *q, int64_t item) {
+static void attend_item(const call_t *call, const sequence_t *q, int64_t item,
+                        const tile_t *after) {
     const int64_t group = item / q->parts, part = item % q->parts;
     rows_t r[JOB_ROWS];
     if (q->split) {
         take_queries(call, q, group, 0, r);
-        attend_splits(call, q, group, r, 1, part, part + 1);
+        attend_splits(call, q, group, r, 1, part, part + 1, after);
         q->partials[item] = r->all;
         return;
     }
@@ -270,7 +287,8 @@ static void attend_item(const call_t *call, const sequence_t *q, int64_t item) {
     for (; jobs < JOB_ROWS && first + jobs * MAX_ROWS < q->queries; jobs++)
         take_queries(call, q, group, first + jobs * MAX_ROWS, &r[jobs]);
     const int64_t seen = r[jobs - 1].limit[r[jobs - 1].rows - 1];
-    attend_splits(call, q, group, r, jobs, 0, whole(tiles_of(&call->shape, seen), SPLIT_TILES));
+    attend_splits(call, q, group, r, jobs, 0, whole(tiles_of(&call->shape, seen), SPLIT_TILES),
+                  after);
     for (int j = 0; j < jobs; j++)
         put_results(call, q, group, first + j * MAX_ROWS, r[j].rows, &r[j].all);
 }
@@ -284,23 +302,46 @@ static void add_partials(const call_t *call, const sequence_t *q) {
     }
 }
 
+// The tiles that an item reads first.
+static void first_tiles(const call_t *call, const sequence_t *q, int64_t item, tile_t *tiles) {
+    const int64_t first = q->split ? item % q->parts * SPLIT_TILES : 0;
+    const int64_t placed = least(GROUP_TILES, q->tiles - first);
+    place_tiles(call, q, item / q->parts, first, first + placed, tiles);
+    for (int64_t i = placed; i < GROUP_TILES; i++) tiles[i] = tiles[0];
+}
+
 typedef struct {
     const call_t *call;
-    const sequence_t *sequences;
-    int64_t num_sequences;
+    const sequence_t *sequences; // one more than there are: where items end
+    int64_t num_sequences, pieces;
 } batch_t;
 
-static void attend_piece(void *job, int64_t piece) {
-    const batch_t *b = job;
-    int64_t low = 0, high = b->num_sequences - 1; // the last that begins at or before the piece
+static const sequence_t *sequence_with(const batch_t *b, int64_t item) {
+    int64_t low = 0, high = b->num_sequences - 1; // the last that begins at or before the item
     while (low < high) {
         const int64_t middle = (low + high + 1) / 2;
-        if (b->sequences[middle].first_item <= piece)
+        if (b->sequences[middle].first_item <= item)
             low = middle;
         else
             high = middle - 1;
     }
-    attend_item(b->call, &b->sequences[low], piece - b->sequences[low].first_item);
+    return &b->sequences[low];
+}
+
+static void attend_piece(void *job, int64_t piece) {
+    const batch_t *b = job;
+    const int64_t items = b->sequences[b->num_sequences].first_item;
+    const int64_t end = (piece + 1) * items / b->pieces;
+    int64_t item = piece * items / b->pieces;
+    const sequence_t *q = sequence_with(b, item);
+    while (item < end) {
+        const int64_t own = item++ - q->first_item;
+        const sequence_t *next = item < end ? sequence_with(b, item) : q;
+        tile_t after[GROUP_TILES];
+        first_tiles(b->call, next, item < end ? item - next->first_item : own, after);
+        attend_item(b->call, q, own, after);
+        q = next;
+    }
 }
 
 static sequence_t sequence_of(const call_t *call, const int32_t *query_start,
@@ -326,7 +367,7 @@ static int64_t split_contexts(const call_t *call, sequence_t *q, int64_t count, 
     for (int64_t i = 0; i < count; i++) tiles += q[i].tiles * call->shape.kv_heads;
     for (int64_t i = 0; i < count; i++) {
         const int64_t splits = whole(q[i].tiles, SPLIT_TILES);
-        if (q[i].queries > MAX_ROWS || splits == 1 || q[i].tiles * threads * MIN_ITEMS < tiles)
+        if (q[i].queries > MAX_ROWS || splits == 1 || q[i].tiles * threads * PIECES < tiles)
             continue;
         q[i].split = 1;
         q[i].parts = splits;
@@ -342,7 +383,7 @@ void morph_attention(int kind, const float *q, const void *cache, float *out,
                      int64_t heads, int64_t kv_heads, int64_t dim, int64_t block_tokens,
                      int threads) {
     const call_t call = {kind, q, cache, out, {heads, kv_heads, dim, block_tokens}};
-    sequence_t *sequences = malloc((size_t)num_sequences * sizeof *sequences);
+    sequence_t *sequences = malloc((size_t)(num_sequences + 1) * sizeof *sequences);
     if (!sequences) abort();
     for (int64_t i = 0; i < num_sequences; i++)
         sequences[i] = sequence_of(&call, query_start, context_len, block_table, max_blocks, i);
@@ -360,8 +401,9 @@ void morph_attention(int kind, const float *q, const void *cache, float *out,
         sequences[i].partials = free_partials;
         free_partials += sequences[i].parts * kv_heads;
     }
-    batch_t batch = {&call, sequences, num_sequences};
-    run_pieces(attend_piece, &batch, items, threads);
+    sequences[num_sequences].first_item = items;
+    batch_t batch = {&call, sequences, num_sequences, threads > 1 ? least(items, threads * PIECES) : 1};
+    run_pieces(attend_piece, &batch, batch.pieces, threads);
     for (int64_t i = 0; i < num_sequences; i++)
         if (sequences[i].split) add_partials(&call, &sequences[i]);
     free(partials);
