@@ -49,7 +49,7 @@ typedef struct {
 } rows_t;
 
 // Lines of memory that come next, a step's worth at a time.
-INLINE void fetch_ahead(const char *run, int64_t line) { __builtin_prefetch(run + 64 * line, 0, 3); }
+INLINE void fetch(const char *line) { __builtin_prefetch(line, 0, 3); }
 
 INLINE void hide_future(rows_t *r, int row, const tile_t *tile, float *scores) {
     int64_t visible = r->limit[row] - tile->token;
@@ -61,12 +61,19 @@ INLINE void hide_future(rows_t *r, int row, const tile_t *tile, float *scores) {
 INLINE void score_tiles(int kind, int rows, int count, rows_t *r, const tile_t *tiles,
                         const char *const *next, int64_t units, int64_t stride, int at) {
     vec acc[MAX_ROWS][GROUP_TILES * VECS] = {};
+    const unit *k[GROUP_TILES];
+    const char *ahead[GROUP_TILES];
+    UNROLL for (int n = 0; n < count; n++) k[n] = tiles[n].k, ahead[n] = next[n];
     for (int64_t d = 0; d < units; d++) {
-        UNROLL for (int n = 0; n < count; n++) fetch_ahead(next[n], d);
         UNROLL for (int n = 0; n < count * VECS; n++) {
-            const vec keys = load((const float *)tiles[n / VECS].k + d * stride + n % VECS * W);
+            const vec keys = load((const float *)k[n / VECS] + n % VECS * W);
             UNROLL for (int i = 0; i < rows; i++)
                 acc[i][n] = dot_unit(kind, acc[i][n], keys, splat_unit(r->query[i] + d));
+        }
+        UNROLL for (int n = 0; n < count; n++) {
+            fetch(ahead[n]);
+            k[n] += stride;
+            ahead[n] += 64;
         }
     }
     UNROLL for (int i = 0; i < rows; i++)
@@ -80,9 +87,9 @@ INLINE void score_tiles(int kind, int rows, int count, rows_t *r, const tile_t *
 
 // Turns scores into weights relative to the new maximum. The total is of the weights as rounded,
 // so that they add up to 1 after the division.
-INLINE void weigh(int kind, int rows, rows_t *r, mixture_t *m, int tiles) {
+INLINE void weigh(int kind, rows_t *r, mixture_t *m, int tiles) {
     tiles += tiles % 2; // so that a vector of pairs is whole
-    for (int i = 0; i < rows; i++) {
+    for (int i = 0; i < r->rows; i++) {
         float *s = r->scores[i];
         vec most = splat(m->top[i]), total = {};
         for (int t = 0; t < tiles * TILE; t += W) most = max_vec(load(s + t), most);
@@ -124,9 +131,10 @@ INLINE void mix_channels(int kind, int rows, int vecs, rows_t *r, mixture_t *m,
     for (int t = 0; t < count; t++) {
         const unit *values = tiles[t].v + c;
         const int first = (at + t) * TILE / n, units = tiles[t].count / n;
+        const char *ahead = next[t] + c * 4;
         for (int u = 0; u < units; u++) {
-            UNROLL for (int v = 0; v < vecs; v += TILE / W)
-                fetch_ahead(next[t], (u * stride + c + v * W) / TILE);
+            UNROLL for (int v = 0; v < vecs; v += TILE / W) fetch(ahead + v * 4 * W);
+            ahead += stride * 4;
             mix_step(kind, rows, vecs, acc, r, first + u, values + u * stride, ~0u);
         }
         if (tiles[t].count % n) // the pair's second token is not in the context: anything
@@ -136,8 +144,8 @@ INLINE void mix_channels(int kind, int rows, int vecs, rows_t *r, mixture_t *m,
         UNROLL for (int v = 0; v < vecs; v++) store(m->sums[i] + c + v * W, acc[i][v]);
 }
 
-INLINE void correct(int rows, rows_t *r, mixture_t *m, int64_t width) {
-    for (int i = 0; i < rows; i++)
+static void correct(rows_t *r, mixture_t *m, int64_t width) {
+    for (int i = 0; i < r->rows; i++)
         for (int64_t c = 0; c < width; c += W)
             store(m->sums[i] + c, load(m->sums[i] + c) * splat(r->correction[i]));
 }
@@ -145,6 +153,7 @@ INLINE void correct(int rows, rows_t *r, mixture_t *m, int64_t width) {
 INLINE void score_group(int kind, int rows, rows_t *r, const tile_t *tiles, const char *const *next,
                         int count, int64_t units, int64_t stride, int at) {
     int t = 0;
+
     if (FITS(rows, 4 * VECS))
         for (; t + 4 <= count; t += 4)
             score_tiles(kind, rows, 4, r, tiles + t, next + t, units, stride, at + t);
@@ -167,5 +176,34 @@ INLINE void mix_group(int kind, int rows, rows_t *r, mixture_t *m, const tile_t 
     STEPS(1)
 #undef STEPS
 }
+
+typedef void (*score_fn)(rows_t *, const tile_t *, const char *const *, int, int64_t, int64_t, int);
+typedef void (*mix_fn)(rows_t *, mixture_t *, const tile_t *, const char *const *, int, int,
+                       int64_t);
+
+// Functions of their own, as small ones keep all their pointers in registers.
+#define DEFINE(KIND, R)                                                                            \
+    static NOINLINE void score_##KIND##_##R(rows_t *r, const tile_t *tiles,                        \
+                                            const char *const *next, int count, int64_t units,    \
+                                            int64_t stride, int at) {                              \
+        score_group(KIND, R, r, tiles, next, count, units, stride, at);                            \
+    }                                                                                              \
+    static NOINLINE void mix_##KIND##_##R(rows_t *r, mixture_t *m, const tile_t *tiles,            \
+                                          const char *const *next, int count, int at,             \
+                                          int64_t width) {                                         \
+        mix_group(KIND, R, r, m, tiles, next, count, at, width);                                   \
+    }
+#if W == 16
+#define EACH(DO, KIND) \
+    DO(KIND, 1) DO(KIND, 2) DO(KIND, 3) DO(KIND, 4) DO(KIND, 5) DO(KIND, 6) DO(KIND, 7) DO(KIND, 8)
+#else
+#define EACH(DO, KIND) DO(KIND, 1) DO(KIND, 2) DO(KIND, 3) DO(KIND, 4)
+#endif
+EACH(DEFINE, F32)
+EACH(DEFINE, BF16)
+#define SCORE(KIND, R) [KIND][R] = score_##KIND##_##R,
+#define MIX(KIND, R) [KIND][R] = mix_##KIND##_##R,
+static const score_fn score_of[2][MAX_ROWS + 1] = {EACH(SCORE, F32) EACH(SCORE, BF16)};
+static const mix_fn mix_of[2][MAX_ROWS + 1] = {EACH(MIX, F32) EACH(MIX, BF16)};
 
 #endif

@@ -102,11 +102,11 @@ static void pad_values(const call_t *call, const tile_t *tile, int64_t width, un
                       value_item(call->kind, s, in_block + t, d));
 }
 
-INLINE void score_chunk(int kind, int rows, const call_t *call, rows_t *r, const tile_t *tiles,
-                        int count, padding_t *padding) {
+static void score_chunk(const call_t *call, rows_t *r, const tile_t *tiles, int count,
+                        padding_t *padding) {
     const shape_t *s = &call->shape;
     const int padded = s->block_tokens % TILE != 0;
-    const int64_t units = s->dim / items_per_unit(kind);
+    const int64_t units = s->dim / items_per_unit(call->kind);
     for (int t = 0; t < count; t += GROUP_TILES) {
         const int n = (int)least(GROUP_TILES, count - t);
         const char *next[GROUP_TILES];
@@ -120,19 +120,19 @@ INLINE void score_chunk(int kind, int rows, const call_t *call, rows_t *r, const
                 group[i].k = padding->units[i];
             }
         }
-        score_group(kind, rows, r, group, next, n, units, padded ? TILE : s->block_tokens, t);
+        score_of[call->kind][r->rows](r, group, next, n, units, padded ? TILE : s->block_tokens, t);
     }
     if (count % 2)
-        for (int i = 0; i < rows; i++)
+        for (int i = 0; i < r->rows; i++)
             for (int t = 0; t < TILE; t++) r->scores[i][count * TILE + t] = -INFINITY;
 }
 
-INLINE void mix_chunk(int kind, int rows, const call_t *call, rows_t *r, mixture_t *m,
-                      const tile_t *tiles, int count, padding_t *padding) {
+static void mix_chunk(const call_t *call, rows_t *r, mixture_t *m, const tile_t *tiles, int count,
+                      padding_t *padding) {
     const shape_t *s = &call->shape;
     const int64_t width = whole(s->dim, TILE) * TILE;
-    const int padded = s->dim % TILE != 0 || s->block_tokens % items_per_unit(kind) != 0;
-    correct(rows, r, m, width);
+    const int padded = s->dim % TILE != 0 || s->block_tokens % items_per_unit(call->kind) != 0;
+    correct(r, m, width);
     for (int t = 0; t < count; t += GROUP_TILES) {
         const int n = (int)least(GROUP_TILES, count - t);
         const char *next[GROUP_TILES];
@@ -148,32 +148,18 @@ INLINE void mix_chunk(int kind, int rows, const call_t *call, rows_t *r, mixture
                 group[i].count = TILE;
             }
         }
-        mix_group(kind, rows, r, m, group, next, n, t, width);
+        mix_of[call->kind][r->rows](r, m, group, next, n, t, width);
     }
 }
 
 static void attend_chunk(const call_t *call, rows_t *r, mixture_t *m, const tile_t *tiles,
                          int count, padding_t *padding) {
-#define CHUNK_OF(KIND, R)                                       \
-    score_chunk(KIND, R, call, r, tiles, count, padding);       \
-    weigh(KIND, R, r, m, count);                                \
-    mix_chunk(KIND, R, call, r, m, tiles, count, padding);
-#define CASE(R)                  \
-    case R:                      \
-        if (call->kind == BF16) { \
-            CHUNK_OF(BF16, R)    \
-        } else {                 \
-            CHUNK_OF(F32, R)     \
-        }                        \
-        break;
-    switch (r->rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if MAX_ROWS == 8
-        CASE(5) CASE(6) CASE(7) CASE(8)
-#endif
-    }
-#undef CASE
-#undef CHUNK_OF
+    score_chunk(call, r, tiles, count, padding);
+    if (call->kind == BF16)
+        weigh(BF16, r, m, count);
+    else
+        weigh(F32, r, m, count);
+    mix_chunk(call, r, m, tiles, count, padding);
 }
 
 static void clear(mixture_t *m, int rows, int64_t width) {

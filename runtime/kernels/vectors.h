@@ -25,6 +25,7 @@
 #endif
 
 #define UNROLL _Pragma("GCC unroll 16")
+#define NOINLINE __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * W)));
