@@ -8,6 +8,8 @@
 
 #include "pages.h"
 
+#include <float.h>
+
 #define TILE 16        // tokens of a tile, and the multiple of channels
 #define CHUNK_TILES 8  // tiles between two corrections of the running maximum
 #define GROUP_TILES 4  // tiles that are multiplied together, and fetched ahead
@@ -22,6 +24,8 @@
 #endif
 #define FITS(rows, vecs) ((rows) * (vecs) <= MAX_SUMS)
 
+#define NOTHING_SEEN (-FLT_MAX) // finite: its difference to minus infinity is a number
+
 // A tile lies in one block.
 typedef struct {
     const unit *k, *v;     // units of its first token; a unit is defined in vectors.h
@@ -34,7 +38,7 @@ typedef struct {
 typedef struct {
     float sums[MAX_ROWS][MAX_DIM];
     float total[MAX_ROWS][W]; // of the weights: the sum over lanes
-    float top[MAX_ROWS];      // score that weighs 1
+    float top[MAX_ROWS];      // the score that weighs 1, NOTHING_SEEN before the first
 } mixture_t;
 
 // Queries of one KV head and sequence that go through the pages together, in order of position.
@@ -95,7 +99,7 @@ INLINE void weigh(int kind, rows_t *r, mixture_t *m, int tiles) {
         for (int t = 0; t < tiles * TILE; t += W) most = max_vec(load(s + t), most);
         const float top = lane_max(most);
         for (int t = 0; t < tiles * TILE; t += W) {
-            const vec weight = exp2_vec(load(s + t) - splat(top));
+            const vec weight = exp2_vec(kind, load(s + t) - splat(top));
             if (kind == BF16)
                 store_bf16((uint16_t *)s + t, weight);
             else
@@ -104,7 +108,7 @@ INLINE void weigh(int kind, rows_t *r, mixture_t *m, int tiles) {
         const vec one = kind == BF16 ? (vec)splat_bits(ONE_PAIR) : splat(1.0f);
         for (int u = 0; u < tiles * TILE / items_per_unit(kind); u += W)
             total = dot_unit(kind, total, load(s + u), one);
-        r->correction[i] = exp2_vec(splat(m->top[i] - top))[0];
+        r->correction[i] = exp2_vec(F32, splat(m->top[i] - top))[0];
         store(m->total[i], fma_vec(load(m->total[i]), splat(r->correction[i]), total));
         m->top[i] = top;
     }
@@ -146,7 +150,7 @@ INLINE void mix_channels(int kind, int rows, int vecs, rows_t *r, mixture_t *m,
 
 static void correct(rows_t *r, mixture_t *m, int64_t width) {
     for (int i = 0; i < r->rows; i++)
-        for (int64_t c = 0; c < width; c += W)
+        for (int64_t c = 0; c < width && r->correction[i] != 1.0f; c += W)
             store(m->sums[i] + c, load(m->sums[i] + c) * splat(r->correction[i]));
 }
 

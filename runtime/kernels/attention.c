@@ -164,7 +164,7 @@ static void attend_chunk(const call_t *call, rows_t *r, mixture_t *m, const tile
 
 static void clear(mixture_t *m, int rows, int64_t width) {
     for (int i = 0; i < rows; i++) {
-        m->top[i] = -INFINITY;
+        m->top[i] = NOTHING_SEEN;
         memset(m->total[i], 0, sizeof m->total[i]);
         memset(m->sums[i], 0, (size_t)width * sizeof **m->sums);
     }
@@ -174,8 +174,8 @@ static void clear(mixture_t *m, int rows, int64_t width) {
 static void merge(mixture_t *all, const mixture_t *m, int rows, int64_t width) {
     for (int i = 0; i < rows; i++) {
         const float top = all->top[i] > m->top[i] ? all->top[i] : m->top[i];
-        const vec a = splat(exp2_vec(splat(all->top[i] - top))[0]);
-        const vec b = splat(exp2_vec(splat(m->top[i] - top))[0]);
+        const vec a = splat(exp2_vec(F32, splat(all->top[i] - top))[0]);
+        const vec b = splat(exp2_vec(F32, splat(m->top[i] - top))[0]);
         for (int64_t c = 0; c < width; c += W)
             store(all->sums[i] + c, fma_vec(load(m->sums[i] + c), b, load(all->sums[i] + c) * a));
         store(all->total[i], fma_vec(load(m->total[i]), b, load(all->total[i]) * a));
