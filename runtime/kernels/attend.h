@@ -11,7 +11,7 @@
 #include <float.h>
 
 #define TILE 16        // tokens of a tile, and the multiple of channels
-#define CHUNK_TILES 8  // tiles between two corrections of the running maximum
+#define CHUNK_TILES 16 // tiles between two corrections of the running maximum
 #define GROUP_TILES 4  // tiles that are multiplied together, and fetched ahead
 #define CHUNK (CHUNK_TILES * TILE)
 #define VECS (TILE / W)

@@ -9,7 +9,7 @@
 
 #include <stdlib.h>
 
-#define SPLIT_CHUNKS 4
+#define SPLIT_CHUNKS 2
 #define SPLIT_TILES (SPLIT_CHUNKS * CHUNK_TILES) // that one thread takes of a long context
 #define JOB_ROWS 4                               // rows_t that share what they read
 #define PIECES 16  // per thread, so that all end at about the same time
