@@ -16,7 +16,7 @@ from morphserve.runtime.scheduler import Batch
 class Runner:
     def __init__(self, model: Model, eos_token_ids: Sequence[int]) -> None:
         self._model = model
-        self._sampler = Sampler(eos_token_ids)
+        self._sampler = Sampler(model.kernels, eos_token_ids)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:

@@ -7,6 +7,9 @@ the full-precision linear over the dequantised weight in float32.
 
 import dataclasses
 import logging
+from array import array
+from collections.abc import Mapping
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
     AttentionShape,
     BatchMeta,
+    Draw,
     FullLinear,
     Kernels,
     Linear,
@@ -38,6 +42,8 @@ _STEP = 32  # features that the C linear takes at once; codes are packed in such
 # Multiply-adds below which waking a second thread (some 90 us where threads sleep between two
 # operations, as they must on shared cores) costs more than it saves.
 _MIN_SHARED_WORK = 8_000_000
+_GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
+_SAMPLER_PADDING = 16  # floats that the C sampler wants after its scratch of one vocabulary
 
 
 def cpu_kernels() -> Kernels:
@@ -200,6 +206,20 @@ class CpuKernels:
             *(_data(gate_up), rows, width, y.data_ptr(), _threads(16 * gate_up.numel()))
         )
         return y
+
+    def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
+        rows, vocab = logits.shape
+        threads = _threads((32 if draws else 4) * logits.numel())
+        tokens = torch.empty(rows, dtype=torch.int64)
+        table, scratch = None, None
+        if draws:
+            table = array("d", chain.from_iterable(draws.get(i, _GREEDY) for i in range(rows)))
+            scratch = torch.empty(threads, vocab + _SAMPLER_PADDING)
+        self._library.morph_sample(
+            *(_data(logits), table and table.buffer_info()[0], rows, vocab),
+            *(_optional(scratch), tokens.data_ptr(), threads),
+        )
+        return [None if token < 0 else token for token in tokens.tolist()]
 
 
 def _require_readable(group: int) -> None:

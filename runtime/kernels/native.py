@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its libgomp must be the one that the library finds)
 
-SOURCES = ("pool.c", "linear.c", "attention.c", "pointwise.c")
-HEADERS = ("pool.h", "vectors.h")
+SOURCES = ("pool.c", "linear.c", "attention.c", "pointwise.c", "kept.c", "sampler.c")
+HEADERS = ("pool.h", "vectors.h", "kept.h")
 FLAGS = (
     *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -26,6 +26,7 @@ _SIGNATURES = {
     "morph_silu_mul": [_ptr, _i64, _i64, _ptr, _i32],
     "morph_rope_write_kv": [_i32, *[_ptr] * 9, _f32, *[_i64] * 5, _i32],
     "morph_attention": [_i32, *[_ptr] * 6, *[_i64] * 6, _i32],
+    "morph_sample": [_ptr, _ptr, _i64, _i64, _ptr, _ptr, _i32],
 }
 
 

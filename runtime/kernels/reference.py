@@ -1,5 +1,7 @@
 """Every operation in plain torch, written as the formula: what fast kernels are checked against."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,11 +10,13 @@ from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
     AttentionShape,
     BatchMeta,
+    Draw,
     FullLinear,
     Linear,
     QKNorm,
     QuantizedLinear,
 )
+from morphserve.runtime.kernels.drawing import draw_token
 
 
 class ReferenceKernels:
@@ -84,6 +88,14 @@ class ReferenceKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (F.silu(gate) * up).to(gate_up.dtype)
+
+    def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
+        sound = logits.isfinite().all(dim=-1).tolist()
+        likeliest = logits.argmax(dim=-1).tolist()
+        return [
+            None if not sound[i] else draw_token(row, draws[i]) if i in draws else likeliest[i]
+            for i, row in enumerate(logits)
+        ]
 
 
 def dequantise(weight: QuantizedLinear) -> Tensor:
