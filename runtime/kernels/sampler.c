@@ -1,14 +1,16 @@
 // The next token of each row of logits: the greatest, or one drawn from what its request keeps.
 
+#include "activations.h"
 #include "kept.h"
 #include "pool.h"
 
 #include <float.h>
-#include <stdatomic.h>
 
-#define BLOCKS 64  // that a row's mass is summed in
-#define MIN_RATE 1e-30 // at which the lowest float is still far from any logit
-#define CHUNK 1024 // logits between two looks for a new greatest one
+#define BLOCKS 64         // that a row's mass is summed in
+#define CHUNK 1024        // logits between two looks for a new greatest one
+#define MIN_RATE 1e-30    // at which the lowest float is still far from any logit
+#define MIN_SHARED 200000 // greedy logits; fewer are done before a second thread has come
+#define DRAWN_COST 8      // of a drawn row, in greedy ones
 
 struct draw {
     double temperature; // 0: the greatest logit
@@ -133,11 +135,10 @@ static struct row new_row(const float *logits, int64_t vocab, float greatest,
                         .least = fmaxf((float)draw->min_p, LEAST)};
 }
 
-// rest: [vocab + PADDING], scratch.
-static int64_t sample_row(const float *logits, int64_t vocab, const struct draw *draw,
-                          float *rest) {
+static int64_t sample_row(const float *logits, int64_t vocab, const struct draw *draw) {
     const int64_t greatest = find_greatest(logits, vocab);
     if (greatest < 0 || !draw || draw->temperature == 0) return greatest;
+    float *rest = scratch(ROW, 4 * (vocab + PADDING));
     struct row row = new_row(logits, vocab, logits[greatest], draw);
     if (draw->top_k > 0 && draw->top_k < (double)vocab)
         keep_top_k(&row, (int64_t)draw->top_k, rest);
@@ -150,28 +151,21 @@ static int64_t sample_row(const float *logits, int64_t vocab, const struct draw 
 struct job {
     const float *logits;
     const struct draw *draws;
-    int64_t rows, vocab;
-    float *scratch;
+    int64_t vocab;
     int64_t *tokens;
-    _Atomic int64_t next;
 };
 
-// A piece is a worker with scratch of its own, and takes row by row.
-static void sample_rows(void *argument, int64_t piece) {
-    struct job *job = argument;
-    float *rest = job->draws ? job->scratch + piece * (job->vocab + PADDING) : 0;
-    for (;;) {
-        const int64_t i = atomic_fetch_add(&job->next, 1);
-        if (i >= job->rows) return;
-        const struct draw *draw = job->draws ? job->draws + i : 0;
-        job->tokens[i] = sample_row(job->logits + i * job->vocab, job->vocab, draw, rest);
-    }
+static void sample_one(void *argument, int64_t i) {
+    const struct job *job = argument;
+    const struct draw *draw = job->draws ? job->draws + i : 0;
+    job->tokens[i] = sample_row(job->logits + i * job->vocab, job->vocab, draw);
 }
 
-// logits: [rows, vocab]; draws: [rows], null if all are greedy, and then scratch may be, too;
-// scratch: [threads, vocab + PADDING]; tokens: [rows], -1 where a row is not finite.
+// logits: [rows, vocab]; draws: [rows], null if all are greedy; tokens: [rows], -1 where a row is
+// not finite.
 void morph_sample(const float *logits, const struct draw *draws, int64_t rows, int64_t vocab,
-                  float *scratch, int64_t *tokens, int threads) {
-    struct job job = {logits, draws, rows, vocab, scratch, tokens, 0};
-    run_pieces(sample_rows, &job, threads, threads);
+                  int64_t *tokens, int threads) {
+    struct job job = {logits, draws, vocab, tokens};
+    const int64_t work = rows * vocab * (draws ? DRAWN_COST : 1);
+    run_pieces(sample_one, &job, rows, work < MIN_SHARED ? 1 : threads);
 }

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from morphserve.runtime.kernels import Draw, cpu
+from morphserve.runtime.kernels import Draw
 from morphserve.runtime.kernels.cpu import CpuKernels
 from morphserve.runtime.kernels.drawing import kept
 from morphserve.runtime.kernels.reference import ReferenceKernels
@@ -94,15 +94,18 @@ def test_no_temperature_makes_a_token_that_is_not_there(temperature: float) -> N
     assert CPU.sample(logits, {0: draw}) == [1 if temperature < 1 else 2]
 
 
-def test_tokens_are_the_same_alone_in_a_batch_and_on_two_threads(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    logits = torch.randn(9, 5000)
+def test_neither_the_batch_nor_threads_change_a_token() -> None:
+    logits = torch.randn(50, 5000)
     draws = {
-        i: Draw(1.3, 0.001 * (i % 2), 900 * (i % 3), 1 - 0.1 * (i % 4), i / 9) for i in range(1, 9)
+        i: Draw(1.3, 0.001 * (i % 2), 900 * (i % 3), 1 - 0.1 * (i % 4), i / 50)
+        for i in range(1, 50)
     }
-    together = CPU.sample(logits, draws)
-    for i in range(9):
+    together, greedy = CPU.sample(logits, draws), CPU.sample(logits, {})
+    for i in range(50):
         assert CPU.sample(logits[[i]], {0: draws[i]} if i else {}) == [together[i]]
-    monkeypatch.setattr(cpu, "_threads", lambda work: 2)
-    assert [CPU.sample(logits, draws) for _ in range(5)] == [together] * 5
+    torch.set_num_threads(3)
+    try:
+        assert [CPU.sample(logits, draws) for _ in range(5)] == [together] * 5
+        assert CPU.sample(logits, {}) == greedy
+    finally:
+        torch.set_num_threads(1)
