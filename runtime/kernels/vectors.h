@@ -234,6 +234,37 @@ INLINE float lane_max(vec v) {
 #endif
 }
 
+INLINE veci max_int(veci a, veci b) { return (a & (a > b)) | (b & ~(a > b)); }
+
+INLINE int32_t lane_max_int(veci v) {
+#if W == 16
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t most = v[0];
+    for (int lane = 1; lane < W; lane++) most = v[lane] > most ? v[lane] : most;
+    return most;
+#endif
+}
+
+INLINE int32_t lane_sum_int(veci v) {
+#if W == 16
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t sum = 0;
+    for (int lane = 0; lane < W; lane++) sum += v[lane];
+    return sum;
+#endif
+}
+
+// Lanes within a byte.
+INLINE void store_bytes(int8_t *p, veci v) {
+#if W == 16
+    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int lane = 0; lane < W; lane++) p[lane] = (int8_t)v[lane];
+#endif
+}
+
 // 2^x for x up to 0, exact for 0 and -infinity; to 2^-22, or 2^-13 where a bfloat16 is made of it.
 INLINE vec exp2_vec(int kind, vec x) {
 #if W == 16 && defined(__AVX512DQ__)
