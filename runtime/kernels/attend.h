@@ -27,8 +27,8 @@ typedef struct {
     int rows;
     int64_t limit[MAX_ROWS]; // tokens that the query may see
     // Four more to a row: rows a multiple of 512 bytes apart would share a cache bank.
-    unit query[MAX_ROWS][MAX_DIM + 4]; // units, scaled so that 2^score is the weight
-    float scores[MAX_ROWS][CHUNK + 4]; // then units of weights in their place
+    unit query[MAX_ROWS][MAX_DIM + 4]; // scaled so that 2^score is the weight
+    float scores[MAX_ROWS][CHUNK + 4]; // then weights, as units, in their place
     float correction[MAX_ROWS];
     mixture_t all, split; // of the splits so far, and of one split
 } rows_t;
@@ -95,6 +95,7 @@ INLINE void weigh(int kind, rows_t *r, mixture_t *m, int tiles) {
     }
 }
 
+// `mask` keeps what counts of a unit.
 INLINE void mix_step(int kind, int rows, int vecs, vec acc[][8], const rows_t *r, int at,
                      const unit *v, uint32_t mask) {
     UNROLL for (int n = 0; n < vecs; n++) {
@@ -122,7 +123,7 @@ INLINE void mix_channels(int kind, int rows, int vecs, rows_t *r, mixture_t *m,
             ahead += stride * 4;
             mix_step(kind, rows, vecs, acc, r, first + u, values + u * stride, ~0u);
         }
-        if (tiles[t].count % n) // the pair's second token is not in the context: anything
+        if (tiles[t].count % n) // past the context: the pair's second token may be anything
             mix_step(kind, rows, vecs, acc, r, first + units, values + units * stride, 0xffff);
     }
     UNROLL for (int i = 0; i < rows; i++)
@@ -138,7 +139,6 @@ static void correct(rows_t *r, mixture_t *m, int64_t width) {
 INLINE void score_group(int kind, int rows, rows_t *r, const tile_t *tiles, const char *const *next,
                         int count, int64_t units, int64_t stride, int at) {
     int t = 0;
-
     if (FITS(rows, 4 * VECS))
         for (; t + 4 <= count; t += 4)
             score_tiles(kind, rows, 4, r, tiles + t, next + t, units, stride, at + t);

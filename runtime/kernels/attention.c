@@ -39,8 +39,9 @@ static void first_tiles(const call_t *call, const share_t *s, int64_t item, tile
 
 static void attend_item(const batch_t *b, const share_t *s, int64_t item, const tile_t *after) {
     const int64_t group = item / s->parts, part = item % s->parts;
+    const int64_t result = s->first_result + item;
     if (s->first_result >= 0)
-        attend_split(b->call, &s->sequence, group, part, after, &b->results[s->first_result + item]);
+        attend_split(b->call, &s->sequence, group, part, after, &b->results[result]);
     else // the last queries see most: they come first, so that short items are left for the end
         attend_range(b->call, &s->sequence, group, (s->parts - 1 - part) * RANGE_ROWS, after);
 }

@@ -15,7 +15,8 @@ static void score_chunk(const call_t *call, rows_t *r, const tile_t *tiles, int 
         tile_t group[GROUP_TILES];
         for (int i = 0; i < n; i++) {
             const int ahead = t + i + GROUP_TILES;
-            next[i] = ahead < count ? tiles[ahead].k_run : tiles[least(ahead - count, count - 1)].v_run;
+            // Values of this chunk follow its keys.
+            next[i] = ahead < count ? tiles[ahead].k_run : tiles[ahead % count].v_run;
             group[i] = tiles[t + i];
             if (padded) {
                 pad_keys(call, &tiles[t + i], padding->units[i]);
@@ -151,9 +152,9 @@ static void attend_splits(const call_t *call, const sequence_t *q, int64_t group
         for (int64_t t = 0; t < SPLIT_TILES; t += CHUNK_TILES)
             for (int j = 0; j < count; j++) {
                 const int64_t left = tiles_of(&call->shape, most_seen(&r[j])) - first - t;
+                const int chunk = (int)least(CHUNK_TILES, left);
                 mixture_t *m = split == from ? &r[j].all : &r[j].split;
-                if (left > 0)
-                    attend_chunk(call, &r[j], m, tiles + t, (int)least(CHUNK_TILES, left), &padding);
+                if (left > 0) attend_chunk(call, &r[j], m, tiles + t, chunk, &padding);
             }
         for (int j = 0; j < count && split > from; j++)
             merge(&r[j].all, &r[j].split, r[j].rows, width);

@@ -41,7 +41,8 @@ static void rotate(const float *x, const float *norm, const float *cos_sin, int6
         x = normed;
     }
     for (int64_t i = 0; i < whole; i += W) {
-        const vec c = load(cos_sin + i), s = load(sines + i), a = load(x + i), b = load(x + half + i);
+        const vec c = load(cos_sin + i), s = load(sines + i);
+        const vec a = load(x + i), b = load(x + half + i);
         store(out + i, a * c - b * s);
         store(out + half + i, b * c + a * s);
     }

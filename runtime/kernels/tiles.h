@@ -8,6 +8,7 @@
 #define TILE 16       // tokens of a tile, and the multiple of channels
 #define GROUP_TILES 4 // tiles that are multiplied together, and fetched ahead
 
+// Of one attention over a batch.
 typedef struct {
     int kind;
     const float *q;
@@ -27,7 +28,7 @@ typedef struct {
 
 // A tile lies in one block.
 typedef struct {
-    const unit *k, *v;     // units of its first token; a unit is defined in vectors.h
+    const unit *k, *v;         // units of its first token
     const char *k_run, *v_run; // as many bytes of its block: tiles' runs cover the head's pages
     int64_t token;             // position of the first token in the sequence
     int count;                 // tokens of it that are in the context
