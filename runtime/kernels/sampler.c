@@ -32,10 +32,10 @@ static int64_t find_greatest(const float *x, int64_t n) {
             const vec b = i + W < end ? load_up_to(x + i + W, end - i - W, x[i]) : a;
             broken |= ((veci)a & magnitude) >= infinity;
             broken |= ((veci)b & magnitude) >= infinity;
-            top[0] = greater_of(top[0], a);
-            top[1] = greater_of(top[1], b);
+            top[0] = max_vec(top[0], a);
+            top[1] = max_vec(top[1], b);
         }
-        top[0] = greater_of(top[0], top[1]);
+        top[0] = max_vec(top[0], top[1]);
         if (!bits_of(above(top[0], splat(greatest)))) continue;
         block = start;
         for (int i = 0; i < W; i++) greatest = top[0][i] > greatest ? top[0][i] : greatest;

@@ -43,6 +43,25 @@ INLINE vec splat(float x) { return x - (vec){}; }
 INLINE vec load(const float *p) { return *(const loose_vec *)p; }
 INLINE void store(float *p, vec v) { *(loose_vec *)p = v; }
 
+// The next `left` floats, filled up.
+INLINE vec load_up_to(const float *p, int64_t left, float fill) {
+    if (left >= W) return load(p);
+    float padded[W];
+    for (int i = 0; i < W; i++) padded[i] = i < left ? p[i] : fill;
+    return load(padded);
+}
+
+// The upper half of the lanes onto the lower, until one is left.
+INLINE float sum_of(vec x) {
+#if W == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    UNROLL for (int width = W / 2; width; width /= 2)
+        UNROLL for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+#endif
+}
+
 INLINE vec fma_vec(vec a, vec b, vec c) {
 #if W == 16
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -166,13 +185,21 @@ INLINE vec select_vec(veci mask, vec yes, vec no) {
     return (vec)(((veci)yes & mask) | ((veci)no & ~mask));
 }
 
-INLINE vec max_vec(vec a, vec b) { return select_vec(a > b, a, b); }
+INLINE vec max_vec(vec a, vec b) {
+#if W == 16
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif W == 8
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select_vec(a > b, a, b);
+#endif
+}
 
-// e^x to about one unit in the last place; 0 below -87, where a float's normal range ends.
-INLINE vec exp_vec(vec x) {
+INLINE vec min_vec(vec a, vec b) { return -max_vec(-a, -b); }
+
+// e^x to about one unit in the last place, for x from -87 to 88, where a float's normal range ends.
+INLINE vec exp_normal(vec x) {
     const vec round = splat(12582912.0f); // 1.5 * 2^23: the sum's low bits are the integer
-    const veci normal = x >= splat(-87.0f);
-    x = select_vec(x > splat(88.0f), splat(88.0f), x);
     vec t = fma_vec(x, splat(1.44269504f), round), n = t - round;
     vec r = fma_vec(n, splat(-0.693359375f), x); // ln 2 in two parts, the first exact
     r = fma_vec(n, splat(2.12194440e-4f), r);
@@ -183,7 +210,14 @@ INLINE vec exp_vec(vec x) {
     p = fma_vec(p, r, splat(0.5f));
     p = fma_vec(p, r, splat(1.0f));
     p = fma_vec(p, r, splat(1.0f));
-    return (vec)(((vecu)p + ((vecu)t << 23)) & (vecu)normal);
+    return (vec)((vecu)p + ((vecu)t << 23));
+}
+
+// e^x; 0 below -87, e^88 above 88.
+INLINE vec exp_vec(vec x) {
+    const veci normal = x >= splat(-87.0f);
+    x = select_vec(x > splat(88.0f), splat(88.0f), x);
+    return (vec)((veci)exp_normal(x) & normal);
 }
 
 #endif
