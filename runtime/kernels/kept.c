@@ -27,7 +27,7 @@ INLINE void measure(const struct row *row, int by_mass, const float *x, int64_t 
                 parts[p] = add_at(at_least(logits, splat(pivots[p])), parts[p], weight);
             if (by_mass) parts[ALL] += weight;
         }
-        for (int p = 0; p <= ALL; p++) sums[p] += sum_of(parts[p]);
+        for (int p = 0; p <= ALL; p++) sums[p] += lane_sum(parts[p]);
     }
     if (!by_mass) sums[ALL] = (double)n;
 }

@@ -5,15 +5,16 @@
 
 #include "vectors.h"
 
-#define LEAST 2e-38f // weight, above e^-87, which less likely tokens get first
-#define PADDING 16   // floats that `rest` holds beyond a row's
+#define PADDING 16 // floats that `rest` holds beyond a row's
 
 // Tokens before `split` are kept if their logit is at least `floor`, later ones if it is greater.
 struct row {
     const float *logits;
     int64_t vocab, split;
     int64_t equals; // tokens that top_k kept at `floor`
-    float floor, greatest, rate, least;
+    float floor, greatest;
+    float rate;  // of 2, by which weights grow with a logit
+    float least; // weight
 };
 
 // Keeps the k likeliest, of equal ones the lower id first. rest: [vocab + PADDING], scratch.
@@ -52,8 +53,7 @@ INLINE uint32_t bits_of(lanes which) {
 
 // Likelihood relative to the likeliest token's; 0 if that is nearly so, or min_p rules it out.
 INLINE vec weigh(const struct row *row, vec logits) {
-    const vec power = (logits - splat(row->greatest)) * splat(row->rate);
-    const vec weight = exp_normal(max_vec(power, splat(-87)));
+    const vec weight = exp2_vec((logits - splat(row->greatest)) * splat(row->rate));
     return only(at_least(weight, splat(row->least)), weight);
 }
 

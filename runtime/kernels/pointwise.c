@@ -21,7 +21,7 @@ static float mean_square(const float *x, int64_t n) {
         const vec v = load_up_to(x + i, n - i, 0);
         sums[p] = fma_vec(v, v, sums[p]);
     }
-    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) / (float)n;
+    return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / (float)n;
 }
 
 void rms_norm_row(const float *x, const float *weight, int64_t n, float eps, float *y) {
@@ -39,7 +39,7 @@ static void add_row(const float *x, int64_t n, float *sum) {
 
 INLINE vec silu(vec x) {
     const vec bounded = min_vec(max_vec(x, splat(-88)), splat(87)); // e^-x is next to 0 or huge
-    return x / (splat(1) + exp_normal(-bounded));
+    return x / (splat(1) + exp_vec(-bounded));
 }
 
 void silu_mul_row(const float *gate, const float *up, int64_t n, float *y) {
