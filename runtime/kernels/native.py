@@ -17,6 +17,7 @@ SOURCES = (
     "activations.c",
     "linear.c",
     "rope.c",
+    "queries.c",
     "attention.c",
     "pointwise.c",
     "kept.c",
@@ -32,6 +33,8 @@ HEADERS = (
     "pages.h",
     "pointwise.h",
     "pool.h",
+    "queries.h",
+    "tiles.h",
     "vectors.h",
 )
 FLAGS = (
