@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its libgomp must be the one that the library finds)
 
-SOURCES = ("linear.c", "attention.c", "pointwise.c")
-HEADERS = ("vectors.h",)
+SOURCES = ("pool.c", "linear.c", "attention.c", "pointwise.c")
+HEADERS = ("pool.h", "vectors.h")
 FLAGS = (
     *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
