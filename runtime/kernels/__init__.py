@@ -7,6 +7,7 @@ A KV page holds one block of one layer: K as [G, D, B] (tokens contiguous, so th
 multiplied by a plain matrix), then V as [G, B, D].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,7 @@ class FullLinear:
 
     weight: Tensor
     bias: Tensor | None  # [N]
+    num_outputs: int  # N; the layout may have more
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,10 @@ class QuantizedLinear:
     bits: int  # 4 or 8
     codes: Tensor
     scales: Tensor
-    zeros: Tensor | None  # None: symmetric, or kept with the scales
+    zeros: Tensor | None  # None: symmetric
     input_order: Tensor | None  # int32 [K], the input of each column of codes; None: in order
     bias: Tensor | None  # [N]
+    num_outputs: int  # N; the layout may have more
 
 
 Linear = FullLinear | QuantizedLinear
@@ -55,6 +58,19 @@ class QKNorm:
 
     q: Tensor  # [D]
     k: Tensor  # [D]
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class LayerWeights:
+    """One decoder layer, q, k, v fused and gate, up fused."""
+
+    input_norm: Tensor  # [hidden]
+    post_norm: Tensor  # [hidden]
+    qk_norm: QKNorm | None
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +99,8 @@ class Kernels(Protocol):
         """Dtype of activations when weights have this dtype."""
         ...
 
-    def pack_full(self, weight: Tensor) -> Tensor:
-        """A [N, K] weight in this device's layout (same dtype, any shape, contiguous)."""
+    def pack_full(self, weight: Tensor) -> FullLinear:
+        """A [N, K] weight in this device's layout (same dtype), without bias."""
         ...
 
     def pack_quantized(self, weight: QuantizedWeight) -> QuantizedLinear:
@@ -92,6 +108,10 @@ class Kernels(Protocol):
 
         Raises ConfigError for groups that this device's kernels do not read.
         """
+        ...
+
+    def embed(self, tokens: Tensor, table: FullLinear) -> Tensor:
+        """Rows of the [vocab, hidden] table for token ids [M]: [M, hidden], as activations."""
         ...
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
@@ -132,6 +152,21 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up for [M, 2 I] with gate in the first half: [M, I]."""
+        ...
+
+    def run_layers(
+        self,
+        residual: Tensor,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[Tensor],
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+    ) -> None:
+        """All of a step's decoder layers: adds to `residual` [M, hidden] in place.
+
+        caches: of each layer, as in `rope_write_kv`, written in place.
+        """
         ...
 
 
