@@ -108,32 +108,3 @@ def test_two_processes_may_compile_at_once_and_the_next_finds_the_library(tmp_pa
     built = library.stat().st_ino
     assert build(tmp_path) == library
     assert library.stat().st_ino == built
-
-
-SANITISED = """
-import sys, pytest
-from morphserve.runtime.kernels import native
-native.FLAGS += ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-sys.exit(pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", *sys.argv[1:]]))
-"""
-
-
-def test_kernels_neither_leave_their_memory_nor_rely_on_undefined_behaviour(tmp_path: Path) -> None:
-    found = subprocess.run(
-        ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
-    if not Path(found.stdout.strip()).is_absolute():
-        pytest.skip("the compiler has no address sanitiser")
-    environment = os.environ | {
-        "XDG_CACHE_HOME": str(tmp_path),
-        "LD_PRELOAD": found.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-    }
-    tests = [
-        str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("linear", "attention", "pointwise")
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", SANITISED, *tests], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
