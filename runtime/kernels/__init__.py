@@ -7,9 +7,9 @@ A KV page holds one block of one layer: K as [G, D, B] (tokens contiguous, so th
 multiplied by a plain matrix), then V as [G, B, D].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,16 @@ class BatchMeta:
     query_start: Tensor  # [S + 1] first token of each sequence in the batch
     context_len: Tensor  # [S] tokens in the cache after this step
     block_table: Tensor  # [S, max_blocks] page0 of each block; the rest of a row is padding
+
+
+class Draw(NamedTuple):
+    """How one row's token is drawn, in this order: temperature, min_p, top_k, top_p."""
+
+    temperature: float  # over 0
+    min_p: float  # least likelihood, as a share of the likeliest token's
+    top_k: int  # 0: all
+    top_p: float
+    uniform: float  # in [0, 1): where in the mass of what is kept, by token id, the token lies
 
 
 class Kernels(Protocol):
@@ -166,6 +176,13 @@ class Kernels(Protocol):
         """All of a step's decoder layers: adds to `residual` [M, hidden] in place.
 
         caches: of each layer, as in `rope_write_kv`, written in place.
+        """
+        ...
+
+    def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
+        """The token of each row of float32 `logits` [S, vocab]; None if the row is not finite.
+
+        Drawn for the rows in `draws`, else the likeliest; of equal logits the lower id comes first.
         """
         ...
 

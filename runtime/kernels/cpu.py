@@ -9,7 +9,9 @@ where they meet INT4 and INT8 weights.
 import ctypes
 import dataclasses
 import logging
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
     AttentionShape,
     BatchMeta,
+    Draw,
     FullLinear,
     Kernels,
     LayerWeights,
@@ -50,6 +53,7 @@ log = logging.getLogger(__name__)
 # Multiply-adds below which waking a second thread (some 90 us where threads sleep between two
 # operations, as they must on shared cores) costs more than it saves.
 _MIN_SHARED_WORK = 8_000_000
+_GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
 
 
 def cpu_kernels() -> Kernels:
@@ -216,6 +220,18 @@ class CpuKernels:
             *(data_of(gate_up), rows, width, y.data_ptr(), _threads(16 * gate_up.numel()))
         )
         return y
+
+    def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
+        rows, vocab = logits.shape
+        tokens = torch.empty(rows, dtype=torch.int64)
+        table = None
+        if draws:
+            table = array("d", chain.from_iterable(draws.get(i, _GREEDY) for i in range(rows)))
+        self._library.morph_sample(
+            *(data_of(logits), table and table.buffer_info()[0], rows, vocab),
+            *(tokens.data_ptr(), torch.get_num_threads()),
+        )
+        return [None if token < 0 else token for token in tokens.tolist()]
 
 
 def _require_readable(group: int) -> None:

@@ -59,19 +59,29 @@ INLINE void multiply_floats(int kind, int rows, int strips, const product_t *p, 
     }
 }
 
-// Codes are multiplied as they are, less the middle code once per group. A code's own zero, where
-// it is another, is made up for in float32.
+INLINE int64_t group_at(const product_t *p, int64_t strip, int64_t group, int c) {
+    return ((strip + c / COLS) * p->w->groups + group) * STRIP + c % COLS * W;
+}
+
 INLINE void add_group(int rows, int strips, const product_t *p, int64_t strip, int64_t group,
-                      int middle, const float *x_scales, const int32_t *x_sums,
-                      veci products[MAX_ROWS][MAX_VECS], vec sums[MAX_ROWS][MAX_VECS]) {
+                      const float *x_scales, veci products[MAX_ROWS][MAX_VECS],
+                      vec sums[MAX_ROWS][MAX_VECS]) {
     UNROLL for (int c = 0; c < strips * COLS; c++) {
-        const int64_t at = ((strip + c / COLS) * p->w->groups + group) * STRIP + c % COLS * W;
-        const vec scale = load_half(p->w->scales + at);
+        const vec scale = load_half(p->w->scales + group_at(p, strip, group, c));
         UNROLL for (int r = 0; r < rows; r++)
             sums[r][c] = fma_vec(__builtin_convertvector(products[r][c], vec),
                                  scale * splat(x_scales[r]), sums[r][c]);
-        if (!p->w->zeros) continue;
-        const vec offset = scale * (splat((float)middle) - load_bytes(p->w->zeros + at));
+    }
+}
+
+// What codes lack whose zero is not the middle one.
+INLINE void add_zeros(int rows, int strips, const product_t *p, int64_t strip, int64_t group,
+                      int middle, const float *x_scales, const int32_t *x_sums,
+                      vec sums[MAX_ROWS][MAX_VECS]) {
+    UNROLL for (int c = 0; c < strips * COLS; c++) {
+        const int64_t at = group_at(p, strip, group, c);
+        const vec zeros = load_bytes(p->w->zeros + at);
+        const vec offset = load_half(p->w->scales + at) * (splat((float)middle) - zeros);
         UNROLL for (int r = 0; r < rows; r++)
             sums[r][c] = fma_vec(offset, splat(x_scales[r] * (float)x_sums[r]), sums[r][c]);
     }
@@ -101,15 +111,20 @@ INLINE void multiply_codes(int kind, int rows, int strips, const product_t *p, i
                     codes[s * COLS + c] = load_words(data[s] + 4 * W * c);
                 data[s] += WORD_BYTES;
             }
-            UNROLL for (int half = 0; half < halves; half++)
-                UNROLL for (int c = 0; c < strips * COLS; c++) {
-                    const vecu part = halves == 2 ? codes[c] >> 4 * half & 0x0f0f0f0f : codes[c];
-                    UNROLL for (int r = 0; r < rows; r++)
-                        products[r][c] = dot_bytes(products[r][c], part, splat_word(x[half * rows + r]));
+            UNROLL for (int half = 0; half < halves; half++) {
+                vecu parts[MAX_VECS];
+                UNROLL for (int c = 0; c < strips * COLS; c++)
+                    parts[c] = halves == 2 ? codes[c] >> 4 * half & 0x0f0f0f0f : codes[c];
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const vecu features = splat_word(x[half * rows + r]);
+                    UNROLL for (int c = 0; c < strips * COLS; c++)
+                        products[r][c] = dot_bytes(products[r][c], parts[c], features);
                 }
+            }
         }
-        add_group(rows, strips, p, strip, word / weight_group, middle, x_scales, x_sums, products,
-                  sums);
+        add_group(rows, strips, p, strip, word / weight_group, x_scales, products, sums);
+        if (p->w->zeros)
+            add_zeros(rows, strips, p, strip, word / weight_group, middle, x_scales, x_sums, sums);
     }
 }
 

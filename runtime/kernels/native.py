@@ -21,9 +21,19 @@ SOURCES = (
     "linear.c",
     "attention.c",
     "pointwise.c",
+    "kept.c",
+    "sampler.c",
     "forward.c",
 )
-HEADERS = ("activations.h", "attention.h", "linear.h", "pointwise.h", "pool.h", "vectors.h")
+HEADERS = (
+    "activations.h",
+    "attention.h",
+    "kept.h",
+    "linear.h",
+    "pointwise.h",
+    "pool.h",
+    "vectors.h",
+)
 FLAGS = (
     *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -41,6 +51,7 @@ _SIGNATURES = {
     "morph_silu_mul": [_ptr, _i64, _i64, _ptr, _i32],
     "morph_rope_write_kv": [_i32, *[_ptr] * 9, _f32, *[_i64] * 5, _i32],
     "morph_attention": [_i32, *[_ptr] * 6, *[_i64] * 6, _i32],
+    "morph_sample": [_ptr, _ptr, _i64, _i64, _ptr, _i32],
 }
 
 

@@ -1,6 +1,6 @@
 """Every operation in plain torch, written as the formula: what fast kernels are checked against."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,14 @@ from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
     AttentionShape,
     BatchMeta,
+    Draw,
     FullLinear,
     LayerWeights,
     Linear,
     QKNorm,
     QuantizedLinear,
 )
+from morphserve.runtime.kernels.drawing import draw_token
 
 
 class ReferenceKernels:
@@ -109,6 +111,14 @@ class ReferenceKernels:
             x = self.linear(self.attention(q, cache, meta, shape), layer.o)
             x = self.add_rms_norm(x, residual, layer.post_norm, shape.norm_eps)
             residual += self.linear(self.silu_mul(self.linear(x, layer.gate_up)), layer.down)
+
+    def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
+        sound = logits.isfinite().all(dim=-1).tolist()
+        likeliest = logits.argmax(dim=-1).tolist()
+        return [
+            None if not sound[i] else draw_token(row, draws[i]) if i in draws else likeliest[i]
+            for i, row in enumerate(logits)
+        ]
 
 
 def dequantise(weight: QuantizedLinear) -> Tensor:
