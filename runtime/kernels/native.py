@@ -19,6 +19,7 @@ SOURCES = (
     "pool.c",
     "activations.c",
     "linear.c",
+    "rope.c",
     "attention.c",
     "pointwise.c",
     "kept.c",
@@ -27,9 +28,11 @@ SOURCES = (
 )
 HEADERS = (
     "activations.h",
+    "attend.h",
     "attention.h",
     "kept.h",
     "linear.h",
+    "pages.h",
     "pointwise.h",
     "pool.h",
     "vectors.h",
