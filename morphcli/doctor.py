@@ -125,7 +125,7 @@ def kernels(load: Callable[[], object] = load_library) -> Finding:
     try:
         load()
     except NativeUnavailable as error:
-        remedy = "torch runs instead, several times slower: install a C compiler with OpenMP"
+        remedy = "torch runs instead, several times slower: install a C compiler"
         return Finding("kernels", Mark.NOTE, str(error), remedy)
     return Finding("kernels", Mark.GOOD, f"in C, ready in {time.monotonic() - started:.1f} s")
 

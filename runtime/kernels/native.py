@@ -13,8 +13,6 @@ import time
 from importlib import resources
 from pathlib import Path
 
-import torch  # noqa: F401  (its libgomp must be the one that the library finds)
-
 SOURCES = (
     "pool.c",
     "activations.c",
@@ -38,7 +36,7 @@ HEADERS = (
     "vectors.h",
 )
 FLAGS = (
-    *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-pthread", "-shared", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 KEPT_S = 30 * 24 * 3600.0  # after a library was last loaded
@@ -50,8 +48,8 @@ _SIGNATURES = {
     "morph_linear": [_ptr, _ptr, _i64, _ptr, _i32],
     "morph_layers": [_ptr, _i64, *[_ptr] * 4, _i32],
     "morph_embed": [_i32, _ptr, _ptr, _i64, _i64, _ptr],
-    "morph_rms_norm": [_ptr, _ptr, _ptr, _f32, _i64, _i64, _ptr, _i32],
-    "morph_silu_mul": [_ptr, _i64, _i64, _ptr, _i32],
+    "morph_rms_norm": [_ptr, _ptr, _ptr, _f32, _i64, _i64, _ptr],
+    "morph_silu_mul": [_ptr, _i64, _i64, _ptr],
     "morph_rope_write_kv": [_i32, *[_ptr] * 9, _f32, *[_i64] * 5, _i32],
     "morph_attention": [_i32, *[_ptr] * 6, *[_i64] * 6, _i32],
     "morph_sample": [_ptr, _ptr, _i64, _i64, _ptr, _i32],

@@ -19,8 +19,7 @@ void rms_norm_row(const float *x, const float *weight, int64_t n, float eps, flo
 
 // x, residual, y: [m, n]; residual may be null, else x is added to it first.
 void morph_rms_norm(const float *x, float *residual, const float *weight, float eps, int64_t m,
-                    int64_t n, float *y, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+                    int64_t n, float *y) {
     for (int64_t row = 0; row < m; row++) {
         const float *input = x + row * n;
         if (residual) {
@@ -41,8 +40,7 @@ void silu_mul_row(const float *gate, const float *up, int64_t n, float *y) {
 }
 
 // gate_up: [m, 2 n]; y: [m, n].
-void morph_silu_mul(const float *gate_up, int64_t m, int64_t n, float *y, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+void morph_silu_mul(const float *gate_up, int64_t m, int64_t n, float *y) {
     for (int64_t row = 0; row < m; row++)
         silu_mul_row(gate_up + 2 * row * n, gate_up + (2 * row + 1) * n, n, y + row * n);
 }

@@ -28,7 +28,7 @@ import torch
 from morphserve.runtime.kernels.cpu import CpuKernels
 x, weight, y = torch.randn(3, 20), torch.randn(20), torch.empty(3, 20)
 rows = int(sys.argv[1])
-args = (x.data_ptr(), None, weight.data_ptr(), 1e-5, rows, 20, y.data_ptr(), 1)
+args = (x.data_ptr(), None, weight.data_ptr(), 1e-5, rows, 20, y.data_ptr())
 CpuKernels()._library.morph_rms_norm(*args)
 """
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
