@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its libgomp must be the one that the library finds)
 
-SOURCES = ("linear.c", "attention.c", "pointwise.c")
+SOURCES = ("linear.c", "attention.c", "pointwise.c", "probe.c")
 HEADERS = ("vectors.h",)
 FLAGS = (
     *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -26,6 +26,8 @@ _SIGNATURES = {
     "morph_silu_mul": [_ptr, _i64, _i64, _ptr, _i32],
     "morph_rope_write_kv": [_i32, *[_ptr] * 9, _f32, *[_i64] * 5, _i32],
     "morph_attention": [_i32, *[_ptr] * 6, *[_i64] * 6, _i32],
+    "morph_probe_read": [_ptr, _i64, _ptr],
+    "morph_probe_multiply": [_i32, _i64, _ptr],
 }
 
 
