@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from morphserve.morphcli.bench.kernels.machine import beyond_caches
+from morphserve.morphcli.bench.kernels.memory import rotated
 from morphserve.morphcli.bench.kernels.race import bell
 from morphserve.runtime.kernels import AttentionShape, BatchMeta, Kernels
 
@@ -32,14 +32,13 @@ def fill(kernels: Kernels, shape: AttentionShape, sequences: int, context: int) 
     qkv = torch.cat((queries, k.view(len(queries), -1), v.view(len(queries), -1)), dim=1)
     qkv = qkv.to(kernels.activation_dtype(dtype))
     kernels.rope_write_kv(qkv, cache, meta, shape, unturned(context, dim), None)
-    count = 1 + beyond_caches() // cache.nbytes
     keys, values = (x.transpose(1, 2).bfloat16().contiguous() for x in (k, v))
     return Filled(
         shape,
         context,
-        caches=[cache.clone() for _ in range(count)],
-        k=[keys.clone() for _ in range(count)],
-        v=[values.clone() for _ in range(count)],
+        caches=rotated(cache),
+        k=rotated(keys),
+        v=rotated(values),
     )
 
 

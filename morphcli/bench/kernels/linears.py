@@ -1,15 +1,13 @@
 """Linear layers: bfloat16, INT4 and INT8, ours and torch's."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morphserve.morphcli.bench.kernels.machine import beyond_caches
+from morphserve.morphcli.bench.kernels.memory import linear_bytes, rotated, rotated_linear
 from morphserve.morphcli.bench.kernels.race import Call, Task, bell
 from morphserve.morphcli.bench.kernels.result import Work
 from morphserve.quantize.weights import QuantizedWeight
@@ -18,8 +16,6 @@ from morphserve.runtime.kernels import FullLinear, Kernels, Linear
 SHAPES = ((2048, 2048), (5632, 2048))  # outputs, inputs
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 GROUP = 128  # inputs that share a scale, INT4
-
-Weight = TypeVar("Weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +58,17 @@ def make_weights(outputs: int, inputs: int, kernels: Kernels) -> Weights:
         outputs,
         inputs,
         plain,
-        full=_rotated(packed, linear_bytes(packed)),
-        int4=_rotated(*_packed(int4, kernels)),
-        int8=_rotated(*_packed(int8, kernels)),
-        torch_full=_rotated(plain, plain.nbytes),
-        torch_int4=_rotated(codes4, codes4.nbytes),
-        torch_int8=_rotated((int8.codes.int() - 128).to(torch.int8), int8.codes.nbytes),
+        full=rotated_linear(packed),
+        int4=rotated_linear(kernels.pack_quantized(int4)),
+        int8=rotated_linear(kernels.pack_quantized(int8)),
+        torch_full=rotated(plain),
+        torch_int4=rotated(codes4),
+        torch_int8=rotated((int8.codes.int() - 128).to(torch.int8)),
         scales={
             4: torch.stack((scales4, torch.zeros_like(scales4)), dim=-1),
             8: int8.scales[:, 0].bfloat16(),
         },
     )
-
-
-def linear_bytes(linear: Linear) -> int:
-    """Of everything that it reads for each batch."""
-    parts = (getattr(linear, field.name) for field in fields(linear))
-    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
 def random_codes(
@@ -92,17 +82,8 @@ def random_codes(
     return QuantizedWeight(codes, scales, group, bits)
 
 
-def _packed(weight: QuantizedWeight, kernels: Kernels) -> tuple[Linear, int]:
-    packed = kernels.pack_quantized(weight)
-    return packed, linear_bytes(packed)
-
-
 def _dtype(kernels: Kernels) -> torch.dtype:
     return kernels.weight_dtype(torch.bfloat16)
-
-
-def _rotated(weight: Weight, num_bytes: int) -> list[Weight]:
-    return [weight, *(copy.deepcopy(weight) for _ in range(beyond_caches() // num_bytes))]
 
 
 def _task(

@@ -62,10 +62,8 @@ def build_variants(
     """
     arch = shape.architecture(context + 1)
     dtype = kernels.weight_dtype(torch.bfloat16)
-    full, int4 = (
-        full_image(_full(arch), kernels, dtype),
-        quantized_image(_int4(arch), kernels, dtype),
-    )
+    full = full_image(_full(arch), kernels, dtype)
+    int4 = quantized_image(_int4(arch), kernels, dtype)
     layers = range(arch.num_layers)
     model = LoadedModel(
         architecture=arch,

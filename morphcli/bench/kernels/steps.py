@@ -65,21 +65,14 @@ class StepTimer:
 
     def _work(self, variant: Variant, sequences: int, new: int) -> Work:
         arch, parts = self._arch, self._variants[variant]
-        memory = parts.hello.memory
+        images = parts.hello.memory.images[variant]
         head = parts.model.static.head.weight.nbytes
-        kv = (
-            2
-            * arch.num_layers
-            * arch.kv_size
-            * sequences
-            * CONTEXT
-            * parts.model.caches[0].itemsize
-        )
+        kept = 2 * arch.num_layers * arch.kv_size * sequences * CONTEXT  # keys and values
         tokens = sequences * new
         seen = CONTEXT - (new - 1) / 2  # tokens that a query looks at, on average
         products = tokens * arch.num_layers * (layer_weights(arch) + 2 * seen * arch.q_size)
         return Work(
-            num_bytes=sum(memory.images[variant]) + head + kv,
+            num_bytes=sum(images) + head + kept * parts.model.caches[0].itemsize,
             multiply_adds=int(products) + sequences * arch.vocab_size * arch.hidden_size,
             kind="bfloat16" if variant is Variant.FULL else "int8",
         )

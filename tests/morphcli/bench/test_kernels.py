@@ -18,9 +18,9 @@ from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.morphcli.app import app
 from morphserve.morphcli.bench.kernels import (
     attention,
-    caches,
     linears,
     machine,
+    memory,
     race,
     rows,
     run,
@@ -53,7 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
-    for module in (machine, linears, caches):
+    for module in (machine, memory):
         monkeypatch.setattr(module, "beyond_caches", lambda: 2**15)
     before = torch.get_num_threads()
     yield
@@ -128,7 +128,7 @@ def test_drawn_tokens_are_of_the_nucleus_in_either_way() -> None:
 def test_weights_take_turns_that_caches_cannot_hold() -> None:
     weights = linears.make_weights(96, 128, load_kernels("cpu"))
     for forms in (weights.full, weights.int4, weights.int8):
-        assert len(forms) * linears.linear_bytes(forms[0]) > 2**15
+        assert len(forms) * memory.linear_bytes(forms[0]) > 2**15
     places = {form.weight.data_ptr() for form in weights.full if isinstance(form, FullLinear)}
     assert len(places) == len(weights.full)
 
