@@ -9,7 +9,14 @@ from torch import Tensor
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 from morphserve.runtime.arena import Arena
-from morphserve.runtime.kernels import FullLinear, Kernels, Linear, QKNorm, QuantizedLinear
+from morphserve.runtime.kernels import (
+    FullLinear,
+    Kernels,
+    LayerWeights,
+    Linear,
+    QKNorm,
+    QuantizedLinear,
+)
 from morphserve.runtime.memory import MemoryPlan, align
 
 LINEARS = ("qkv", "o", "gate_up", "down")
@@ -27,6 +34,7 @@ class Image:
     """A layer's tensors in the kernels' layout, packed into host memory."""
 
     specs: Mapping[str, TensorSpec]
+    num_outputs: Mapping[str, int]  # of each linear
     bits: int  # of quantised linears; 0 at full precision
     host: Tensor  # uint8 [num_bytes]
 
@@ -35,25 +43,15 @@ class Image:
         return self.host.numel()
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Views of an image where it lies in the arena."""
-
-    input_norm: Tensor
-    post_norm: Tensor
-    qk_norm: QKNorm | None
-    qkv: Linear
-    o: Linear
-    gate_up: Linear
-    down: Linear
-
-
 def full_image(layer: LayerTensors[Tensor], kernels: Kernels, dtype: torch.dtype) -> Image:
     """The full-precision image, weights in `dtype`."""
     tensors = _norms_and_biases(layer, kernels.activation_dtype(dtype))
+    num_outputs = {}
     for name in LINEARS:
-        tensors[f"{name}.weight"] = kernels.pack_full(getattr(layer, name).to(dtype))
-    return _pack(tensors, bits=0)
+        packed = kernels.pack_full(getattr(layer, name).to(dtype))
+        tensors[f"{name}.weight"] = packed.weight
+        num_outputs[name] = packed.num_outputs
+    return _pack(tensors, num_outputs, bits=0)
 
 
 def quantized_image(
@@ -62,13 +60,15 @@ def quantized_image(
     """The image of a quantised variant; `dtype` is that of the full-precision weights beside it."""
     layer = _with_down_in_order(layer)
     tensors = _norms_and_biases(layer, kernels.activation_dtype(dtype))
+    num_outputs = {}
     for name in LINEARS:
         packed = kernels.pack_quantized(getattr(layer, name))
         parts = {
             part: getattr(packed, part) for part in ("codes", "scales", "zeros", "input_order")
         }
         tensors |= {f"{name}.{part}": t for part, t in parts.items() if t is not None}
-    return _pack(tensors, layer.qkv.bits)
+        num_outputs[name] = packed.num_outputs
+    return _pack(tensors, num_outputs, layer.qkv.bits)
 
 
 def _with_down_in_order(layer: LayerTensors[QuantizedWeight]) -> LayerTensors[QuantizedWeight]:
@@ -106,7 +106,7 @@ def _norms_and_biases(
     return {name: tensor.to(dtype) for name, tensor in named.items() if tensor is not None}
 
 
-def _pack(tensors: Mapping[str, Tensor], bits: int) -> Image:
+def _pack(tensors: Mapping[str, Tensor], num_outputs: Mapping[str, int], bits: int) -> Image:
     specs, end = {}, 0
     for name, tensor in tensors.items():
         specs[name] = TensorSpec(end, tuple(tensor.shape), tensor.dtype)
@@ -115,7 +115,7 @@ def _pack(tensors: Mapping[str, Tensor], bits: int) -> Image:
     for name, tensor in tensors.items():
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         host[specs[name].offset : specs[name].offset + raw.numel()] = raw
-    return Image(specs, bits, host)
+    return Image(specs, num_outputs, bits, host)
 
 
 def weights_at(arena: Arena, offset: int, image: Image) -> LayerWeights:
@@ -126,9 +126,9 @@ def weights_at(arena: Arena, offset: int, image: Image) -> LayerWeights:
     }
 
     def linear(name: str) -> Linear:
-        bias = tensors.get(f"{name}.bias")
+        bias, num_outputs = tensors.get(f"{name}.bias"), image.num_outputs[name]
         if not image.bits:
-            return FullLinear(tensors[f"{name}.weight"], bias)
+            return FullLinear(tensors[f"{name}.weight"], bias, num_outputs)
         return QuantizedLinear(
             bits=image.bits,
             codes=tensors[f"{name}.codes"],
@@ -136,6 +136,7 @@ def weights_at(arena: Arena, offset: int, image: Image) -> LayerWeights:
             zeros=tensors.get(f"{name}.zeros"),
             input_order=tensors.get(f"{name}.input_order"),
             bias=bias,
+            num_outputs=num_outputs,
         )
 
     qk_norm = QKNorm(tensors["norm.q"], tensors["norm.k"]) if "norm.q" in tensors else None

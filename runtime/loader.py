@@ -18,7 +18,7 @@ from morphserve.runtime.kernels import Kernels, load_kernels
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import Image, full_image, quantized_image
 from morphserve.runtime.memory import ModelSizes
-from morphserve.runtime.model import PackedStatics, pack_statics
+from morphserve.runtime.model import StaticWeights, pack_statics
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class LoadedModel:
     architecture: Architecture
     kernels: Kernels
     dtype: torch.dtype  # of full-precision weights and of the KV cache
-    statics: PackedStatics
+    statics: StaticWeights
     images: dict[Variant, list[Image]]  # of each layer, by variant that is served; FULL always
     ladder: Ladder
     costs: Sequence[DeviceCosts] = ()  # measured times in the bundle, of any device

@@ -5,12 +5,11 @@ each other as in a step, so that weights come from where they come from there, c
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from morphserve.configs.schema import SchedulerConfig
 from morphserve.quantize.bundle import Bundle
@@ -127,27 +126,29 @@ def _points(max_position: int, max_queries: int) -> list[tuple[int, int, int]]:
 
 @contextmanager
 def _layers(parts: DeviceParts, tokens: int) -> Iterator[Run]:
-    """Layers without their attention."""
-    with _batch(parts, tokens, 1, 1) as meta:
-        yield lambda: _pass(parts.model, meta, lambda q, _: q.flatten(1))
+    """Layers, with nothing for attention to look at but each token itself."""
+    with _requests(parts, tokens, 1) as requests:
+        meta = _last_tokens(parts, requests, 1)
+        yield lambda: [_pass_s(parts.model, meta) / len(parts.model.layers)]
 
 
 @contextmanager
 def _attention(parts: DeviceParts, num_seqs: int, query_tokens: int, context: int) -> Iterator[Run]:
-    """Layers' attention, between other work whose weights take their share of the caches."""
-    model = parts.model
-    with _batch(parts, num_seqs, query_tokens, context) as meta:
+    """A layer's attention, after other work whose weights take their share of the caches."""
+    model, shape = parts.model, parts.model.shape
+    with _requests(parts, num_seqs, context) as requests:
+        meta = _last_tokens(parts, requests, query_tokens)
+        alone = _first_tokens(parts, requests)
+        q = torch.ones(num_seqs * query_tokens, shape.num_heads, shape.head_dim)
+        q = q.to(model.kernels.activation_dtype(model.caches[0].dtype))
 
         def run() -> list[float]:
             spent = []
-
-            def attend(q: Tensor, cache: Tensor) -> Tensor:
+            for layer, cache in zip(model.layers, model.caches, strict=True):
+                _pass_s(replace(model, layers=[layer], caches=[cache]), alone)
                 started = time.perf_counter()
-                mixed = model.kernels.attention(q, cache, meta, model.shape)
+                model.kernels.attention(q, cache, meta, shape)
                 spent.append(time.perf_counter() - started)
-                return mixed
-
-            _pass(model, meta, attend)
             return spent
 
         yield run
@@ -182,32 +183,35 @@ def _rest(parts: DeviceParts, rows: int) -> Iterator[Run]:
         parts.scheduler.abort(str(i))
 
 
-def _pass(model: Model, meta: BatchMeta, attend: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
-    """Seconds of each layer, with `attend` (of queries and cache) in attention's place."""
-    dtype = model.kernels.activation_dtype(model.static.embedding.dtype)
-    x = torch.ones(len(meta.positions), model.static.norm.numel(), dtype=dtype)
-    residual, spent = x.clone(), []
-    for layer, cache in zip(model.layers, model.caches, strict=True):
-        started = time.perf_counter()
-        mixed = attend(model.before_attention(x, layer, cache, meta), cache)
-        x = model.after_attention(mixed, residual, layer, layer.input_norm)
-        spent.append(time.perf_counter() - started)
-    return spent
+def _pass_s(model: Model, meta: BatchMeta) -> float:
+    """Seconds of the model's layers."""
+    dtype = model.kernels.activation_dtype(model.static.norm.dtype)
+    residual = torch.ones(len(meta.positions), model.static.norm.numel(), dtype=dtype)
+    started = time.perf_counter()
+    model.kernels.run_layers(residual, model.layers, model.caches, meta, model.shape, model.cos_sin)
+    return time.perf_counter() - started
 
 
 @contextmanager
-def _batch(
-    parts: DeviceParts, num_seqs: int, query_tokens: int, context: int
-) -> Iterator[BatchMeta]:
-    """Where the last `query_tokens` of equal sequences lie."""
-    block_tokens, params = parts.model.shape.block_tokens, SamplingParams(max_tokens=1)
+def _requests(parts: DeviceParts, num_seqs: int, context: int) -> Iterator[list[Request]]:
+    """Equal sequences with their blocks."""
+    params = SamplingParams(max_tokens=1)
     requests = [Request(str(i), [0] * context, params, 0.0) for i in range(num_seqs)]
     for request in requests:
-        request.blocks = parts.pool.allocate(-(-context // block_tokens))
-    batch = [Slice(request, context - query_tokens, context) for request in requests]
-    yield pack(batch, block_tokens)[1]
+        request.blocks = parts.pool.allocate(-(-context // parts.model.shape.block_tokens))
+    yield requests
     for request in requests:
         parts.pool.free(request.blocks)
+
+
+def _last_tokens(parts: DeviceParts, requests: Sequence[Request], count: int) -> BatchMeta:
+    """Where the last `count` tokens of each lie."""
+    batch = [Slice(r, r.num_tokens - count, r.num_tokens) for r in requests]
+    return pack(batch, parts.model.shape.block_tokens)[1]
+
+
+def _first_tokens(parts: DeviceParts, requests: Sequence[Request]) -> BatchMeta:
+    return pack([Slice(r, 0, 1) for r in requests], parts.model.shape.block_tokens)[1]
 
 
 class _Times:

@@ -119,7 +119,7 @@ def budget_for(sizes: ModelSizes, staging_slots: int, min_run_bytes: int, num_to
 def choose_run(sizes: ModelSizes, min_run_bytes: int) -> int:
     """Blocks per chunk: the longest run that wastes little of what the slabs free.
 
-    Runs shorter than `min_run_bytes` are taken only where a long one would lose more than a fifth
+    Runs shorter than `min_run_bytes` are taken only where a long one would lose more than a tenth
     of the blocks that single-block chunks would give.
     """
     if not sizes.quantized:
@@ -133,7 +133,7 @@ def choose_run(sizes: ModelSizes, min_run_bytes: int) -> int:
     candidates = range(1, max(fronts) // layers + 1)
     long = [run for run in candidates if run * sizes.page_bytes >= min_run_bytes]
     best_long = max(long, key=lambda run: (gain(run), run), default=1)
-    if gain(best_long) >= 0.8 * gain(1):
+    if gain(best_long) >= 0.9 * gain(1):
         return best_long
     return max(candidates, key=lambda run: (gain(run), run), default=1)
 

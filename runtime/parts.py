@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.costs import CostModel
@@ -16,8 +18,7 @@ from morphserve.runtime.messages import Hello, TokenLogprobs
 from morphserve.runtime.scheduler import Batch, Scheduler
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True):
     """What one request gets from a step."""
 
     token: int | None  # None: the logits held NaN or infinity

@@ -99,7 +99,9 @@ class Request:
         split = len(self.prompt)
         if end <= split:
             return self.prompt[start:end]
-        return self.prompt[start:] + self.output[max(0, start - split) : end - split]
+        if start >= split:
+            return self.output[start - split : end - split]
+        return self.prompt[start:] + self.output[: end - split]
 
 
 def end_of(request: Request, eos: Collection[int], max_model_len: int) -> FinishReason | None:

@@ -1,8 +1,10 @@
 """Turns a batch into tensors, runs the model, and samples."""
 
+import struct
+from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,35 +18,72 @@ from morphserve.runtime.scheduler import Batch
 class Runner:
     def __init__(self, model: Model, eos_token_ids: Sequence[int]) -> None:
         self._model = model
-        self._sampler = Sampler(eos_token_ids)
+        self._sampler = Sampler(model.kernels, eos_token_ids)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """One forward pass; what each sampling slice gets from it, in batch order."""
         tokens, meta, ends = pack(batch, self._model.shape.block_tokens)
         sampling = [i for i, piece in enumerate(batch) if piece.samples]
-        logits = self._model.forward(tokens, meta, ends[sampling])
+        rows = ends if len(sampling) == len(batch) else ends[sampling]
+        logits = self._model.forward(tokens, meta, rows)
         return self._sampler.sample(logits, [batch[i].request for i in sampling])
 
 
 def pack(batch: Batch, block_tokens: int) -> tuple[Tensor, BatchMeta, Tensor]:
     """(token ids int64 [M], where they lie, the last row of each slice int64 [S])"""
-    lengths = np.array([piece.end - piece.start for piece in batch], dtype=np.int32)
-    ends = np.cumsum(lengths, dtype=np.int32)
+    places = _Places(block_tokens)
+    tokens: list[int] = []
+    context, ends = array("i"), array("q")
+    query_start, table = array("i", [0]), bytearray()
     widest = max(len(piece.request.blocks) for piece in batch)
-    table = np.zeros((len(batch), widest), dtype=np.int32)
-    for row, piece in zip(table, batch, strict=True):
-        row[: len(piece.request.blocks)] = piece.request.blocks
-    owner = np.repeat(np.arange(len(batch)), lengths)
-    starts = np.array([piece.start for piece in batch], dtype=np.int32)
-    positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - lengths - starts, lengths)
-    tokens = [token for piece in batch for token in piece.request.tokens(piece.start, piece.end)]
+    for piece in batch:
+        request, start, end = piece.request, piece.start, piece.end
+        places.add(request.blocks, start, end)
+        tokens += request.tokens(start, end)
+        context.append(end)
+        query_start.append(len(tokens))
+        ends.append(len(tokens) - 1)
+        table += _row_format(len(request.blocks), widest).pack(*request.blocks)
     meta = BatchMeta(
-        positions=torch.from_numpy(positions.astype(np.int32)),
-        token_page=torch.from_numpy(table[owner, positions // block_tokens]),
-        token_slot=torch.from_numpy((positions % block_tokens).astype(np.int32)),
-        query_start=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
-        context_len=torch.from_numpy((starts + lengths).astype(np.int32)),
-        block_table=torch.from_numpy(table),
+        positions=_tensor(places.positions),
+        token_page=_tensor(places.pages),
+        token_slot=_tensor(places.slots),
+        query_start=_tensor(query_start),
+        context_len=_tensor(context),
+        block_table=_tensor(table).view(len(batch), widest),
     )
-    return torch.tensor(tokens), meta, torch.from_numpy(ends.astype(np.int64) - 1)
+    return _tensor(array("q", tokens), torch.int64), meta, _tensor(ends, torch.int64)
+
+
+class _Places:
+    """Where tokens lie, in plain arrays: for a few numbers those are far faster than tensors."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self.positions, self.pages, self.slots = array("i"), array("i"), array("i")
+
+    def add(self, blocks: Sequence[int], start: int, end: int) -> None:
+        """Tokens start..end of a sequence in these blocks."""
+        size = self._block_tokens
+        if end - start == 1:  # as in most steps: no runs to build
+            self.positions.append(start)
+            self.pages.append(blocks[start // size])
+            self.slots.append(start % size)
+            return
+        blocks = blocks[start // size : -(-end // size)]
+        inside = slice(start % size, start % size + end - start)
+        self.positions.extend(range(start, end))
+        self.pages.fromlist([block for block in blocks for _ in range(size)][inside])
+        self.slots.extend((array("i", range(size)) * len(blocks))[inside])
+
+
+@lru_cache(maxsize=4096)
+def _row_format(num_blocks: int, widest: int) -> struct.Struct:
+    """A row of int32 of the block table, filled up with zeros."""
+    return struct.Struct(f"{num_blocks}i{4 * (widest - num_blocks)}x")
+
+
+def _tensor(values: "array[int] | bytearray", dtype: torch.dtype = torch.int32) -> Tensor:
+    """Of the same memory."""
+    return torch.frombuffer(values, dtype=dtype)

@@ -7,8 +7,9 @@ A KV page holds one block of one layer: K as [G, D, B] (tokens contiguous, so th
 multiplied by a plain matrix), then V as [G, B, D].
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class FullLinear:
 
     weight: Tensor
     bias: Tensor | None  # [N]
+    num_outputs: int  # N; the layout may have more
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,10 @@ class QuantizedLinear:
     bits: int  # 4 or 8
     codes: Tensor
     scales: Tensor
-    zeros: Tensor | None  # None: symmetric, or kept with the scales
+    zeros: Tensor | None  # None: symmetric
     input_order: Tensor | None  # int32 [K], the input of each column of codes; None: in order
     bias: Tensor | None  # [N]
+    num_outputs: int  # N; the layout may have more
 
 
 Linear = FullLinear | QuantizedLinear
@@ -57,6 +60,19 @@ class QKNorm:
     k: Tensor  # [D]
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class LayerWeights:
+    """One decoder layer, q, k, v fused and gate, up fused."""
+
+    input_norm: Tensor  # [hidden]
+    post_norm: Tensor  # [hidden]
+    qk_norm: QKNorm | None
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+
+
 @dataclass(frozen=True, slots=True)
 class BatchMeta:
     """Where one step's tokens lie. All int32, contiguous; tokens of a sequence are adjacent."""
@@ -67,6 +83,16 @@ class BatchMeta:
     query_start: Tensor  # [S + 1] first token of each sequence in the batch
     context_len: Tensor  # [S] tokens in the cache after this step
     block_table: Tensor  # [S, max_blocks] page0 of each block; the rest of a row is padding
+
+
+class Draw(NamedTuple):
+    """How one row's token is drawn, in this order: temperature, min_p, top_k, top_p."""
+
+    temperature: float  # over 0
+    min_p: float  # least likelihood, as a share of the likeliest token's
+    top_k: int  # 0: all
+    top_p: float
+    uniform: float  # in [0, 1): where in the mass of what is kept, by token id, the token lies
 
 
 class Kernels(Protocol):
@@ -83,8 +109,8 @@ class Kernels(Protocol):
         """Dtype of activations when weights have this dtype."""
         ...
 
-    def pack_full(self, weight: Tensor) -> Tensor:
-        """A [N, K] weight in this device's layout (same dtype, any shape, contiguous)."""
+    def pack_full(self, weight: Tensor) -> FullLinear:
+        """A [N, K] weight in this device's layout (same dtype), without bias."""
         ...
 
     def pack_quantized(self, weight: QuantizedWeight) -> QuantizedLinear:
@@ -92,6 +118,10 @@ class Kernels(Protocol):
 
         Raises ConfigError for groups that this device's kernels do not read.
         """
+        ...
+
+    def embed(self, tokens: Tensor, table: FullLinear) -> Tensor:
+        """Rows of the [vocab, hidden] table for token ids [M]: [M, hidden], as activations."""
         ...
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
@@ -132,6 +162,28 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up for [M, 2 I] with gate in the first half: [M, I]."""
+        ...
+
+    def run_layers(
+        self,
+        residual: Tensor,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[Tensor],
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+    ) -> None:
+        """All of a step's decoder layers: adds to `residual` [M, hidden] in place.
+
+        caches: of each layer, as in `rope_write_kv`, written in place.
+        """
+        ...
+
+    def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
+        """The token of each row of float32 `logits` [S, vocab]; None if the row is not finite.
+
+        Drawn for the rows in `draws`, else the likeliest; of equal logits the lower id comes first.
+        """
         ...
 
 

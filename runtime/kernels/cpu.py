@@ -1,12 +1,17 @@
 """CPU kernels: C where a compiler is found, torch elsewhere. Activations are float32.
 
 Each output row of the C kernels is bit for bit the same whatever else is in the batch, however
-a prompt is cut into chunks and however many threads run. A quantised linear equals, bit for bit,
-the full-precision linear over the dequantised weight in float32.
+a prompt is cut into chunks and however many threads run. Sums are float32. Activations are rounded
+to bfloat16 where they meet bfloat16 weights, and to eight bits, by token and group of 64 features,
+where they meet INT4 and INT8 weights.
 """
 
+import ctypes
 import dataclasses
 import logging
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +22,14 @@ from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
     AttentionShape,
     BatchMeta,
+    Draw,
     FullLinear,
     Kernels,
+    LayerWeights,
     Linear,
     QKNorm,
     QuantizedLinear,
+    packing,
 )
 from morphserve.runtime.kernels.native import NativeUnavailable, load_library
 from morphserve.runtime.kernels.reference import (
@@ -29,15 +37,23 @@ from morphserve.runtime.kernels.reference import (
     dequantise,
     in_column_order,
 )
+from morphserve.runtime.kernels.structs import (
+    KIND,
+    LayerStruct,
+    batch_struct,
+    data_of,
+    layer_struct,
+    linear_struct,
+    optional,
+    shape_struct,
+)
 
 log = logging.getLogger(__name__)
 
-_KIND = {torch.float32: 0, torch.bfloat16: 1}
-_INT4, _INT4_ZEROS, _INT8 = 2, 3, 4
-_STEP = 32  # features that the C linear takes at once; codes are packed in such runs
 # Multiply-adds below which waking a second thread (some 90 us where threads sleep between two
 # operations, as they must on shared cores) costs more than it saves.
 _MIN_SHARED_WORK = 8_000_000
+_GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
 
 
 def cpu_kernels() -> Kernels:
@@ -90,6 +106,7 @@ class CpuKernels:
 
     def __init__(self) -> None:
         self._library = load_library()
+        self._structs: dict[LayerWeights, LayerStruct] = {}  # of layers that were used
 
     def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         # float16 has digits that bfloat16 has not: what was asked for is full precision.
@@ -98,56 +115,53 @@ class CpuKernels:
     def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def pack_full(self, weight: Tensor) -> Tensor:
-        """The weight itself, [N, K], float32 or bfloat16."""
-        return weight.contiguous()
+    def pack_full(self, weight: Tensor) -> FullLinear:
+        return packing.pack_full(weight)
 
     def pack_quantized(self, weight: QuantizedWeight) -> QuantizedLinear:
-        """Codes [N, K] or, INT4, [N, K / 2], 16 bytes for 32 features (i low, 16 + i high).
+        if weight.group_size != weight.codes.shape[1]:
+            _require_readable(weight.group_size)
+        return packing.pack_quantized(weight)
 
-        K is rounded up to a multiple of 32 with weights of 0. Scales [N, groups] are float32, which
-        spares a conversion per group, a tenth of the time at M = 1, for 2 bytes more. Where zeros
-        are not 8, they are [N, groups, 2]: scale and `-zero * scale`, side by side, so that one
-        read finds both and one multiply-add makes a weight of a code.
-        """
-        codes, group = weight.codes, weight.group_size
-        if group != codes.shape[1]:
-            _require_readable(group)
-        elif group % _STEP:
-            codes = _pad_row(weight)
-        scales = weight.scales.to(torch.float16).float()
-        if weight.bits == 8 or weight.zeros is not None:
-            zeros = weight.middle if weight.zeros is None else weight.zeros
-            scales = torch.stack((scales, -scales * zeros), dim=-1)
-        if weight.bits == 4:
-            runs = codes.view(len(codes), -1, 2, _STEP // 2)
-            codes = (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
-        order = None if weight.input_order is None else weight.input_order.int()
-        return QuantizedLinear(
-            weight.bits, codes.contiguous(), scales.contiguous(), None, order, None
+    def embed(self, tokens: Tensor, table: FullLinear) -> Tensor:
+        words, dtype = table.weight.shape[1], table.weight.dtype
+        out = torch.empty(len(tokens), words * 4 // dtype.itemsize)
+        self._library.morph_embed(
+            *(KIND[dtype], data_of(table.weight), data_of(tokens), len(tokens), words),
+            out.data_ptr(),
         )
+        return out
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        if isinstance(weight, QuantizedLinear):
-            data, scales = weight.codes, weight.scales
-            kind = _INT8 if weight.bits == 8 else _INT4 if scales.dim() == 2 else _INT4_ZEROS
-            features, groups = data.shape[1] * 8 // weight.bits, scales.shape[1]
-            x = in_column_order(x, weight)
-        else:
-            data, scales = weight.weight, None
-            kind, features, groups = _KIND[data.dtype], data.shape[1], 0
-        missing = features + -features % _STEP - x.shape[1]
-        assert 0 <= missing < _STEP
-        if missing:
-            x = F.pad(x, (0, missing))
-        outputs = data.shape[0]
-        y = torch.empty(len(x), outputs)
+        struct = linear_struct(weight, x.shape[1])
+        y = torch.empty(len(x), weight.num_outputs)
         self._library.morph_linear(
-            *(kind, _data(x), len(x), x.shape[1], _data(data), _optional(scales)),
-            *(outputs, features, groups, _optional(weight.bias), y.data_ptr()),
-            _threads(y.numel() * features),
+            ctypes.byref(struct), data_of(x), len(x), y.data_ptr(), torch.get_num_threads()
         )
         return y
+
+    def run_layers(
+        self,
+        residual: Tensor,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[Tensor],
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+    ) -> None:
+        if not layers:
+            return
+        array = (LayerStruct * len(layers))()
+        for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+            if layer not in self._structs:
+                self._structs[layer] = layer_struct(layer, residual.shape[1], shape)
+            array[i] = self._structs[layer]
+            array[i].cache = data_of(cache)
+        kind, batch = shape_struct(shape, caches[0].dtype), batch_struct(meta)
+        self._library.morph_layers(
+            *(array, len(layers), ctypes.byref(kind), ctypes.byref(batch)),
+            *(data_of(cos_sin), data_of(residual), torch.get_num_threads()),
+        )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)
@@ -158,7 +172,7 @@ class CpuKernels:
     def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         y = torch.empty_like(x)
         self._library.morph_rms_norm(
-            *(_data(x), _optional(residual), _data(weight), eps, len(x), x.shape[1]),
+            *(data_of(x), optional(residual), data_of(weight), eps, len(x), x.shape[1]),
             *(y.data_ptr(), _threads(8 * x.numel())),
         )
         return y
@@ -175,9 +189,9 @@ class CpuKernels:
         q = torch.empty(len(qkv), shape.num_heads, shape.head_dim)
         q_norm, k_norm = (norm.q, norm.k) if norm else (None, None)
         self._library.morph_rope_write_kv(
-            *(_KIND[cache.dtype], _data(qkv), _data(cache), q.data_ptr()),
-            *(_data(meta.positions), _data(meta.token_page), _data(meta.token_slot)),
-            *(_data(cos_sin), _optional(q_norm), _optional(k_norm)),
+            *(KIND[cache.dtype], data_of(qkv), data_of(cache), q.data_ptr()),
+            *(data_of(meta.positions), data_of(meta.token_page), data_of(meta.token_slot)),
+            *(data_of(cos_sin), optional(q_norm), optional(k_norm)),
             *(shape.norm_eps, len(qkv), *_sizes(shape), _threads(16 * qkv.numel())),
         )
         return q
@@ -187,8 +201,14 @@ class CpuKernels:
         sequences, max_blocks = meta.block_table.shape
         most = q.numel() * max_blocks * shape.block_tokens
         self._library.morph_attention(
-            *(_KIND[cache.dtype], _data(q), _data(cache), out.data_ptr(), _data(meta.query_start)),
-            *(_data(meta.context_len), _data(meta.block_table), sequences, max_blocks),
+            *(
+                KIND[cache.dtype],
+                data_of(q),
+                data_of(cache),
+                out.data_ptr(),
+                data_of(meta.query_start),
+            ),
+            *(data_of(meta.context_len), data_of(meta.block_table), sequences, max_blocks),
             *(*_sizes(shape), _threads(most)),
         )
         return out
@@ -197,34 +217,29 @@ class CpuKernels:
         rows, width = len(gate_up), gate_up.shape[1] // 2
         y = torch.empty(rows, width)
         self._library.morph_silu_mul(
-            *(_data(gate_up), rows, width, y.data_ptr(), _threads(16 * gate_up.numel()))
+            *(data_of(gate_up), rows, width, y.data_ptr(), _threads(16 * gate_up.numel()))
         )
         return y
 
+    def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
+        rows, vocab = logits.shape
+        tokens = torch.empty(rows, dtype=torch.int64)
+        table = None
+        if draws:
+            table = array("d", chain.from_iterable(draws.get(i, _GREEDY) for i in range(rows)))
+        self._library.morph_sample(
+            *(data_of(logits), table and table.buffer_info()[0], rows, vocab),
+            *(tokens.data_ptr(), torch.get_num_threads()),
+        )
+        return [None if token < 0 else token for token in tokens.tolist()]
+
 
 def _require_readable(group: int) -> None:
-    if group < _STEP or group & (group - 1):
+    if group < packing.CODE_RUN or group & (group - 1):
         raise ConfigError(
-            f"groups of {group} inputs cannot be served on CPU, only powers of two from {_STEP}: "
-            "run `morph quantize` with --group-size 32, 64 or 128"
+            f"groups of {group} inputs cannot be served on CPU, only powers of two from "
+            f"{packing.CODE_RUN}: run `morph quantize` with --group-size 32, 64 or 128"
         )
-
-
-def _pad_row(weight: QuantizedWeight) -> Tensor:
-    """Codes of rows that are one group each, filled up with the code of 0."""
-    codes, extra = weight.codes, -weight.codes.shape[1] % _STEP
-    if weight.zeros is None:
-        return F.pad(codes, (0, extra), value=weight.middle)
-    return torch.cat((codes, weight.zeros.expand(-1, extra)), dim=1)
-
-
-def _data(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()
-
-
-def _optional(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else _data(tensor)
 
 
 def _sizes(shape: AttentionShape) -> tuple[int, int, int, int]:

@@ -1,272 +1,229 @@
-// Linear: y[M, N] = x[M, K] times weight[N, K], transposed; float32, bfloat16, INT4 or INT8 weights.
+// Linears: y[M, N] = x[M, K] times weight[N, K], transposed.
+//
+// Each output is one chain of multiply-adds in the order of the features (of groups of features,
+// where weights are codes), however many rows and strips are computed side by side.
 
-#include "vectors.h"
+#include "linear.h"
 
+#include "activations.h"
+#include "pool.h"
+
+#define COLS (STRIP / W) // vectors of a strip
 #if W == 16
-#define MAX_ROWS 6 // rows of a register tile; its accumulators and operands fit the registers
+#define MAX_STRIPS 4 // side by side, for rows too few to hide the time that a multiply-add takes
+#define STRIPS_OF(rows) ((rows) == 1 ? 4 : (rows) <= 4 ? 2 : 1)
 #else
-#define MAX_ROWS 3
+#define MAX_STRIPS 1
+#define STRIPS_OF(rows) 1
 #endif
-#define COLS 4        // weight rows of a register tile
-#define STEP 32       // features that a tile takes at once; INT4 codes are packed in such runs
-#define VECS (STEP / W)
-#define DEPTH 1024    // features whose products are summed before they join the output
-#define BLOCK_ROWS 48 // activation rows that stay in the second-level cache
+#define MAX_VECS (MAX_STRIPS * COLS)
+#define WORD_BYTES (4 * STRIP) // of all outputs of a strip
+#define AHEAD 1024             // bytes; past the weight's end a prefetch does nothing
+#define PIECE_BYTES (128 << 10) // of weights
+#define BLOCK_BYTES (384 << 10) // of activations that stay in the second-level cache
+#define MIN_SHARED (1 << 18) // multiply-adds that are worth a second thread
 
 typedef struct {
-    const char *data;    // float32 or bfloat16 [N, K], or codes: INT4 [N, K / 2], INT8 [N, K]
-    const float *scales; // of codes: INT4 [N, groups]; others [N, groups, 2]: scale, -zero * scale
-    int64_t n, k;
-    int64_t row_bytes;
-    int64_t row_scales; // floats
-    int group_shift; // log2 of the features that share a scale; 62: all features of a row
-} weight_t;
+    const linear_t *w;
+    const activations_t *a;
+    float *y;
+    int add;
+    int64_t strips, strip_bytes;
+    int64_t block_tiles;
+    int64_t pieces; // of the strips, for one block of rows
+} product_t;
 
-typedef struct {
-    const char *data;
-    const float *scales;
-    int64_t next, next_scales; // bytes, floats to the same feature of the next tile's row
-} row_t;
-
-// Past the last row, the last one again.
-INLINE row_t weight_row(const weight_t *w, int64_t n) {
-    if (n >= w->n) n = w->n - 1;
-    row_t row = {w->data + n * w->row_bytes, w->scales + n * w->row_scales, COLS * w->row_bytes, COLS * w->row_scales};
-    return row;
+INLINE void fetch_ahead(const char *data) {
+    UNROLL for (int line = 0; line < WORD_BYTES; line += 64) __builtin_prefetch(data + AHEAD + line);
 }
 
-// 32 codes as weights. INT4 codes are 16 bytes: byte i holds feature i (low half) and 16 + i (high
-// half). Scales come from float16, so (code - zero) * scale has at most 19 significant bits, as
-// has zero * scale: both are exact, and the linear equals, bit for bit, the float32 linear over
-// the dequantised weight.
-INLINE void unpack(int kind, const uint8_t *codes, row_t row, int64_t group, vec w[VECS]) {
-    const float *s = row.scales + (kind == INT4 ? group : 2 * group);
-    const vec scale = splat(s[0]), offset = kind == INT4 ? scale * splat(-8.0f) : splat(s[1]);
-    if (kind != INT8) __builtin_prefetch(s + row.next_scales); // INT8 seldom has many
-    UNROLL for (int v = 0; v < VECS; v++) {
-        const vecu byte = load_bytes(codes + (kind == INT8 ? v : v % (VECS / 2)) * W);
-        const vecu code = kind == INT8 ? byte : v < VECS / 2 ? byte & 15 : byte >> 4;
-        w[v] = fma_vec(__builtin_convertvector((veci)code, vec), scale, offset);
-    }
-}
-
-// Bytes of so many features.
-INLINE int64_t bytes_of(int kind, int64_t features) {
-    switch (kind) {
-    case F32: return features << 2;
-    case BF16: return features << 1;
-    case INT8: return features;
-    default: return features >> 1;
-    }
-}
-
-// A tile reads short runs far apart, which the hardware does not foresee: hence the prefetch of
-// the next tile's. Past the weight's end it does nothing.
-INLINE void load_step(int kind, row_t row, int group_shift, int64_t k, vec out[VECS]) {
-    const char *p = row.data + bytes_of(kind, k);
-    __builtin_prefetch(p + row.next);
-    if (kind == F32) __builtin_prefetch(p + row.next + 64);
-    if (kind == F32 || kind == BF16) {
-        UNROLL for (int v = 0; v < VECS; v++) out[v] = load_as_float(kind, p, v * W);
-    } else {
-        unpack(kind, (const uint8_t *)p, row, k >> group_shift, out);
-    }
-}
-
-// The sums of four vectors, each added up in the same order.
-INLINE vec4 sum_lanes(const vec a[COLS]) {
-#if W >= 8
-    __m256 h[COLS];
-    UNROLL for (int i = 0; i < COLS; i++) {
-#if W == 16
-        h[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)a[i]),
-                             _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)a[i], 1)));
-#else
-        h[i] = (__m256)a[i];
-#endif
-    }
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
-    return (vec4)_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-#else
-    vec4 sums;
-    UNROLL for (int i = 0; i < COLS; i++) sums[i] = (a[i][0] + a[i][1]) + (a[i][2] + a[i][3]);
-    return sums;
-#endif
-}
-
-typedef struct {
-    const float *x; // first activation row, at the first feature of the chunk
-    float *y;       // first output row
-    int64_t x_stride, y_stride;
-    int64_t depth; // features of the chunk, a multiple of STEP
-    const float *bias; // added by the last chunk; null elsewhere
-    int first;     // the chunk's sums start the output instead of joining it
-} job_t;
-
-INLINE void finish(const job_t *job, int rows, int cols, int64_t n, vec acc[][COLS]) {
-    UNROLL for (int i = 0; i < rows; i++) {
-        vec4 total = sum_lanes(acc[i]);
-        float *y = job->y + i * job->y_stride + n;
-        if (cols == COLS) {
-            if (!job->first) total = *(loose_vec4 *)y + total;
-            if (job->bias) total += *(const loose_vec4 *)(job->bias + n);
-            *(loose_vec4 *)y = total;
-            continue;
+INLINE void multiply_floats(int kind, int rows, int strips, const product_t *p, int64_t strip,
+                            const tile_t *tile, vec sums[MAX_ROWS][MAX_VECS]) {
+    const uint32_t *x = p->a->x + tile->first * p->a->words;
+    const char *data[MAX_STRIPS];
+    UNROLL for (int s = 0; s < strips; s++) data[s] = p->w->data + (strip + s) * p->strip_bytes;
+    for (int64_t word = 0; word < p->a->words; word++, x += rows) {
+        vecu weights[MAX_VECS];
+        UNROLL for (int s = 0; s < strips; s++) {
+            fetch_ahead(data[s]);
+            UNROLL for (int c = 0; c < COLS; c++)
+                weights[s * COLS + c] = load_words(data[s] + 4 * W * c);
+            data[s] += WORD_BYTES;
         }
-        for (int j = 0; j < cols; j++) {
-            float sum = job->first ? total[j] : y[j] + total[j];
-            y[j] = job->bias ? sum + job->bias[n + j] : sum;
+        UNROLL for (int r = 0; r < rows; r++) {
+            const vecu feature = splat_word(x[r]);
+            UNROLL for (int c = 0; c < strips * COLS; c++)
+                sums[r][c] = kind == F32 ? fma_vec((vec)feature, (vec)weights[c], sums[r][c])
+                                         : dot_bf16(sums[r][c], weights[c], feature);
         }
     }
 }
 
-// A register tile straight from the stored weight: for batches of so few rows that each weight
-// is used once. Surplus columns at the edge repeat the last one and are not stored.
-INLINE void tile_direct(int kind, int rows, const job_t *job, const weight_t *w, int64_t n,
-                        int64_t k) {
-    const int cols = w->n - n < COLS ? (int)(w->n - n) : COLS;
-    const float *x = job->x;
-    const int64_t x_stride = job->x_stride, depth = job->depth;
-    const int group_shift = w->group_shift;
-    row_t weight_rows[COLS];
-    UNROLL for (int j = 0; j < COLS; j++) weight_rows[j] = weight_row(w, n + j);
-    vec acc[MAX_ROWS][COLS] = {};
-    for (int64_t d = 0; d < depth; d += STEP)
-        UNROLL for (int j = 0; j < COLS; j++) {
-            vec weights[VECS];
-            load_step(kind, weight_rows[j], group_shift, k + d, weights);
-            UNROLL for (int v = 0; v < VECS; v++)
-                UNROLL for (int i = 0; i < rows; i++)
-                    acc[i][j] = fma_vec(load(x + i * x_stride + d + v * W), weights[v], acc[i][j]);
-        }
-    finish(job, rows, cols, n, acc);
+INLINE int64_t group_at(const product_t *p, int64_t strip, int64_t group, int c) {
+    return ((strip + c / COLS) * p->w->groups + group) * STRIP + c % COLS * W;
 }
 
-// A register tile from `panel`, float32 [depth / W][COLS][W] in the first-level cache.
-INLINE void tile_panel(int rows, const job_t *job, const float *panel, int cols, int64_t n) {
-    const float *x = job->x;
-    const int64_t x_stride = job->x_stride, depth = job->depth;
-    vec acc[MAX_ROWS][COLS] = {};
-    for (int64_t d = 0; d < depth; d += W) {
-        vec xs[MAX_ROWS];
-        UNROLL for (int i = 0; i < rows; i++) xs[i] = in_register(load(x + i * x_stride + d));
-        UNROLL for (int j = 0; j < COLS; j++) {
-            vec weight = in_register(load(panel + d * COLS + j * W));
-            UNROLL for (int i = 0; i < rows; i++) acc[i][j] = fma_vec(xs[i], weight, acc[i][j]);
-        }
-    }
-    finish(job, rows, cols, n, acc);
-}
-
-#if MAX_ROWS == 6
-#define FOR_ROWS(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#else
-#define FOR_ROWS(CASE) CASE(1) CASE(2) CASE(3)
-#endif
-
-INLINE void direct(int kind, int rows, const job_t *job, const weight_t *w, int64_t n, int64_t k) {
-    switch (rows) {
-#define CASE(R) \
-    case R: tile_direct(kind, R, job, w, n, k); break;
-        FOR_ROWS(CASE)
-#undef CASE
+INLINE void add_group(int rows, int strips, const product_t *p, int64_t strip, int64_t group,
+                      const float *x_scales, veci products[MAX_ROWS][MAX_VECS],
+                      vec sums[MAX_ROWS][MAX_VECS]) {
+    UNROLL for (int c = 0; c < strips * COLS; c++) {
+        const vec scale = load_half(p->w->scales + group_at(p, strip, group, c));
+        UNROLL for (int r = 0; r < rows; r++)
+            sums[r][c] = fma_vec(__builtin_convertvector(products[r][c], vec),
+                                 scale * splat(x_scales[r]), sums[r][c]);
     }
 }
 
-static void from_panel(int rows, const job_t *job, const float *panel, int cols, int64_t n) {
-    switch (rows) {
-#define CASE(R) \
-    case R: tile_panel(R, job, panel, cols, n); break;
-        FOR_ROWS(CASE)
-#undef CASE
+// What codes lack whose zero is not the middle one.
+INLINE void add_zeros(int rows, int strips, const product_t *p, int64_t strip, int64_t group,
+                      int middle, const float *x_scales, const int32_t *x_sums,
+                      vec sums[MAX_ROWS][MAX_VECS]) {
+    UNROLL for (int c = 0; c < strips * COLS; c++) {
+        const int64_t at = group_at(p, strip, group, c);
+        const vec zeros = load_bytes(p->w->zeros + at);
+        const vec offset = load_half(p->w->scales + at) * (splat((float)middle) - zeros);
+        UNROLL for (int r = 0; r < rows; r++)
+            sums[r][c] = fma_vec(offset, splat(x_scales[r] * (float)x_sums[r]), sums[r][c]);
     }
 }
 
-// Features past the end of a row are filled with zeros.
-INLINE void fill_panel(int kind, const weight_t *w, int64_t n, int64_t k, int64_t depth,
-                       float *panel) {
-    for (int j = 0; j < COLS; j++) {
-        const row_t row = weight_row(w, n + j);
-        int64_t d = 0;
-        for (; d < depth && k + d + STEP <= w->k; d += STEP) {
-            vec step[VECS];
-            load_step(kind, row, w->group_shift, k + d, step);
-            UNROLL for (int v = 0; v < VECS; v++)
-                store(panel + (d + v * W) * COLS + j * W, step[v]);
-        }
-        for (; d < depth; d++) {
-            float value = k + d >= w->k  ? 0.0f
-                          : kind == BF16 ? from_bf16(((const uint16_t *)row.data)[k + d])
-                                         : ((const float *)row.data)[k + d];
-            panel[(d / W * COLS + j) * W + d % W] = value;
-        }
-    }
-}
-
-// Rows in tiles of nearly equal height: a lone last row would wait for its own sums.
-static void rows_from_panel(const job_t *block, int rows, const float *panel, int cols, int64_t n) {
-    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    job_t job = *block;
-    for (int t = 0; t < tiles; t++) {
-        int height = rows / tiles + (t < rows % tiles);
-        from_panel(height, &job, panel, cols, n);
-        job.x += height * job.x_stride;
-        job.y += height * job.y_stride;
-    }
-}
-
-INLINE void linear_strips(int kind, const float *x, int64_t m, int64_t x_stride,
-                          const weight_t *w, const float *bias, float *y, int64_t first_strip,
-                          int64_t last_strip) {
-    float panel[COLS * DEPTH] __attribute__((aligned(64)));
-    const int64_t blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS, block = (m + blocks - 1) / blocks;
-    for (int64_t row = 0; row < m; row += block)
-        for (int64_t k = 0; k < x_stride; k += DEPTH) {
-            int rows = m - row < block ? (int)(m - row) : (int)block;
-            int64_t depth = x_stride - k < DEPTH ? x_stride - k : DEPTH;
-            job_t job = {x + row * x_stride + k, y + row * w->n, x_stride, w->n, depth,
-                         k + depth == x_stride ? bias : 0, k == 0};
-            for (int64_t strip = first_strip; strip < last_strip; strip++) {
-                int64_t n = strip * COLS;
-                if (rows <= MAX_ROWS && w->k == x_stride) {
-                    direct(kind, rows, &job, w, n, k);
-                    continue;
+INLINE void multiply_codes(int kind, int rows, int strips, const product_t *p, int64_t strip,
+                           const tile_t *tile, vec sums[MAX_ROWS][MAX_VECS]) {
+    const activations_t *a = p->a;
+    const int middle = kind == INT4 ? 8 : 128, halves = kind == INT4 ? 2 : 1;
+    const int64_t weight_group = p->w->groups > 1 ? p->w->k / p->w->groups / 4 : a->words;
+    const uint32_t *x = a->x + tile->first * a->words;
+    const char *data[MAX_STRIPS];
+    UNROLL for (int s = 0; s < strips; s++) data[s] = p->w->data + (strip + s) * p->strip_bytes;
+    for (int64_t word = 0, g = 0; word < a->words; word += a->group_words, g++) {
+        const float *x_scales = a->scales + tile->first * a->groups + g * rows;
+        const int32_t *x_sums = a->sums + tile->first * a->groups + g * rows;
+        const int64_t end = a->words - word < a->group_words ? a->words - word : a->group_words;
+        veci products[MAX_ROWS][MAX_VECS];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int c = 0; c < strips * COLS; c++)
+                products[r][c] = (veci)splat_word((uint32_t)(-middle * x_sums[r]));
+        for (int64_t i = 0; i < end; i += halves, x += halves * rows) {
+            vecu codes[MAX_VECS];
+            UNROLL for (int s = 0; s < strips; s++) {
+                fetch_ahead(data[s]);
+                UNROLL for (int c = 0; c < COLS; c++)
+                    codes[s * COLS + c] = load_words(data[s] + 4 * W * c);
+                data[s] += WORD_BYTES;
+            }
+            UNROLL for (int half = 0; half < halves; half++) {
+                vecu parts[MAX_VECS];
+                UNROLL for (int c = 0; c < strips * COLS; c++)
+                    parts[c] = halves == 2 ? codes[c] >> 4 * half & 0x0f0f0f0f : codes[c];
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const vecu features = splat_word(x[half * rows + r]);
+                    UNROLL for (int c = 0; c < strips * COLS; c++)
+                        products[r][c] = dot_bytes(products[r][c], parts[c], features);
                 }
-                int cols = w->n - n < COLS ? (int)(w->n - n) : COLS;
-                fill_panel(kind, w, n, k, depth, panel);
-                rows_from_panel(&job, rows, panel, cols, n);
             }
         }
-}
-
-static void linear_kind(int kind, const float *x, int64_t m, int64_t x_stride, const weight_t *w,
-                        const float *bias, float *y, int64_t first, int64_t last) {
-    switch (kind) {
-    case F32: linear_strips(F32, x, m, x_stride, w, bias, y, first, last); break;
-    case BF16: linear_strips(BF16, x, m, x_stride, w, bias, y, first, last); break;
-    case INT4: linear_strips(INT4, x, m, x_stride, w, bias, y, first, last); break;
-    case INT4_ZEROS: linear_strips(INT4_ZEROS, x, m, x_stride, w, bias, y, first, last); break;
-    case INT8: linear_strips(INT8, x, m, x_stride, w, bias, y, first, last); break;
+        add_group(rows, strips, p, strip, word / weight_group, x_scales, products, sums);
+        if (p->w->zeros)
+            add_zeros(rows, strips, p, strip, word / weight_group, middle, x_scales, x_sums, sums);
     }
 }
 
-// x: [m, x_stride] where x_stride is k rounded up to a multiple of STEP, zeros past k. A row of codes
-// is a whole number of STEPs, and so is a group of them; several groups have a power of two.
-void morph_linear(int kind, const float *x, int64_t m, int64_t x_stride, const void *data,
-                  const float *scales, int64_t n, int64_t k, int64_t groups, const float *bias,
-                  float *y, int threads) {
+INLINE void store_strip(const product_t *p, int rows, int64_t row, int64_t strip,
+                        vec sums[MAX_ROWS][MAX_VECS], int at) {
+    const int64_t first = strip * STRIP, left = p->w->n - first;
+    const float *bias = p->w->bias ? p->w->bias + first : 0;
+    UNROLL for (int r = 0; r < rows; r++) {
+        float *y = p->y + (row + r) * p->w->n + first;
+        float narrow[STRIP];
+        UNROLL for (int c = 0; c < COLS; c++) {
+            vec sum = sums[r][at + c];
+            if (left < STRIP) {
+                store(narrow + c * W, sum);
+                continue;
+            }
+            if (bias) sum += load(bias + c * W);
+            store(y + c * W, p->add ? load(y + c * W) + sum : sum);
+        }
+        for (int64_t i = 0; left < STRIP && i < left; i++) {
+            const float sum = bias ? narrow[i] + bias[i] : narrow[i];
+            y[i] = p->add ? y[i] + sum : sum;
+        }
+    }
+}
+
+INLINE void multiply(int kind, int rows, int strips, const product_t *p, const tile_t *tile,
+                     int64_t strip) {
+    vec sums[MAX_ROWS][MAX_VECS] = {};
+    if (kind == F32 || kind == BF16)
+        multiply_floats(kind, rows, strips, p, strip, tile, sums);
+    else
+        multiply_codes(kind, rows, strips, p, strip, tile, sums);
+    UNROLL for (int s = 0; s < strips; s++)
+        store_strip(p, rows, tile->first, strip + s, sums, s * COLS);
+}
+
+INLINE void multiply_tile(int kind, int rows, const product_t *p, const tile_t *tile,
+                          int64_t strip, int64_t end) {
+    for (; strip + STRIPS_OF(rows) <= end; strip += STRIPS_OF(rows))
+        multiply(kind, rows, STRIPS_OF(rows), p, tile, strip);
+    if (STRIPS_OF(rows) > 1)
+        for (; strip < end; strip++) multiply(kind, rows, 1, p, tile, strip);
+}
+
+typedef void (*multiply_fn)(const product_t *, const tile_t *, int64_t strip, int64_t end);
+
+#if MAX_ROWS == 12
+#define FOR_ROWS(DO, KIND)                                                                      \
+    DO(KIND, 1) DO(KIND, 2) DO(KIND, 3) DO(KIND, 4) DO(KIND, 5) DO(KIND, 6) DO(KIND, 7) DO(KIND, 8) \
+    DO(KIND, 9) DO(KIND, 10) DO(KIND, 11) DO(KIND, 12)
+#elif MAX_ROWS == 3
+#define FOR_ROWS(DO, KIND) DO(KIND, 1) DO(KIND, 2) DO(KIND, 3)
+#else
+#define FOR_ROWS(DO, KIND) DO(KIND, 1) DO(KIND, 2)
+#endif
+
+#define DEFINE(KIND, ROWS)                                                                      \
+    static void multiply_##KIND##_##ROWS(const product_t *p, const tile_t *tile, int64_t strip, \
+                                         int64_t end) {                                         \
+        multiply_tile(KIND, ROWS, p, tile, strip, end);                                         \
+    }
+#define NAME(KIND, ROWS) multiply_##KIND##_##ROWS,
+FOR_ROWS(DEFINE, F32)
+FOR_ROWS(DEFINE, BF16)
+FOR_ROWS(DEFINE, INT4)
+FOR_ROWS(DEFINE, INT8)
+static const multiply_fn multiply_of[][MAX_ROWS] = {
+    {FOR_ROWS(NAME, F32)}, {FOR_ROWS(NAME, BF16)}, {FOR_ROWS(NAME, INT4)}, {FOR_ROWS(NAME, INT8)}};
+
+// Strips of one piece, for one block of rows. Pieces of the same strips follow each other.
+static void multiply_piece(void *job, int64_t index) {
+    const product_t *p = job;
+    const int64_t blocks = (p->a->tiles + p->block_tiles - 1) / p->block_tiles;
+    const int64_t piece = index / blocks, block = index % blocks;
+    const int64_t first = p->strips * piece / p->pieces, end = p->strips * (piece + 1) / p->pieces;
+    for (int64_t t = block * p->block_tiles; t < p->a->tiles && t < (block + 1) * p->block_tiles; t++) {
+        const tile_t tile = row_tile(p->a, t);
+        multiply_of[p->w->kind][tile.rows - 1](p, &tile, first, end);
+    }
+}
+
+void linear(const linear_t *w, row_fn rows, const void *source, int64_t m, float *y, int add,
+            int threads) {
     if (!m) return;
-    const weight_t w = {.data = data,
-                        .scales = scales,
-                        .n = n,
-                        .k = k,
-                        .row_bytes = bytes_of(kind, k),
-                        .row_scales = kind == INT4 ? groups : 2 * groups,
-                        .group_shift = groups > 1 ? __builtin_ctzll(k / groups) : 62};
-    const int64_t strips = (n + COLS - 1) / COLS;
-    if (threads > strips) threads = (int)strips;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int t = 0; t < threads; t++)
-        linear_kind(kind, x, m, x_stride, &w, bias, y, strips * t / threads,
-                    strips * (t + 1) / threads);
+    if (m * w->n * w->k < MIN_SHARED) threads = 1;
+    const activations_t a = prepare(w, rows, source, m, threads);
+    product_t p = {.w = w, .a = &a, .y = y, .add = add};
+    p.strips = (w->n + STRIP - 1) / STRIP;
+    p.strip_bytes = (w->kind == INT4 ? a.words / 2 : a.words) * WORD_BYTES;
+    p.pieces = (p.strips * p.strip_bytes + PIECE_BYTES - 1) / PIECE_BYTES;
+    p.pieces = (p.pieces + threads - 1) / threads * threads;
+    if (p.pieces > p.strips) p.pieces = p.strips;
+    p.block_tiles = BLOCK_BYTES / (4 * MAX_ROWS * a.words) + 1;
+    const int64_t blocks = (a.tiles + p.block_tiles - 1) / p.block_tiles;
+    run_pieces(multiply_piece, &p, p.pieces * blocks, threads);
+}
+
+void morph_linear(const linear_t *w, const float *x, int64_t m, float *y, int threads) {
+    const matrix_t matrix = {x, w->k};
+    linear(w, matrix_row, &matrix, m, y, 0, threads);
 }

@@ -12,8 +12,26 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its libgomp must be the one that the library finds)
 
-SOURCES = ("linear.c", "attention.c", "pointwise.c", "probe.c")
-HEADERS = ("vectors.h",)
+SOURCES = (
+    "pool.c",
+    "activations.c",
+    "linear.c",
+    "attention.c",
+    "pointwise.c",
+    "probe.c",
+    "kept.c",
+    "sampler.c",
+    "forward.c",
+)
+HEADERS = (
+    "activations.h",
+    "attention.h",
+    "kept.h",
+    "linear.h",
+    "pointwise.h",
+    "pool.h",
+    "vectors.h",
+)
 FLAGS = (
     *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -21,11 +39,14 @@ FLAGS = (
 
 _ptr, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "morph_linear": [_i32, _ptr, _i64, _i64, _ptr, _ptr, _i64, _i64, _i64, _ptr, _ptr, _i32],
+    "morph_linear": [_ptr, _ptr, _i64, _ptr, _i32],
+    "morph_layers": [_ptr, _i64, *[_ptr] * 4, _i32],
+    "morph_embed": [_i32, _ptr, _ptr, _i64, _i64, _ptr],
     "morph_rms_norm": [_ptr, _ptr, _ptr, _f32, _i64, _i64, _ptr, _i32],
     "morph_silu_mul": [_ptr, _i64, _i64, _ptr, _i32],
     "morph_rope_write_kv": [_i32, *[_ptr] * 9, _f32, *[_i64] * 5, _i32],
     "morph_attention": [_i32, *[_ptr] * 6, *[_i64] * 6, _i32],
+    "morph_sample": [_ptr, _ptr, _i64, _i64, _ptr, _i32],
     "morph_probe_read": [_ptr, _i64, _ptr],
     "morph_probe_multiply": [_i32, _i64, _ptr],
 }

@@ -1,10 +1,12 @@
 // RMSNorm, with or without the residual, and SiLU times up.
 
+#include "pointwise.h"
+
 #include "vectors.h"
 
 #define PARTS 16 // interleaved sums of squares
 
-static void rms_norm_row(const float *x, const float *weight, int64_t n, float eps, float *y) {
+void rms_norm_row(const float *x, const float *weight, int64_t n, float eps, float *y) {
     float parts[PARTS] = {0}, sum = 0;
     int64_t i = 0;
     for (; i + PARTS <= n; i += PARTS)
@@ -32,7 +34,7 @@ void morph_rms_norm(const float *x, float *residual, const float *weight, float 
 
 INLINE vec silu(vec x) { return x / (splat(1.0f) + exp_vec(-x)); }
 
-static void silu_mul_row(const float *gate, const float *up, int64_t n, float *y) {
+void silu_mul_row(const float *gate, const float *up, int64_t n, float *y) {
     int64_t i = 0;
     for (; i + W <= n; i += W) store(y + i, silu(load(gate + i)) * load(up + i));
     for (; i < n; i++) y[i] = silu(splat(gate[i]))[0] * up[i];

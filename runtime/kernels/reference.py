@@ -1,5 +1,7 @@
 """Every operation in plain torch, written as the formula: what fast kernels are checked against."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,11 +10,14 @@ from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
     AttentionShape,
     BatchMeta,
+    Draw,
     FullLinear,
+    LayerWeights,
     Linear,
     QKNorm,
     QuantizedLinear,
 )
+from morphserve.runtime.kernels.drawing import draw_token
 
 
 class ReferenceKernels:
@@ -27,8 +32,8 @@ class ReferenceKernels:
     def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return weight_dtype
 
-    def pack_full(self, weight: Tensor) -> Tensor:
-        return weight.contiguous()
+    def pack_full(self, weight: Tensor) -> FullLinear:
+        return FullLinear(weight.contiguous(), None, len(weight))
 
     def pack_quantized(self, weight: QuantizedWeight) -> QuantizedLinear:
         """Two INT4 codes to a byte, the even feature in the low half: [N, K / 2]. Else as given."""
@@ -36,7 +41,12 @@ class ReferenceKernels:
         if weight.bits == 4:
             codes = codes[:, 0::2] | codes[:, 1::2] << 4
         order = None if order is None else order.int()
-        return QuantizedLinear(weight.bits, codes, weight.scales, weight.zeros, order, None)
+        scales, zeros, outputs = weight.scales, weight.zeros, len(codes)
+        return QuantizedLinear(weight.bits, codes, scales, zeros, order, None, outputs)
+
+    def embed(self, tokens: Tensor, table: FullLinear) -> Tensor:
+        rows = F.embedding(tokens, table.weight)
+        return rows.to(self.activation_dtype(table.weight.dtype))
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         if isinstance(weight, FullLinear):
@@ -84,6 +94,31 @@ class ReferenceKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (F.silu(gate) * up).to(gate_up.dtype)
+
+    def run_layers(
+        self,
+        residual: Tensor,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[Tensor],
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+    ) -> None:
+        for layer, cache in zip(layers, caches, strict=True):
+            x = self.rms_norm(residual, layer.input_norm, shape.norm_eps)
+            qkv = self.linear(x, layer.qkv)
+            q = self.rope_write_kv(qkv, cache, meta, shape, cos_sin, layer.qk_norm)
+            x = self.linear(self.attention(q, cache, meta, shape), layer.o)
+            x = self.add_rms_norm(x, residual, layer.post_norm, shape.norm_eps)
+            residual += self.linear(self.silu_mul(self.linear(x, layer.gate_up)), layer.down)
+
+    def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
+        sound = logits.isfinite().all(dim=-1).tolist()
+        likeliest = logits.argmax(dim=-1).tolist()
+        return [
+            None if not sound[i] else draw_token(row, draws[i]) if i in draws else likeliest[i]
+            for i, row in enumerate(logits)
+        ]
 
 
 def dequantise(weight: QuantizedLinear) -> Tensor:

@@ -144,5 +144,7 @@ def test_from_a_desc_act_folder_to_logits(
     (tmp_path / "rounded" / "config.json").write_text((model / "config.json").read_text())
     expected = expected_logits(tmp_path / "rounded")
     served = served_logits(model, tmp_path / "b", kernels)
-    torch.testing.assert_close(served, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
-    assert float((served - expected_logits(model)).abs().max()) > 0.1 * float(expected.std())
+    off, rounding_off = (served - expected).norm(), (expected_logits(model) - expected).norm()
+    # The C kernels round activations to eight bits, some 0.7 % of a product.
+    assert off < (0.05 if kernels == "cpu" else 1e-3) * expected.norm()
+    assert off < 0.5 * rounding_off

@@ -57,6 +57,17 @@ def demote(driver: Driver, layers: Sequence[int]) -> None:
         driver.step()
 
 
+def assert_agree(served: Tensor, dense: Tensor, kernels: Kernels) -> None:
+    """The C kernels round activations to eight bits, some 0.7 % of a product, in each layer.
+
+    Inputs in a wrong order, or another layer's weights, are off by more than the logits' size.
+    """
+    if kernels.name == "cpu":
+        assert (served - dense).norm() < 0.05 * dense.norm()
+    else:
+        torch.testing.assert_close(served, dense, rtol=1e-4, atol=2e-4)
+
+
 def assert_serves_each_mix(kernels: Kernels) -> None:
     driver = Driver(tiny_model(kernels), kv_tokens=256)
     _, layers = random_model()
@@ -65,7 +76,7 @@ def assert_serves_each_mix(kernels: Kernels) -> None:
         before = served_logits(driver)
         demote(driver, [i])
         logits = served_logits(driver)
-        torch.testing.assert_close(logits, dense_logits(layers), rtol=1e-4, atol=2e-4)
+        assert_agree(logits, dense_logits(layers), kernels)
         assert not torch.equal(logits, before), f"layer {i} was not swapped"
 
 
@@ -95,7 +106,7 @@ def test_a_variant_brings_its_own_norms(kernels: Kernels) -> None:
     _, layers = random_model()
     for i in (1, 2):
         layers[i] = dense.quantized_to_float32(own[i])
-    torch.testing.assert_close(served_logits(driver), dense_logits(layers), rtol=1e-4, atol=2e-4)
+    assert_agree(served_logits(driver), dense_logits(layers), kernels)
 
 
 def test_only_qkv_o_and_gate_up_gather_their_inputs(kernels: Kernels) -> None:

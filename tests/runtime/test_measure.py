@@ -83,7 +83,7 @@ def test_each_timed_engine_runs_its_own_variant(made: tuple[Checkpoint, Bundle],
     for i, weights in enumerate(full):
         for linear in LINEARS:
             packed = kernels.pack_full(getattr(checkpoint.layer(i), linear))
-            assert torch.equal(getattr(weights, linear).weight, packed)
+            assert torch.equal(getattr(weights, linear).weight, packed.weight)
     for variant, rig in rigs.items():
         assert rig.parts.model.layers == rig.parts.layers.active
         assert len(rig.parts.layers.active) == checkpoint.architecture.num_layers
@@ -113,9 +113,10 @@ def test_attention_is_timed_at_its_points_sizes(
     rigs = build_rigs(*made, Watched(), torch.float32, LIMITS, 256)
     with measure._attention(rigs[Variant.FULL].parts, *point) as run:
         spent = run()
-    expected = (num_seqs * query_tokens, [query_tokens] * num_seqs, [context] * num_seqs)
-    assert called == [expected] * made[0].architecture.num_layers
-    assert len(spent) == len(called)
+    between = (num_seqs, [1] * num_seqs, [1] * num_seqs)  # of the work that takes the caches
+    timed = (num_seqs * query_tokens, [query_tokens] * num_seqs, [context] * num_seqs)
+    assert called == [between, timed] * made[0].architecture.num_layers
+    assert len(spent) == made[0].architecture.num_layers
 
 
 def test_the_lower_quartile_of_all_turns_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
 from morphserve.quantize.architecture import Architecture, Rope
-from morphserve.quantize.dense import quantized_to_float32
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.rounding import Grid, quantize_rtn
 from morphserve.quantize.weights import (
@@ -23,7 +22,7 @@ from morphserve.runtime.arena import Arena
 from morphserve.runtime.build import DeviceParts, assemble
 from morphserve.runtime.kernels import Kernels
 from morphserve.runtime.ladder import Ladder, steps_of
-from morphserve.runtime.layers import full_image, quantized_image
+from morphserve.runtime.layers import Image, full_image, quantized_image
 from morphserve.runtime.layout import Layout
 from morphserve.runtime.loader import LoadedModel
 from morphserve.runtime.memory import MemoryPlan, budget_for, plan_memory
@@ -119,22 +118,27 @@ def quantised_layers(ordered: bool = True) -> list[LayerTensors[QuantizedWeight]
 def tiny_model(kernels: Kernels, exact: bool = False) -> LoadedModel:
     """A random model with swaps to INT8 and to `quantised_layers` as its INT4.
 
-    With `exact`, both stand for the very weights of full precision, summed in the same order.
+    With `exact`, all three stand for the same weights, and give the same bits: full precision is
+    the INT8 image then, made longer, as codes are multiplied with activations of eight bits.
     """
     static, full = random_model()
     int4 = quantised_layers(ordered=not exact)
     int8 = [_quantise(layer, INT8_GRID, ordered=False) for layer in full]
     if exact:
-        full = [quantized_to_float32(layer) for layer in int4]
         int8 = [_as_int8(layer) for layer in int4]
+    full_images = [full_image(layer, kernels, torch.float32) for layer in full]
+    int8_images = [quantized_image(layer, kernels, torch.float32) for layer in int8]
+    if exact:
+        sizes = [image.num_bytes for image in full_images]
+        full_images = [_lengthened(i, n) for i, n in zip(int8_images, sizes, strict=True)]
     return LoadedModel(
         architecture=ARCHITECTURE,
         kernels=kernels,
         dtype=torch.float32,
         statics=pack_statics(static, kernels, torch.float32),
         images={
-            Variant.FULL: [full_image(layer, kernels, torch.float32) for layer in full],
-            Variant.INT8: [quantized_image(layer, kernels, torch.float32) for layer in int8],
+            Variant.FULL: full_images,
+            Variant.INT8: int8_images,
             Variant.INT4: [quantized_image(layer, kernels, torch.float32) for layer in int4],
         },
         ladder=Ladder(steps_of(ORDER, [Variant.INT8, Variant.INT4]), ARCHITECTURE.num_layers),
@@ -145,13 +149,19 @@ def _as_int8(layer: LayerTensors[QuantizedWeight]) -> LayerTensors[QuantizedWeig
     """The same weights, in 8 bits each."""
 
     def widened(weight: QuantizedWeight) -> QuantizedWeight:
-        zeros = weight.zeros
-        if zeros is None:
-            zeros = torch.full_like(weight.scales, weight.middle, dtype=torch.uint8)
-        return replace(weight, bits=8, zeros=zeros)
+        shift, zeros = 128 - weight.middle, weight.zeros
+        codes = weight.codes + shift if weight.bits == 4 else weight.codes
+        zeros = zeros + shift if weight.bits == 4 and zeros is not None else zeros
+        return replace(weight, bits=8, codes=codes, zeros=zeros)
 
     linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
     return LayerTensors(layer.norms, layer.biases, *map(widened, linears))
+
+
+def _lengthened(image: Image, num_bytes: int) -> Image:
+    host = torch.zeros(num_bytes, dtype=torch.uint8)
+    host[: image.num_bytes] = image.host
+    return replace(image, host=host)
 
 
 def prompt_of(seed: int, length: int) -> list[int]:

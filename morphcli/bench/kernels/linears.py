@@ -11,7 +11,7 @@ from morphserve.morphcli.bench.kernels.memory import linear_bytes, rotated, rota
 from morphserve.morphcli.bench.kernels.race import Call, Task, bell
 from morphserve.morphcli.bench.kernels.result import Work
 from morphserve.quantize.weights import QuantizedWeight
-from morphserve.runtime.kernels import FullLinear, Kernels, Linear
+from morphserve.runtime.kernels import Kernels, Linear
 
 SHAPES = ((2048, 2048), (5632, 2048))  # outputs, inputs
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -49,7 +49,6 @@ def linear_tasks(weights: Weights, kernels: Kernels) -> Iterator[list[Task]]:
 
 def make_weights(outputs: int, inputs: int, kernels: Kernels) -> Weights:
     plain = bell(outputs, inputs, dtype=torch.bfloat16)
-    packed = FullLinear(kernels.pack_full(plain.to(_dtype(kernels))), None)
     int4 = random_codes(outputs, inputs, 4, GROUP, spread=1.0)
     int8 = random_codes(outputs, inputs, 8, inputs, spread=1.0)
     codes4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(int4.codes.int(), 1)
@@ -58,7 +57,7 @@ def make_weights(outputs: int, inputs: int, kernels: Kernels) -> Weights:
         outputs,
         inputs,
         plain,
-        full=rotated_linear(packed),
+        full=rotated_linear(kernels.pack_full(plain.to(_dtype(kernels)))),
         int4=rotated_linear(kernels.pack_quantized(int4)),
         int8=rotated_linear(kernels.pack_quantized(int8)),
         torch_full=rotated(plain),

@@ -25,12 +25,12 @@ def row_tasks(kernels: Kernels) -> Iterator[list[Task]]:
         yield [_silu(kernels, rows, dtype)]
 
 
-def sampler_tasks() -> Iterator[list[Task]]:
+def sampler_tasks(kernels: Kernels) -> Iterator[list[Task]]:
     logits = 4 * bell(SAMPLED_ROWS, VOCAB)  # a nucleus of some hundred tokens
     greedy = SamplingParams(max_tokens=2, temperature=0.0)
     drawn = SamplingParams(max_tokens=2, temperature=TEMPERATURE, top_p=TOP_P, seed=0)
-    yield [_sampling("sampler, greedy", logits, greedy)]
-    yield [_sampling("sampler, top-p", logits, drawn)]
+    yield [_sampling("sampler, greedy", kernels, logits, greedy)]
+    yield [_sampling("sampler, top-p", kernels, logits, drawn)]
 
 
 def _norm(kernels: Kernels, rows: int, dtype: torch.dtype) -> Task:
@@ -73,8 +73,8 @@ def _silu(kernels: Kernels, rows: int, dtype: torch.dtype) -> Task:
     )
 
 
-def _sampling(name: str, logits: Tensor, params: SamplingParams) -> Task:
-    sampler, scratch = Sampler(()), logits.clone()
+def _sampling(name: str, kernels: Kernels, logits: Tensor, params: SamplingParams) -> Task:
+    sampler, scratch = Sampler(kernels, ()), logits.clone()
     requests = [Request(str(i), [0], params, 0.0) for i in range(len(logits))]
 
     def ours(_: int) -> Tensor:

@@ -56,7 +56,7 @@ def _tasks(kernels: Kernels, show: Show) -> Iterator[list[Task]]:
         yield from _shown(linear_tasks(weights, kernels), show)
     yield from _shown(attention_tasks(kernels), show)
     yield from _shown(row_tasks(kernels), show)
-    yield from _shown(sampler_tasks(), show)
+    yield from _shown(sampler_tasks(kernels), show)
 
 
 def _shown(batches: Iterator[list[Task]], show: Show) -> Iterator[list[Task]]:

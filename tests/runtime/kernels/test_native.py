@@ -82,7 +82,7 @@ def test_kernels_neither_leave_their_memory_nor_rely_on_undefined_behaviour(tmp_
     }
     tests = [
         str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("linear", "attention", "pointwise")
+        for name in ("linear", "attention", "pointwise", "sampler")
     ]
     done = subprocess.run(
         [sys.executable, "-c", SANITISED, *tests], env=environment, capture_output=True, text=True
