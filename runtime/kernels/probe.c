@@ -7,6 +7,8 @@ enum {
     SUMS = 12, // that grow side by side: enough to hide the time until a product is there
 };
 
+enum product { OF_FLOAT32, OF_BFLOAT16, OF_INT8 }; // as in morphcli/bench/kernels/machine.py
+
 typedef uint64_t wide __attribute__((vector_size(64), may_alias));
 
 // Adds up `bytes` bytes, a multiple of 512, as 64-bit words.
@@ -59,12 +61,12 @@ MULTIPLY(multiply_int8, veci, _mm256_dpbusd_avx_epi32((__m256i)sums[j], (__m256i
 void morph_probe_multiply(int kind, int64_t rounds, int64_t *done) {
     int64_t products = 0; // of one instruction
     switch (kind) {
-    case F32: multiply_f32(rounds), products = W; break;
+    case OF_FLOAT32: multiply_f32(rounds), products = W; break;
 #ifdef HAS_BF16
-    case BF16: multiply_bf16(rounds), products = 2 * W; break;
+    case OF_BFLOAT16: multiply_bf16(rounds), products = 2 * W; break;
 #endif
 #ifdef HAS_INT8
-    case INT8: multiply_int8(rounds), products = 4 * W; break;
+    case OF_INT8: multiply_int8(rounds), products = 4 * W; break;
 #endif
     }
     *done = rounds * SUMS * products;

@@ -211,6 +211,14 @@ def test_the_probe_reads_every_byte_and_counts_every_product() -> None:
         assert counts[1] == 3 * counts[0]
 
 
+def test_every_kind_that_the_processor_multiplies_has_a_rate() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
+    expected = ["float32"]
+    expected += ["bfloat16"] if "avx512_bf16" in flags else []
+    expected += ["int8"] if flags & {"avx512_vnni", "avx_vnni"} else []
+    assert list(machine.multiply_rates(1)) == expected
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
