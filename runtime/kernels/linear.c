@@ -43,18 +43,17 @@ INLINE void multiply_floats(int kind, int rows, int strips, const product_t *p, 
     const char *data[MAX_STRIPS];
     UNROLL for (int s = 0; s < strips; s++) data[s] = p->w->data + (strip + s) * p->strip_bytes;
     for (int64_t word = 0; word < p->a->words; word++, x += rows) {
-        vecu weights[MAX_VECS];
+        vec weights[MAX_VECS];
         UNROLL for (int s = 0; s < strips; s++) {
             fetch_ahead(data[s]);
             UNROLL for (int c = 0; c < COLS; c++)
-                weights[s * COLS + c] = load_words(data[s] + 4 * W * c);
+                weights[s * COLS + c] = load((const float *)data[s] + W * c);
             data[s] += WORD_BYTES;
         }
         UNROLL for (int r = 0; r < rows; r++) {
-            const vecu feature = splat_word(x[r]);
+            const vec feature = (vec)splat_bits(x[r]);
             UNROLL for (int c = 0; c < strips * COLS; c++)
-                sums[r][c] = kind == F32 ? fma_vec((vec)feature, (vec)weights[c], sums[r][c])
-                                         : dot_bf16(sums[r][c], weights[c], feature);
+                sums[r][c] = dot_unit(kind, sums[r][c], weights[c], feature);
         }
     }
 }
@@ -102,7 +101,7 @@ INLINE void multiply_codes(int kind, int rows, int strips, const product_t *p, i
         veci products[MAX_ROWS][MAX_VECS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int c = 0; c < strips * COLS; c++)
-                products[r][c] = (veci)splat_word((uint32_t)(-middle * x_sums[r]));
+                products[r][c] = (veci)splat_bits((uint32_t)(-middle * x_sums[r]));
         for (int64_t i = 0; i < end; i += halves, x += halves * rows) {
             vecu codes[MAX_VECS];
             UNROLL for (int s = 0; s < strips; s++) {
@@ -116,7 +115,7 @@ INLINE void multiply_codes(int kind, int rows, int strips, const product_t *p, i
                 UNROLL for (int c = 0; c < strips * COLS; c++)
                     parts[c] = halves == 2 ? codes[c] >> 4 * half & 0x0f0f0f0f : codes[c];
                 UNROLL for (int r = 0; r < rows; r++) {
-                    const vecu features = splat_word(x[half * rows + r]);
+                    const vecu features = splat_bits(x[half * rows + r]);
                     UNROLL for (int c = 0; c < strips * COLS; c++)
                         products[r][c] = dot_bytes(products[r][c], parts[c], features);
                 }

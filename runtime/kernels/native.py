@@ -16,6 +16,7 @@ SOURCES = (
     "pool.c",
     "activations.c",
     "linear.c",
+    "rope.c",
     "attention.c",
     "pointwise.c",
     "probe.c",
@@ -25,9 +26,11 @@ SOURCES = (
 )
 HEADERS = (
     "activations.h",
+    "attend.h",
     "attention.h",
     "kept.h",
     "linear.h",
+    "pages.h",
     "pointwise.h",
     "pool.h",
     "vectors.h",

@@ -25,6 +25,7 @@
 #endif
 
 #define UNROLL _Pragma("GCC unroll 16")
+#define NOINLINE __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * W)));
@@ -39,6 +40,8 @@ typedef uint32_t loose_vecu __attribute__((vector_size(4 * W), aligned(4), may_a
 enum kind { F32 = 0, BF16 = 1, INT4 = 2, INT8 = 3 };
 
 INLINE vec splat(float x) { return x - (vec){}; }
+
+INLINE vecu splat_bits(uint32_t x) { return x - (vecu){}; }
 
 INLINE vec load(const float *p) { return *(const loose_vec *)p; }
 INLINE void store(float *p, vec v) { *(loose_vec *)p = v; }
@@ -89,8 +92,6 @@ INLINE vec in_register(vec v) {
 
 INLINE vecu load_words(const void *p) { return *(const loose_vecu *)p; }
 
-INLINE vecu splat_word(uint32_t x) { return x - (vecu){}; }
-
 INLINE vec load_bytes(const uint8_t *p) {
     byte_vec b;
     memcpy(&b, p, sizeof b);
@@ -116,16 +117,6 @@ INLINE vec load_half(const uint16_t *p) {
     vec v;
     for (int lane = 0; lane < W; lane++) v[lane] = from_half(p[lane]);
     return v;
-#endif
-}
-
-// Adds the products of two bfloat16 to each lane.
-INLINE vec dot_bf16(vec sums, vecu a, vecu b) {
-#if W == 16 && defined(__AVX512BF16__)
-    return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-#else
-    sums = fma_vec((vec)(a << 16), (vec)(b << 16), sums);
-    return fma_vec((vec)(a & 0xffff0000), (vec)(b & 0xffff0000), sums);
 #endif
 }
 
@@ -166,7 +157,16 @@ INLINE vec select_vec(veci mask, vec yes, vec no) {
     return (vec)(((veci)yes & mask) | ((veci)no & ~mask));
 }
 
-INLINE vec max_vec(vec a, vec b) { return select_vec(a > b, a, b); }
+// The second where one is not a number.
+INLINE vec max_vec(vec a, vec b) {
+#if W == 16
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif W == 8
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select_vec(a > b, a, b);
+#endif
+}
 
 // e^x to about one unit in the last place; 0 below -87, where a float's normal range ends.
 INLINE vec exp_vec(vec x) {
@@ -184,6 +184,99 @@ INLINE vec exp_vec(vec x) {
     p = fma_vec(p, r, splat(1.0f));
     p = fma_vec(p, r, splat(1.0f));
     return (vec)(((vecu)p + ((vecu)t << 23)) & (vecu)normal);
+}
+
+// Keys, values, queries and softmax weights are read in units of four bytes: a float, or a pair of
+// bfloat16 whose products are added to the same sum.
+typedef uint32_t unit __attribute__((may_alias));
+
+INLINE vec splat_unit(const unit *p) { return (vec)splat_bits(*p); }
+
+#define ONE_PAIR 0x3f803f80u // two bfloat16 of 1
+
+// acc + even * even + odd * odd, in float32.
+INLINE vec dot_bf16(vec acc, vec a, vec b) {
+#if W == 16 && defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    const vecu odd = splat_bits(0xffff0000u);
+    acc = fma_vec((vec)((vecu)a & odd), (vec)((vecu)b & odd), acc);
+    return fma_vec((vec)((vecu)a << 16), (vec)((vecu)b << 16), acc);
+#endif
+}
+
+INLINE vec dot_unit(int kind, vec acc, vec a, vec b) {
+    return kind == BF16 ? dot_bf16(acc, a, b) : fma_vec(a, b, acc);
+}
+
+INLINE void store_bf16(uint16_t *p, vec v) {
+#if W == 16 && defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &half, sizeof half);
+#else
+    for (int lane = 0; lane < W; lane++) p[lane] = to_bf16(v[lane]);
+#endif
+}
+
+INLINE float lane_sum(vec v) {
+    for (int half = W / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) v[lane] += v[lane + half];
+    return v[0];
+}
+
+INLINE float lane_max(vec v) {
+#if W == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int lane = 1; lane < W; lane++) most = v[lane] > most ? v[lane] : most;
+    return most;
+#endif
+}
+
+INLINE veci max_int(veci a, veci b) { return (a & (a > b)) | (b & ~(a > b)); }
+
+INLINE int32_t lane_max_int(veci v) {
+#if W == 16
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t most = v[0];
+    for (int lane = 1; lane < W; lane++) most = v[lane] > most ? v[lane] : most;
+    return most;
+#endif
+}
+
+INLINE int32_t lane_sum_int(veci v) {
+#if W == 16
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t sum = 0;
+    for (int lane = 0; lane < W; lane++) sum += v[lane];
+    return sum;
+#endif
+}
+
+// Lanes within a byte.
+INLINE void store_bytes(int8_t *p, veci v) {
+#if W == 16
+    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int lane = 0; lane < W; lane++) p[lane] = (int8_t)v[lane];
+#endif
+}
+
+// 2^x for x up to 0, to about one unit in the last place; 0 below -127 and for what is no number.
+INLINE vec exp2_vec(vec x) {
+    const vec round = splat(12582912.0f); // 1.5 * 2^23: the sum's low bits are the integer
+    x = max_vec(x, splat(-127.0f));
+    const vec t = x + round, r = x - (t - round);
+    vec p = splat(1.3264727e-3f);
+    p = fma_vec(p, r, splat(9.6715130e-3f));
+    p = fma_vec(p, r, splat(5.5507336e-2f));
+    p = fma_vec(p, r, splat(2.4022243e-1f));
+    p = fma_vec(p, r, splat(6.9314700e-1f));
+    p = fma_vec(p, r, splat(1.0f));
+    return (vec)((vecu)p + ((vecu)t << 23));
 }
 
 #endif

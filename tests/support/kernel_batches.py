@@ -7,6 +7,7 @@ from torch import Tensor
 
 from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import AttentionShape, BatchMeta
+from morphserve.runtime.kernels.reference import split_pages
 
 
 def scatter_pages(contexts: Sequence[int], block_tokens: int) -> list[Tensor]:
@@ -38,6 +39,18 @@ def make_meta(
 
 def page_items(shape: AttentionShape) -> int:
     return 2 * shape.num_kv_heads * shape.head_dim * shape.block_tokens
+
+
+def cpu_pages(cache: Tensor, shape: AttentionShape) -> Tensor:
+    """The reference's pages in the layout of the C kernels (runtime/kernels/pages.h)."""
+    if cache.dtype != torch.bfloat16:
+        return cache
+    k, v = split_pages(cache, shape)
+    pairs = k.unflatten(2, (-1, 2)).transpose(3, 4)  # [pages, G, D / 2, B, 2]
+    even = shape.block_tokens // 2 * 2
+    near = v[:, :, :even].unflatten(2, (-1, 2)).transpose(3, 4)  # [pages, G, B / 2, D, 2]
+    values = torch.cat([near.flatten(2), v[:, :, even:].flatten(2)], dim=2)
+    return torch.cat([pairs.flatten(1), values.flatten(1)], dim=1)
 
 
 def rotations(num_positions: int, head_dim: int) -> Tensor:
