@@ -14,7 +14,7 @@ from morphserve.quantize.machine import free_memory
 from morphserve.runtime.kernels.native import NativeUnavailable, load_library
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}  # as probe.c numbers them
-ATTEMPTS = 15  # other work only ever takes away: the best counts
+ATTEMPTS = 30  # other work only ever takes away: the best counts
 TURN_S = 0.02
 PIECE = 4096  # bytes; parts of the buffer begin at multiples
 
