@@ -27,7 +27,7 @@ INLINE void measure(const struct row *row, int by_mass, const float *x, int64_t 
                 parts[p] = add_at(at_least(logits, splat(pivots[p])), parts[p], weight);
             if (by_mass) parts[ALL] += weight;
         }
-        for (int p = 0; p <= ALL; p++) sums[p] += sum_of(parts[p]);
+        for (int p = 0; p <= ALL; p++) sums[p] += lane_sum(parts[p]);
     }
     if (!by_mass) sums[ALL] = (double)n;
 }
@@ -69,47 +69,48 @@ static void choose_pivots(const float *x, int64_t n, float *pivots) {
 }
 
 struct border {
-    float logit;  // the greatest at which the target is reached; -infinity: never
-    double above; // the measure of greater ones
+    float logit;    // the greatest at which the goal is reached; -infinity: never
+    double missing; // of the goal above it: how many of this logit are kept, or their mass
 };
 
 // n <= SAMPLE logits, between `border`'s and what it counts as above.
 static struct border walk(const struct row *row, int by_mass, const float *x, int64_t n,
-                          double target, struct border border) {
+                          struct border border) {
     float sorted[SAMPLE];
     for (int64_t i = 0; i < SAMPLE; i++) sorted[i] = i < n ? x[i] : -INFINITY;
     sort_sample(sorted);
     for (int64_t i = 0, end; i < n; i = end) {
         for (end = i + 1; end < n && sorted[end] == sorted[i];) end++;
         const double sum = (double)(end - i) * measure_one(row, by_mass, sorted[i]);
-        if (border.above + sum >= target) return (struct border){sorted[i], border.above};
-        border.above += sum;
+        if (sum >= border.missing) return (struct border){sorted[i], border.missing};
+        border.missing -= sum;
     }
     return border;
 }
 
-// Where the sum from the greatest logit down reaches `target`. `rest` may be x itself.
+// From the greatest logit down, so many or, by mass, this share. `rest` may be x itself.
 INLINE struct border find_border(const struct row *row, int by_mass, const float *x, int64_t n,
-                                 double target, float *rest) {
-    struct border border = {-INFINITY, 0};
-    while (n > SAMPLE) {
+                                 double goal, float *rest) {
+    struct border border = {-INFINITY, goal};
+    for (int round = 0; round == 0 || n > SAMPLE; round++) {
         float pivots[PIVOTS];
         double sums[PIVOTS + 1];
         choose_pivots(x, n, pivots);
         measure(row, by_mass, x, n, pivots, sums);
-        if (border.above + sums[ALL] < target) {
-            border.above += sums[ALL];
+        if (by_mass && round == 0) border.missing *= sums[ALL];
+        if (sums[ALL] < border.missing) {
+            border.missing -= sums[ALL];
             return border;
         }
         int p = 0;
-        while (p < PIVOTS && border.above + sums[p] < target) p++;
+        while (p < PIVOTS && sums[p] < border.missing) p++;
         if (p < PIVOTS) border.logit = pivots[p];
         // Logits equal to a pivot stay out on both sides: each round has fewer, whatever they are.
         n = between(x, n, border.logit, p ? pivots[p - 1] : INFINITY, rest);
-        border.above += p ? sums[p - 1] : 0;
+        border.missing -= p ? sums[p - 1] : 0;
         x = rest;
     }
-    return walk(row, by_mass, x, n, target, border);
+    return walk(row, by_mass, x, n, border);
 }
 
 // The place after the `count`th token of this logit, or the row's end.
@@ -134,8 +135,8 @@ static void narrow(struct row *row, struct border border, double count) {
 void keep_top_k(struct row *row, int64_t k, float *rest) {
     const struct border border =
         find_border(row, 0, row->logits, row->vocab, (double)k, rest);
-    row->equals = k - (int64_t)border.above;
-    narrow(row, border, (double)row->equals);
+    row->equals = (int64_t)border.missing;
+    narrow(row, border, border.missing);
 }
 
 // The logits that top_k kept.
@@ -145,23 +146,10 @@ static int64_t copy_kept(const struct row *row, float *out) {
     return n;
 }
 
-static double mass_of_all(const struct row *row, const float *x, int64_t n) {
-    double mass = 0;
-    for (int64_t start = 0; start < n; start += CHUNK) {
-        const int64_t end = start + CHUNK < n ? start + CHUNK : n;
-        vec sum = {};
-        for (int64_t i = start; i < end; i += W)
-            sum += weigh(row, load_up_to(x + i, end - i, -INFINITY));
-        mass += sum_of(sum);
-    }
-    return mass;
-}
-
 void keep_top_p(struct row *row, double share, float *rest) {
     const int cut = row->floor > -INFINITY;
     const float *x = cut ? rest : row->logits;
     const int64_t n = cut ? copy_kept(row, rest) : row->vocab;
-    const double target = share * mass_of_all(row, x, n);
-    const struct border border = find_border(row, 1, x, n, target, rest);
-    narrow(row, border, ceil((target - border.above) / measure_one(row, 1, border.logit)));
+    const struct border border = find_border(row, 1, x, n, share, rest);
+    narrow(row, border, ceil(border.missing / measure_one(row, 1, border.logit)));
 }

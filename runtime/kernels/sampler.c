@@ -32,13 +32,13 @@ static int64_t find_greatest(const float *x, int64_t n) {
             const vec b = i + W < end ? load_up_to(x + i + W, end - i - W, x[i]) : a;
             broken |= ((veci)a & magnitude) >= infinity;
             broken |= ((veci)b & magnitude) >= infinity;
-            top[0] = greater_of(top[0], a);
-            top[1] = greater_of(top[1], b);
+            top[0] = max_vec(top[0], a);
+            top[1] = max_vec(top[1], b);
         }
-        top[0] = greater_of(top[0], top[1]);
+        top[0] = max_vec(top[0], top[1]);
         if (!bits_of(above(top[0], splat(greatest)))) continue;
         block = start;
-        for (int i = 0; i < W; i++) greatest = top[0][i] > greatest ? top[0][i] : greatest;
+        greatest = lane_max(top[0]);
     }
     for (int i = 0; i < W; i++)
         if (broken[i]) return -1;
@@ -55,7 +55,7 @@ INLINE vec kept_weights(const struct row *row, int64_t i, int64_t end, float flo
 static float mass_between(const struct row *row, int64_t start, int64_t end, float floor) {
     vec sum = {};
     for (int64_t i = start; i < end; i += W) sum += kept_weights(row, i, end, floor);
-    return sum_of(sum);
+    return lane_sum(sum);
 }
 
 INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
@@ -125,14 +125,14 @@ static int64_t pick(const struct row *row, const double *masses, double place) {
 
 static struct row new_row(const float *logits, int64_t vocab, float greatest,
                           const struct draw *draw) {
-    const double rate = fmin(fmax(1 / draw->temperature, MIN_RATE), FLT_MAX);
+    const double rate = fmin(fmax(M_LOG2E / draw->temperature, MIN_RATE), FLT_MAX);
     return (struct row){.logits = logits,
                         .vocab = vocab,
                         .split = vocab,
                         .floor = -INFINITY,
                         .greatest = greatest,
                         .rate = (float)rate,
-                        .least = fmaxf((float)draw->min_p, LEAST)};
+                        .least = fmaxf((float)draw->min_p, FLT_MIN)};
 }
 
 static int64_t sample_row(const float *logits, int64_t vocab, const struct draw *draw) {

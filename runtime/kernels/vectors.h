@@ -46,6 +46,14 @@ INLINE vecu splat_bits(uint32_t x) { return x - (vecu){}; }
 INLINE vec load(const float *p) { return *(const loose_vec *)p; }
 INLINE void store(float *p, vec v) { *(loose_vec *)p = v; }
 
+// The next `left` floats, filled up.
+INLINE vec load_up_to(const float *p, int64_t left, float fill) {
+    if (left >= W) return load(p);
+    float padded[W];
+    for (int i = 0; i < W; i++) padded[i] = i < left ? p[i] : fill;
+    return load(padded);
+}
+
 INLINE vec fma_vec(vec a, vec b, vec c) {
 #if W == 16
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -168,11 +176,11 @@ INLINE vec max_vec(vec a, vec b) {
 #endif
 }
 
-// e^x to about one unit in the last place; 0 below -87, where a float's normal range ends.
+INLINE vec min_vec(vec a, vec b) { return -max_vec(-a, -b); }
+
+// e^x to about one unit in the last place, for x from -87 to 88, where a float's normal range ends.
 INLINE vec exp_vec(vec x) {
     const vec round = splat(12582912.0f); // 1.5 * 2^23: the sum's low bits are the integer
-    const veci normal = x >= splat(-87.0f);
-    x = select_vec(x > splat(88.0f), splat(88.0f), x);
     vec t = fma_vec(x, splat(1.44269504f), round), n = t - round;
     vec r = fma_vec(n, splat(-0.693359375f), x); // ln 2 in two parts, the first exact
     r = fma_vec(n, splat(2.12194440e-4f), r);
@@ -183,7 +191,7 @@ INLINE vec exp_vec(vec x) {
     p = fma_vec(p, r, splat(0.5f));
     p = fma_vec(p, r, splat(1.0f));
     p = fma_vec(p, r, splat(1.0f));
-    return (vec)(((vecu)p + ((vecu)t << 23)) & (vecu)normal);
+    return (vec)((vecu)p + ((vecu)t << 23));
 }
 
 // Keys, values, queries and softmax weights are read in units of four bytes: a float, or a pair of
@@ -219,6 +227,9 @@ INLINE void store_bf16(uint16_t *p, vec v) {
 }
 
 INLINE float lane_sum(vec v) {
+#if W == 16
+    return _mm512_reduce_add_ps((__m512)v); // in the order below
+#endif
     for (int half = W / 2; half; half /= 2)
         for (int lane = 0; lane < half; lane++) v[lane] += v[lane + half];
     return v[0];

@@ -1,5 +1,6 @@
 """Norms and SiLU on the CPU against the reference."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ CPU, REFERENCE = CpuKernels(), ReferenceKernels()
 
 
 @EXAMPLES
-@given(rows=st.integers(1, 20), width=st.integers(1, 200))
+@given(rows=st.integers(1, 20), width=st.integers(1, 400))
 def test_norms_match_the_reference(rows: int, width: int) -> None:
     x, residual, weight = torch.randn(rows, width), torch.randn(rows, width), torch.rand(width)
     torch.testing.assert_close(
@@ -35,9 +36,23 @@ def test_silu_matches_the_reference_even_where_exp_would_overflow(
     torch.testing.assert_close(CPU.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
 
 
-def test_rows_are_the_same_alone_and_in_a_batch() -> None:
-    x, weight = torch.randn(17, 90), torch.rand(90)
+@pytest.mark.parametrize("width", [90, 1024])
+def test_rows_are_the_same_alone_in_a_batch_and_on_three_threads(width: int) -> None:
+    x, weight = torch.randn(1200, width), torch.rand(width)  # enough for threads to be asked
     normed, gated = CPU.rms_norm(x, weight, 1e-6), CPU.silu_mul(x)
-    for i in range(len(x)):
+    for i in (0, 1, 600, 1199):
         assert torch.equal(CPU.rms_norm(x[i : i + 1], weight, 1e-6)[0], normed[i])
         assert torch.equal(CPU.silu_mul(x[i : i + 1])[0], gated[i])
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(CPU.rms_norm(x, weight, 1e-6), normed)
+        assert torch.equal(CPU.silu_mul(x), gated)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    gate_up = torch.ones(1, 40)
+    gate_up[0, 7] = float("nan")
+    assert CPU.silu_mul(gate_up).isnan().nonzero().tolist() == [[0, 7]]
+    assert CPU.rms_norm(gate_up, torch.ones(40), 1e-6).isnan().all()
