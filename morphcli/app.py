@@ -23,6 +23,7 @@ from morphserve.morphcli.commands.top import top
 from morphserve.morphcli.commands.trace import trace
 from morphserve.morphcli.commands.verify_bundle import verify
 from morphserve.morphcli.settings import Command, misspelt
+from morphserve.quantize.cores import cpu_quota, default_threads
 
 app = typer.Typer(
     name="morph",
@@ -75,6 +76,7 @@ def main() -> None:
     # Read when torch loads. Threads that spin while they wait take the cores from other programs,
     # and from each other where there are fewer cores than threads: tenfold times were measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(default_threads(cpu_quota())))
     try:
         app()
     except MorphError as error:

@@ -15,6 +15,7 @@ import msgspec
 from morphserve.configs.errors import MorphError
 from morphserve.configs.load import DEMO_MODEL
 from morphserve.quantize.checkpoint import open_checkpoint
+from morphserve.quantize.cores import cpu_quota, default_threads, own_cores, read
 from morphserve.quantize.machine import device_name, free_memory
 from morphserve.runtime.kernels.native import NativeUnavailable, load_library
 
@@ -51,7 +52,7 @@ def examine(port: int) -> Iterator[Finding]:
     for package in ("torch", "transformers", "tokenizers"):
         yield library(package)
     yield cpu()
-    yield cores()
+    yield cores(cpu_quota(), os.environ.get("OMP_NUM_THREADS", ""))
     yield memory()
     yield kernels()
     yield waiting(os.environ.get("OMP_WAIT_POLICY", ""))
@@ -89,44 +90,30 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
     return Finding("cpu", Mark.NOTE, text, "kernels run without, several times slower")
 
 
-def cores(root: Path = Path("/sys/fs/cgroup")) -> Finding:
-    total, mine = os.cpu_count() or 1, len(os.sched_getaffinity(0))
-    quota = _cpu_quota(root)
-    text = f"{total}, of which this process may use {mine}"
+def cores(quota: float | None, asked: str) -> Finding:
+    """`asked` are the threads that OMP_NUM_THREADS asks for."""
+    mine, threads = own_cores(), default_threads(quota)
+    text = f"this process may use {mine} of {os.cpu_count()}"
     if quota is not None and quota < mine:
         text += f"; its group gets the time of {quota:g}"
-        threads = max(1, int(quota))
-        return Finding("cores", Mark.NOTE, text, f"serve with --threads {threads}")
-    return Finding("cores", Mark.GOOD, text)
-
-
-def _cpu_quota(root: Path) -> float | None:
-    """Cores' worth of time that the control group allows; None: no limit."""
-    words = _read(root / "cpu.max").split()
-    if len(words) == 2 and words[0] != "max":
-        return int(words[0]) / int(words[1])
-    return None
+    if asked.isdigit() and int(asked) > threads:
+        remedy = f"more take turns and slow each other down: serve with --threads {threads}"
+        return Finding("cores", Mark.NOTE, f"{text}; OMP_NUM_THREADS is {asked}", remedy)
+    return Finding("cores", Mark.GOOD, f"{text}; {asked or threads} compute unless --threads says")
 
 
 def memory(root: Path = Path("/sys/fs/cgroup")) -> Finding:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free, text = free_memory(), ""
-    limit = _read(root / "memory.max") or _read(root / "memory" / "memory.limit_in_bytes")
+    limit = read(root / "memory.max") or read(root / "memory" / "memory.limit_in_bytes")
     if limit.isdigit() and int(limit) < total:
         text = f"; its group may hold {_gib(int(limit))}"
-        used = _read(root / "memory.current") or _read(root / "memory" / "memory.usage_in_bytes")
+        used = read(root / "memory.current") or read(root / "memory" / "memory.usage_in_bytes")
         free = min(free, int(limit) - int(used or 0))
     text = f"{_gib(free)} free of {_gib(total)}{text}"
     if free >= _LITTLE_MEMORY:
         return Finding("memory", Mark.GOOD, text)
     return Finding("memory", Mark.NOTE, text, "little is left: set --memory-budget")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def _gib(nbytes: int) -> str:
@@ -138,7 +125,7 @@ def kernels(load: Callable[[], object] = load_library) -> Finding:
     try:
         load()
     except NativeUnavailable as error:
-        remedy = "torch runs instead, several times slower: install a C compiler with OpenMP"
+        remedy = "torch runs instead, several times slower: install a C compiler"
         return Finding("kernels", Mark.NOTE, str(error), remedy)
     return Finding("kernels", Mark.GOOD, f"in C, ready in {time.monotonic() - started:.1f} s")
 
@@ -154,7 +141,7 @@ def waiting(policy: str) -> Finding:
 def huge_pages(
     setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled"),
 ) -> Finding:
-    chosen = _read(setting).partition("[")[2].partition("]")[0]
+    chosen = read(setting).partition("[")[2].partition("]")[0]
     if chosen in ("always", "madvise"):
         return Finding("huge pages", Mark.GOOD, chosen)
     remedy = f"a little slower without: echo madvise > {setting}"

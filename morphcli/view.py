@@ -10,12 +10,13 @@ import termios
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from morphserve.morphcli.monitor import watch_log
 from morphserve.runtime.server.logs import say
 from morphserve.runtime.server.run import Watch
-from morphserve.runtime.server.serving import Serving
+
+if TYPE_CHECKING:
+    from morphserve.runtime.server.serving import Serving
 
 INTERRUPTED = 130  # exit code of a view that was closed with Ctrl-C
 VIEW_COMMAND = (sys.executable, "-P", "-m", "morphserve.morphcli", "top")
@@ -34,7 +35,7 @@ def choose_watch(
     `keys` are environment variables with which the view may ask the server.
     """
     if no_monitor or not (os.isatty(0) and os.isatty(2) and _is_in_foreground()):
-        return lambda serving: watch_log(serving, log_interval_s)
+        return lambda serving: _watch_log(serving, log_interval_s)
     log = HeldLog()
     return lambda serving: _watch(serving, log, log_interval_s, keys or {})
 
@@ -46,11 +47,17 @@ def _is_in_foreground() -> bool:
     return False
 
 
+async def _watch_log(serving: "Serving", interval_s: float) -> None:
+    from morphserve.morphcli.monitor import watch_log  # what it needs is imported by now
+
+    await watch_log(serving, interval_s)
+
+
 async def _watch(
-    serving: Serving, log: "HeldLog", log_interval_s: float, keys: Mapping[str, str]
+    serving: "Serving", log: "HeldLog", log_interval_s: float, keys: Mapping[str, str]
 ) -> None:
     async with asyncio.TaskGroup() as group:
-        group.create_task(watch_log(serving, log_interval_s))
+        group.create_task(_watch_log(serving, log_interval_s))
         if not _is_in_foreground():
             return  # put into the background while it loaded
         viewing = group.create_task(show_view([*VIEW_COMMAND, serving.url], log, keys))

@@ -121,7 +121,7 @@ def measured_costs(model: LoadedModel) -> CostModel | None:
 
 def _hello(layout: Layout, model: LoadedModel) -> Hello:
     dtype = str(model.dtype).removeprefix("torch.")
-    return layout.hello(device_name(), model.kernels.name, dtype)
+    return layout.hello(device_name(), model.kernels.name, torch.get_num_threads(), dtype)
 
 
 def _attention_shape(architecture: Architecture, block_tokens: int) -> AttentionShape:

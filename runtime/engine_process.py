@@ -1,7 +1,9 @@
 """The engine's own process: messages in, steps and snapshots out, over one local socket."""
 
+import contextlib
 import faulthandler
 import gc
+import importlib
 import logging
 import os
 import select
@@ -123,14 +125,18 @@ class Link:
         return self._splitter.feed(data)
 
 
-def run_engine(sock: socket.socket, make_engine: EngineFactory) -> int:
+def run_engine(
+    sock: socket.socket, make_engine: EngineFactory, started_s: float | None = None
+) -> int:
     """Serves the process at the other end of `sock` until it leaves; returns the exit code.
 
     The first message received is the EngineConfig; the first sent is Hello or Failed.
+    `started_s`: when importing began, as time.monotonic() tells it; None: now.
     """
+    started_s = time.monotonic() if started_s is None else started_s
     link = Link(sock)
     try:
-        engine, rest = _start(link, make_engine)
+        engine, rest = _start(link, make_engine, started_s)
         _loop(link, engine, rest)
     except Disconnected:
         return 0
@@ -142,16 +148,17 @@ def run_engine(sock: socket.socket, make_engine: EngineFactory) -> int:
     return 0
 
 
-def _start(link: Link, make_engine: EngineFactory) -> tuple[EngineLike, list[bytes]]:
+def _start(
+    link: Link, make_engine: EngineFactory, started_s: float
+) -> tuple[EngineLike, list[bytes]]:
     """The engine, and message bodies that arrived behind its config."""
     bodies: list[bytes] = []
     while not bodies:
         bodies = link.receive(timeout_s=1.0)
-    started = time.monotonic()
     engine = make_engine(msgspec.msgpack.decode(bodies[0], type=EngineConfig))
     gc.collect()
     gc.freeze()  # what lives as long as the process must not be searched for garbage in a step
-    link.send(_with_import_time(engine.hello(), time.monotonic() - started))
+    link.send(_with_import_time(engine.hello(), time.monotonic() - started_s))
     link.send(engine.snapshot())
     return engine, bodies[1:]
 
@@ -213,15 +220,31 @@ def _make_engine(config: EngineConfig) -> EngineLike:
     return build_engine(config)
 
 
-def main(make_engine: EngineFactory = _make_engine) -> int:
+def _import_engine() -> None:
+    """Imports all that an engine needs, before anybody asks for one.
+
+    Without garbage collections, which search again and again what is there to stay.
+    """
+    gc.disable()
+    with contextlib.suppress(Exception):  # it is raised again, and told, when an engine is made
+        importlib.import_module("morphserve.runtime.build")
+    gc.freeze()
+    gc.enable()
+
+
+def main(make_engine: EngineFactory | None = None) -> int:
     """Entry point: the socket's descriptor is the last argument; signals are for the parent."""
+    started_s = time.monotonic()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.raiseExceptions = False  # a log that cannot be written is no reason to stop
     if sys.stderr is not None:
         faulthandler.enable()  # SIGABRT, which the supervisor sends to a stuck engine, tells where
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    return run_engine(socket.socket(fileno=int(sys.argv[-1])), make_engine)
+    sock = socket.socket(fileno=int(sys.argv[-1]))
+    if make_engine is None:
+        _import_engine()
+    return run_engine(sock, make_engine or _make_engine, started_s)
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -37,7 +37,7 @@ class Layout:
     capacities: list[int]  # KV blocks at rung 0, 1, ... the deepest that the policy allows
     variants: list[Variant]  # of each layer, at the start
 
-    def hello(self, device: str, kernels: str, dtype: str) -> Hello:
+    def hello(self, device: str, kernels: str, threads: int, dtype: str) -> Hello:
         """What an engine with this layout says of itself."""
         sizes, plan = self.plan.sizes, self.plan
         return Hello(
@@ -48,6 +48,7 @@ class Layout:
             block_tokens=sizes.block_tokens,
             device=device,
             kernels=kernels,
+            threads=threads,
             dtype=dtype,
             memory=MemoryBytes(
                 budget=plan.num_bytes,

@@ -53,6 +53,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     block_tokens: int
     device: str
     kernels: str
+    threads: int  # that compute; 0 of a simulated device
     dtype: str  # of full-precision weights and KV
     memory: MemoryBytes
     startup_s: dict[str, float]  # seconds per phase: import, kernels, checkpoint, bundle, arena

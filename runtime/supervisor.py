@@ -19,6 +19,10 @@ MAX_DEATHS = 5  # in a row, without a minute of service between them, before giv
 GOOD_SERVICE_S = 60.0  # after this a death is the first again
 FIRST_BACKOFF_S = 0.5  # before the second start in a row; the first is at once
 MAX_BACKOFF_S = 30.0
+_ENGINE_VARIABLES = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must sleep: the HTTP process needs the cores too
+    "OPENBLAS_NUM_THREADS": "1",  # numpy comes with torch and is never asked to multiply
+}
 _EXIT_S = 0.5  # for an engine that was told to stop; it has nothing to save
 _STACK_S = 2.0  # for a stuck engine to write down where it stands
 _PATIENCE = 10  # times its first start may a restart take, if that is longer than the time-out
@@ -42,15 +46,14 @@ class EngineProcess:
 
 
 def launch_engine(command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
-    """Starts the engine process; it loads nothing before EngineClient.start() sends its config."""
+    """Starts the engine process; it loads no model before EngineClient.start() sends its config."""
     ours, theirs = socket.socketpair()
     # Own session: Ctrl-C on the terminal reaches the HTTP process only, which decides.
     with theirs:
         process = subprocess.Popen(
             [*command, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            # Idle OpenMP threads must sleep: the HTTP process needs the cores too.
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+            env=os.environ | _ENGINE_VARIABLES,
             start_new_session=True,
         )
     return EngineProcess(ours, process)

@@ -29,7 +29,7 @@ CONTROL_PLANE = (
     "runtime.request",
     "runtime.scheduler",
 )
-HTTP_PROCESS = ("runtime.engine_client", "runtime.metrics", "runtime.server.run")
+HTTP_PROCESS = ("runtime.engine_client", "runtime.metrics", "runtime.server.lifetime")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

@@ -224,7 +224,7 @@ def _parts(
         vocab_size=0,
         max_model_len=layout.max_model_len,
         ladder=layout.ladder,
-        hello=layout.hello(target.device, "simulated", "bfloat16"),
+        hello=layout.hello(target.device, "simulated", 0, "bfloat16"),
         pool=pool,
         scheduler=scheduler,
         layers=layers,

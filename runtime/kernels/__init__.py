@@ -3,8 +3,7 @@
 M: tokens in the batch, N and K: output and input features, H and G: query and KV heads,
 D: head dimension, B: tokens per block, S: sequences in the batch.
 
-A KV page holds one block of one layer: K as [G, D, B] (tokens contiguous, so that a query is
-multiplied by a plain matrix), then V as [G, B, D].
+A KV page holds one block of one layer in 2 * G * D * B items, in a layout of the kernels' own.
 """
 
 from collections.abc import Mapping, Sequence

@@ -28,68 +28,68 @@ const float *matrix_row(const void *source, int64_t row, float *space) {
     return m->x + row * m->k;
 }
 
+// Words of one row of a tile.
 INLINE void put_words(uint32_t *out, int rows, const void *words, int count) {
     uint32_t w[GROUP];
     memcpy(w, words, (size_t)count * 4);
     for (int i = 0; i < count; i++) out[i * rows] = w[i];
 }
 
-static void round_to_bf16(const float *x, int64_t k, uint32_t *out, int rows) {
-    int64_t i = 0;
-#if W == 16 && defined(__AVX512BF16__)
-    for (; i + W <= k; i += W) {
-        const __m256bh half = _mm512_cvtneps_pbh((__m512)load(x + i));
-        put_words(out + i / 2 * rows, rows, &half, W / 2);
-    }
-#endif
-    for (; i < k; i += 2) {
-        const uint16_t pair[2] = {to_bf16(x[i]), i + 1 < k ? to_bf16(x[i + 1]) : 0};
-        put_words(out + i / 2 * rows, rows, pair, 1);
-    }
+static void put_bf16(const float *x, int count, uint32_t *out, int rows) {
+    uint16_t half[GROUP];
+    int i = 0;
+    for (; i + W <= count; i += W) store_bf16(half + i, load(x + i));
+    for (; i < count; i++) half[i] = to_bf16(x[i]);
+    half[i] = 0; // read where the number of features is odd
+    put_words(out, rows, half, (count + 1) / 2);
 }
 
 // The largest magnitude becomes 127. What is not finite makes the whole group's scale NaN.
-static void round_group(const float *x, int count, int64_t words, uint32_t *out, float *scale,
-                        int32_t *sum, int rows) {
-    float most = 0, poison = 0;
-    for (int i = 0; i < count; i++) {
-        const float size = fabsf(x[i]);
-        most = size > most ? size : most;
-        poison += x[i] * 0.0f;
+static void put_bytes(const float *x, int words, uint32_t *out, float *scale, int32_t *sum,
+                      int rows) {
+    const vec to_integer = splat(12582912.0f); // 1.5 * 2^23: the sum's low bits are the integer
+    veci magnitudes = {}; // the bits of floats without their sign are in the floats' order
+    for (int i = 0; i < 4 * words; i += W)
+        magnitudes = max_int(magnitudes, (veci)load(x + i) & 0x7fffffff);
+    const int32_t bits = lane_max_int(magnitudes);
+    float most;
+    memcpy(&most, &bits, 4);
+    const int is_finite = most < INFINITY;
+    const float inverse = is_finite && most > 0 ? 127.0f / most : 0;
+    int8_t bytes[GROUP];
+    veci total = {};
+    for (int i = 0; i < 4 * words; i += W) {
+        const vec scaled = is_finite ? load(x + i) * splat(inverse) : (vec){};
+        const veci rounded = (veci)(scaled + to_integer) - (veci)to_integer;
+        store_bytes(bytes + i, rounded);
+        total += rounded;
     }
-    int8_t rounded[GROUP] = {0};
-    int32_t total = 0;
-    if (poison == 0 && most > 0) {
-        const float inverse = 127.0f / most;
-        for (int i = 0; i < count; i++) {
-            const int32_t q = (int32_t)rintf(x[i] * inverse);
-            rounded[i] = (int8_t)q;
-            total += q;
-        }
-    }
-    *scale = most / 127.0f + poison;
-    *sum = total;
-    put_words(out, rows, rounded, (int)words);
+    *scale = is_finite ? most / 127.0f : NAN;
+    *sum = lane_sum_int(total);
+    put_words(out, rows, bytes, words);
 }
 
-static void round_row(int64_t kind, const activations_t *a, const float *x, int64_t k, tile_t tile,
-                      int row) {
+// Features from `first` on, at most GROUP of them.
+static void put_group(int64_t kind, const activations_t *a, const float *x, int64_t k,
+                      int64_t first, tile_t tile, int row) {
+    const int count = (int)(k - first < GROUP ? k - first : GROUP);
     uint32_t *out = a->x + tile.first * a->words + row;
     if (kind == F32) {
-        for (int64_t i = 0; i < k; i++) memcpy(out + i * tile.rows, x + i, 4);
+        put_words(out + first * tile.rows, tile.rows, x + first, count);
         return;
     }
     if (kind == BF16) {
-        round_to_bf16(x, k, out, tile.rows);
+        put_bf16(x + first, count, out + first / 2 * tile.rows, tile.rows);
         return;
     }
-    const int64_t at = tile.first * a->groups + row;
-    for (int64_t g = 0; g < a->groups; g++) {
-        const int64_t word = g * a->group_words, first = 4 * word, left = k - first;
-        const int64_t words = a->words - word < a->group_words ? a->words - word : a->group_words;
-        round_group(x + first, (int)(left < 4 * words ? left : 4 * words), words,
-                    out + word * tile.rows, a->scales + at + g * tile.rows,
-                    a->sums + at + g * tile.rows, tile.rows);
+    float padded[GROUP] = {0};
+    const float *group = x + first;
+    if (count < GROUP) group = memcpy(padded, group, (size_t)count * 4);
+    for (int64_t word = first / 4; word < first / 4 + GROUP / 4 && word < a->words; word += a->group_words) {
+        const int64_t left = a->words - word, words = left < a->group_words ? left : a->group_words;
+        const int64_t at = tile.first * a->groups + word / a->group_words * tile.rows + row;
+        put_bytes(group + 4 * word - first, (int)words, out + word * tile.rows, a->scales + at,
+                  a->sums + at, tile.rows);
     }
 }
 
@@ -106,15 +106,25 @@ static const float *in_order(const linear_t *w, const float *x, float *space) {
     return space;
 }
 
+// Rows are visited too briefly for the hardware to foresee the next visit.
+INLINE void fetch(const float *group) {
+    UNROLL for (int i = 0; i < GROUP; i += 16) __builtin_prefetch(group + i);
+}
+
 static void round_tile(void *job, int64_t t) {
     const rounding_t *r = job;
     const linear_t *w = r->w;
     const tile_t tile = row_tile(r->a, t);
-    float *space = scratch(ROW, 2 * w->k * 4);
-    for (int i = 0; i < tile.rows; i++) {
-        const float *x = r->rows(r->source, tile.first + i, space);
-        round_row(w->kind, r->a, in_order(w, x, space + w->k), w->k, tile, i);
-    }
+    float *space = scratch(ROW, 2 * MAX_ROWS * w->k * 4);
+    const float *x[MAX_ROWS];
+    for (int i = 0; i < tile.rows; i++, space += 2 * w->k)
+        x[i] = in_order(w, r->rows(r->source, tile.first + i, space), space + w->k);
+    // All rows of a few features at a time: the tile they go to is larger than the cache.
+    for (int64_t first = 0; first < w->k; first += GROUP)
+        for (int i = 0; i < tile.rows; i++) {
+            fetch(x[i] + first + GROUP);
+            put_group(w->kind, r->a, x[i], w->k, first, tile, i);
+        }
 }
 
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -6,36 +6,21 @@
 #ifndef MORPH_ATTEND_H
 #define MORPH_ATTEND_H
 
-#include "pages.h"
+#include "queries.h"
 
-#define TILE 16        // tokens of a tile, and the multiple of channels
-#define CHUNK_TILES 8  // tiles between two corrections of the running maximum
-#define GROUP_TILES 4  // tiles that are multiplied together, and fetched ahead
+#include <float.h>
+
+#define CHUNK_TILES 16 // tiles between two corrections of the running maximum
 #define CHUNK (CHUNK_TILES * TILE)
 #define VECS (TILE / W)
 #if W == 16
-#define MAX_ROWS 8 // queries of a register tile
 #define MAX_SUMS 24 // vectors of sums: what 32 registers hold besides the factors
 #else
-#define MAX_ROWS 4
 #define MAX_SUMS 12
 #endif
 #define FITS(rows, vecs) ((rows) * (vecs) <= MAX_SUMS)
 
-// A tile lies in one block.
-typedef struct {
-    const unit *k, *v;     // units of its first token; a unit is defined in vectors.h
-    const char *k_run, *v_run; // as many bytes of its block: tiles' runs cover the head's pages
-    int64_t token;             // position of the first token in the sequence
-    int count;                 // tokens of it that are in the context
-} tile_t;
-
-// Softmax weights times V, not yet divided by the sum of the weights.
-typedef struct {
-    float sums[MAX_ROWS][MAX_DIM];
-    float total[MAX_ROWS][W]; // of the weights: the sum over lanes
-    float top[MAX_ROWS];      // score that weighs 1
-} mixture_t;
+#define NOTHING_SEEN (-FLT_MAX) // finite: its difference to minus infinity is a number
 
 // Queries of one KV head and sequence that go through the pages together, in order of position.
 typedef struct {
@@ -43,12 +28,12 @@ typedef struct {
     int64_t limit[MAX_ROWS]; // tokens that the query may see
     // Four more to a row: rows a multiple of 512 bytes apart would share a cache bank.
     unit query[MAX_ROWS][MAX_DIM + 4]; // units, scaled so that 2^score is the weight
-    float scores[MAX_ROWS][CHUNK + 4];     // then units of weights in their place
+    float scores[MAX_ROWS][CHUNK + 4]; // then units of weights in their place
     float correction[MAX_ROWS];
     mixture_t all, split; // of the splits so far, and of one split
 } rows_t;
 
-// Lines of memory that come next, a step's worth at a time.
+// A line that is read soon: the machine follows no stream from page to page.
 INLINE void fetch(const char *line) { __builtin_prefetch(line, 0, 3); }
 
 INLINE void hide_future(rows_t *r, int row, const tile_t *tile, float *scores) {
@@ -95,7 +80,7 @@ INLINE void weigh(int kind, rows_t *r, mixture_t *m, int tiles) {
         for (int t = 0; t < tiles * TILE; t += W) most = max_vec(load(s + t), most);
         const float top = lane_max(most);
         for (int t = 0; t < tiles * TILE; t += W) {
-            const vec weight = exp2_vec(load(s + t) - splat(top));
+            const vec weight = exp2_vec(kind, load(s + t) - splat(top));
             if (kind == BF16)
                 store_bf16((uint16_t *)s + t, weight);
             else
@@ -104,7 +89,7 @@ INLINE void weigh(int kind, rows_t *r, mixture_t *m, int tiles) {
         const vec one = kind == BF16 ? (vec)splat_bits(ONE_PAIR) : splat(1.0f);
         for (int u = 0; u < tiles * TILE / items_per_unit(kind); u += W)
             total = dot_unit(kind, total, load(s + u), one);
-        r->correction[i] = exp2_vec(splat(m->top[i] - top))[0];
+        r->correction[i] = exp2_vec(F32, splat(m->top[i] - top))[0];
         store(m->total[i], fma_vec(load(m->total[i]), splat(r->correction[i]), total));
         m->top[i] = top;
     }
@@ -146,7 +131,7 @@ INLINE void mix_channels(int kind, int rows, int vecs, rows_t *r, mixture_t *m,
 
 static void correct(rows_t *r, mixture_t *m, int64_t width) {
     for (int i = 0; i < r->rows; i++)
-        for (int64_t c = 0; c < width; c += W)
+        for (int64_t c = 0; c < width && r->correction[i] != 1.0f; c += W)
             store(m->sums[i] + c, load(m->sums[i] + c) * splat(r->correction[i]));
 }
 

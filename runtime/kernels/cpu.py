@@ -50,9 +50,6 @@ from morphserve.runtime.kernels.structs import (
 
 log = logging.getLogger(__name__)
 
-# Multiply-adds below which waking a second thread (some 90 us where threads sleep between two
-# operations, as they must on shared cores) costs more than it saves.
-_MIN_SHARED_WORK = 8_000_000
 _GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
 
 
@@ -63,7 +60,7 @@ def cpu_kernels() -> Kernels:
     except NativeUnavailable as error:
         log.warning(
             "C kernels are not available (%s): torch runs instead, several times slower and not "
-            "batch-invariant; install a C compiler with OpenMP",
+            "batch-invariant; install a C compiler",
             error,
         )
         return TorchKernels()
@@ -173,7 +170,7 @@ class CpuKernels:
         y = torch.empty_like(x)
         self._library.morph_rms_norm(
             *(data_of(x), optional(residual), data_of(weight), eps, len(x), x.shape[1]),
-            *(y.data_ptr(), _threads(8 * x.numel())),
+            y.data_ptr(),
         )
         return y
 
@@ -192,14 +189,13 @@ class CpuKernels:
             *(KIND[cache.dtype], data_of(qkv), data_of(cache), q.data_ptr()),
             *(data_of(meta.positions), data_of(meta.token_page), data_of(meta.token_slot)),
             *(data_of(cos_sin), optional(q_norm), optional(k_norm)),
-            *(shape.norm_eps, len(qkv), *_sizes(shape), _threads(16 * qkv.numel())),
+            *(shape.norm_eps, len(qkv), *_sizes(shape), torch.get_num_threads()),
         )
         return q
 
     def attention(self, q: Tensor, cache: Tensor, meta: BatchMeta, shape: AttentionShape) -> Tensor:
         out = torch.empty(len(q), shape.num_heads * shape.head_dim)
         sequences, max_blocks = meta.block_table.shape
-        most = q.numel() * max_blocks * shape.block_tokens
         self._library.morph_attention(
             *(
                 KIND[cache.dtype],
@@ -209,16 +205,14 @@ class CpuKernels:
                 data_of(meta.query_start),
             ),
             *(data_of(meta.context_len), data_of(meta.block_table), sequences, max_blocks),
-            *(*_sizes(shape), _threads(most)),
+            *(*_sizes(shape), torch.get_num_threads()),
         )
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, width = len(gate_up), gate_up.shape[1] // 2
         y = torch.empty(rows, width)
-        self._library.morph_silu_mul(
-            *(data_of(gate_up), rows, width, y.data_ptr(), _threads(16 * gate_up.numel()))
-        )
+        self._library.morph_silu_mul(*(data_of(gate_up), rows, width, y.data_ptr()))
         return y
 
     def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
@@ -245,7 +239,3 @@ def _require_readable(group: int) -> None:
 def _sizes(shape: AttentionShape) -> tuple[int, int, int, int]:
     assert shape.head_dim <= CpuKernels.max_head_dim
     return shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_tokens
-
-
-def _threads(multiply_adds: int) -> int:
-    return 1 if multiply_adds < _MIN_SHARED_WORK else torch.get_num_threads()

@@ -90,7 +90,8 @@ INLINE void multiply_codes(int kind, int rows, int strips, const product_t *p, i
                            const tile_t *tile, vec sums[MAX_ROWS][MAX_VECS]) {
     const activations_t *a = p->a;
     const int middle = kind == INT4 ? 8 : 128, halves = kind == INT4 ? 2 : 1;
-    const int64_t weight_group = p->w->groups > 1 ? p->w->k / p->w->groups / 4 : a->words;
+    // Several groups have a power of two features each.
+    const int shift = p->w->groups > 1 ? __builtin_ctzll((uint64_t)(p->w->k / p->w->groups / 4)) : 62;
     const uint32_t *x = a->x + tile->first * a->words;
     const char *data[MAX_STRIPS];
     UNROLL for (int s = 0; s < strips; s++) data[s] = p->w->data + (strip + s) * p->strip_bytes;
@@ -121,9 +122,9 @@ INLINE void multiply_codes(int kind, int rows, int strips, const product_t *p, i
                 }
             }
         }
-        add_group(rows, strips, p, strip, word / weight_group, x_scales, products, sums);
+        add_group(rows, strips, p, strip, word >> shift, x_scales, products, sums);
         if (p->w->zeros)
-            add_zeros(rows, strips, p, strip, word / weight_group, middle, x_scales, x_sums, sums);
+            add_zeros(rows, strips, p, strip, word >> shift, middle, x_scales, x_sums, sums);
     }
 }
 

@@ -1,22 +1,24 @@
 """The C kernels: compiled for this machine at first use, kept in the user's cache, loaded."""
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from importlib import resources
 from pathlib import Path
-
-import torch  # noqa: F401  (its libgomp must be the one that the library finds)
 
 SOURCES = (
     "pool.c",
     "activations.c",
     "linear.c",
     "rope.c",
+    "queries.c",
     "attention.c",
     "pointwise.c",
     "kept.c",
@@ -32,20 +34,25 @@ HEADERS = (
     "pages.h",
     "pointwise.h",
     "pool.h",
+    "queries.h",
+    "tiles.h",
     "vectors.h",
 )
 FLAGS = (
-    *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-pthread", "-shared", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
+KEPT_S = 30 * 24 * 3600.0  # after a library was last loaded
+
+log = logging.getLogger(__name__)
 
 _ptr, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "morph_linear": [_ptr, _ptr, _i64, _ptr, _i32],
     "morph_layers": [_ptr, _i64, *[_ptr] * 4, _i32],
     "morph_embed": [_i32, _ptr, _ptr, _i64, _i64, _ptr],
-    "morph_rms_norm": [_ptr, _ptr, _ptr, _f32, _i64, _i64, _ptr, _i32],
-    "morph_silu_mul": [_ptr, _i64, _i64, _ptr, _i32],
+    "morph_rms_norm": [_ptr, _ptr, _ptr, _f32, _i64, _i64, _ptr],
+    "morph_silu_mul": [_ptr, _i64, _i64, _ptr],
     "morph_rope_write_kv": [_i32, *[_ptr] * 9, _f32, *[_i64] * 5, _i32],
     "morph_attention": [_i32, *[_ptr] * 6, *[_i64] * 6, _i32],
     "morph_sample": [_ptr, _ptr, _i64, _i64, _ptr, _i32],
@@ -58,17 +65,34 @@ class NativeUnavailable(Exception):
 
 def load_library() -> ctypes.CDLL:
     """The compiled kernels, from the cache or built now. Raises NativeUnavailable."""
-    try:
-        library = ctypes.CDLL(str(build(cache_folder())))
-    except OSError as error:
-        raise NativeUnavailable(str(error)) from error
+    library = _load()
     for name, argtypes in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = argtypes, None
     return library
 
 
+def _load() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(build(cache_folder())))
+    except (OSError, RuntimeError) as error:  # not writable, not executable; nobody's home
+        why = error
+    try:
+        # Not kept, as others could put a library of theirs where we would look for it.
+        with tempfile.TemporaryDirectory(prefix="morphserve-") as folder:
+            library = ctypes.CDLL(str(build(Path(folder))))
+    except OSError as error:
+        raise NativeUnavailable(str(error)) from error
+    log.warning(
+        "the C kernels cannot be kept in the user's cache (%s) and are compiled at every start: "
+        "set XDG_CACHE_HOME to a folder that can be written to",
+        why,
+    )
+    return library
+
+
 def cache_folder() -> Path:
+    """Raises RuntimeError where the user has no home."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "morphserve"
 
@@ -82,12 +106,24 @@ def build(folder: Path) -> Path:
     if compiler is None:
         raise NativeUnavailable("no C compiler (cc, gcc or clang) was found")
     library = folder / f"kernels-{_key(compiler)}.so"
-    if not library.exists():
+    if library.exists():
+        with contextlib.suppress(OSError):
+            library.touch()  # in use
+    else:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_unused(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
             # Renamed when whole: a process that compiles at the same time sees all or nothing.
             os.replace(_compile(compiler, Path(scratch)), library)
     return library
+
+
+def _remove_unused(folder: Path) -> None:
+    """Removes what was built for other versions or machines and is no longer loaded."""
+    for entry in (*folder.glob("kernels-*.so"), *folder.glob("build-*")):
+        with contextlib.suppress(OSError):
+            if time.time() - entry.stat().st_mtime > KEPT_S:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _compile(compiler: str, scratch: Path) -> Path:

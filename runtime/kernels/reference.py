@@ -137,7 +137,7 @@ def in_column_order(x: Tensor, weight: QuantizedLinear) -> Tensor:
 
 
 def split_pages(cache: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    """Views of the pages' K [pages, G, D, B] and V [pages, G, B, D]."""
+    """Views of the K [pages, G, D, B] and V [pages, G, B, D] of the reference's pages."""
     heads, dim, tokens = shape.num_kv_heads, shape.head_dim, shape.block_tokens
     k, v = cache.view(-1, 2, heads * dim * tokens).unbind(1)
     return k.view(-1, heads, dim, tokens), v.view(-1, heads, tokens, dim)

@@ -1,5 +1,6 @@
 // Norm and rotation of queries and keys, and the write of keys and values into the pages.
 
+#include "attention.h"
 #include "pages.h"
 #include "pool.h"
 
@@ -106,7 +107,6 @@ static void rope_piece(void *job, int64_t piece) {
     for (int64_t token = first; token < end && token < r->tokens; token++) rope_token(r, token);
 }
 
-// qkv: [M, (H + 2 G) * D]; q_out: [M, H, D]; cos_sin: [max_position, D].
 void morph_rope_write_kv(int kind, const float *qkv, void *cache, float *q_out,
                          const int32_t *positions, const int32_t *token_page,
                          const int32_t *token_slot, const float *cos_sin, const float *q_norm,

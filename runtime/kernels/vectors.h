@@ -245,18 +245,62 @@ INLINE float lane_max(vec v) {
 #endif
 }
 
-// 2^x for x up to 0, to about one unit in the last place; 0 below -127 and for what is no number.
-INLINE vec exp2_vec(vec x) {
+INLINE veci max_int(veci a, veci b) { return (a & (a > b)) | (b & ~(a > b)); }
+
+INLINE int32_t lane_max_int(veci v) {
+#if W == 16
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t most = v[0];
+    for (int lane = 1; lane < W; lane++) most = v[lane] > most ? v[lane] : most;
+    return most;
+#endif
+}
+
+INLINE int32_t lane_sum_int(veci v) {
+#if W == 16
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t sum = 0;
+    for (int lane = 0; lane < W; lane++) sum += v[lane];
+    return sum;
+#endif
+}
+
+// Lanes within a byte.
+INLINE void store_bytes(int8_t *p, veci v) {
+#if W == 16
+    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int lane = 0; lane < W; lane++) p[lane] = (int8_t)v[lane];
+#endif
+}
+
+// 2^x for x up to 0, exact for 0 and -infinity; to 2^-22, or 2^-13 where a bfloat16 is made of it.
+INLINE vec exp2_vec(int kind, vec x) {
+#if W == 16 && defined(__AVX512DQ__)
+    const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
     const vec round = splat(12582912.0f); // 1.5 * 2^23: the sum's low bits are the integer
     x = max_vec(x, splat(-127.0f));
     const vec t = x + round, r = x - (t - round);
-    vec p = splat(1.3264727e-3f);
-    p = fma_vec(p, r, splat(9.6715130e-3f));
-    p = fma_vec(p, r, splat(5.5507336e-2f));
-    p = fma_vec(p, r, splat(2.4022243e-1f));
-    p = fma_vec(p, r, splat(6.9314700e-1f));
+#endif
+    vec p;
+    if (kind == BF16) {
+        p = fma_vec(splat(5.5008933e-2f), r, splat(2.4221095e-1f));
+        p = fma_vec(p, r, splat(6.9328290e-1f));
+    } else {
+        p = fma_vec(splat(1.3264727e-3f), r, splat(9.6715130e-3f));
+        p = fma_vec(p, r, splat(5.5507336e-2f));
+        p = fma_vec(p, r, splat(2.4022243e-1f));
+        p = fma_vec(p, r, splat(6.9314700e-1f));
+    }
     p = fma_vec(p, r, splat(1.0f));
+#if W == 16 && defined(__AVX512DQ__)
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
+#else
     return (vec)((vecu)p + ((vecu)t << 23));
+#endif
 }
 
 #endif

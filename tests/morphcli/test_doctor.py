@@ -73,13 +73,17 @@ def test_the_cpu_is_judged_by_its_instructions(
     assert finding.mark is mark and finding.found.endswith(extensions)
 
 
-def test_a_limit_on_processor_time_names_the_threads_to_use(tmp_path: Path) -> None:
-    write(tmp_path / "cpu.max", "50000 100000")
-    finding = doctor.cores(tmp_path)
-    assert (finding.mark, finding.remedy) == (Mark.NOTE, "serve with --threads 1")
-    assert "the time of 0.5" in finding.found
-    write(tmp_path / "cpu.max", "max 100000")
-    assert doctor.cores(tmp_path).mark is Mark.GOOD
+def test_a_limit_on_processor_time_is_told_with_the_threads_that_keep_to_it() -> None:
+    finding = doctor.cores(0.5, "")
+    assert finding.mark is Mark.GOOD
+    assert finding.found.endswith("the time of 0.5; 1 compute unless --threads says")
+    assert "the time of" not in doctor.cores(None, "").found
+
+
+def test_more_threads_than_cores_are_a_note_with_the_number_to_use() -> None:
+    finding = doctor.cores(1.5, "999")
+    assert finding.mark is Mark.NOTE and finding.remedy.endswith("--threads 1")
+    assert finding.found.endswith("the time of 1.5; OMP_NUM_THREADS is 999")
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
@@ -98,9 +102,9 @@ def test_kernels_that_do_not_build_say_what_runs_instead(
     assert "no C compiler" in finding.found and "torch runs instead" in finding.remedy
 
     def fail() -> None:
-        raise NativeUnavailable("cc failed: no OpenMP")
+        raise NativeUnavailable("cc failed: no luck")
 
-    assert doctor.kernels(fail).found == "cc failed: no OpenMP"
+    assert doctor.kernels(fail).found == "cc failed: no luck"
 
 
 def test_settings_of_the_system_are_judged(tmp_path: Path) -> None:

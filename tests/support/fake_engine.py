@@ -35,6 +35,7 @@ HELLO = Hello(
     block_tokens=16,
     device="a CPU",
     kernels="cpu",
+    threads=2,
     dtype="float32",
     memory=MemoryBytes(
         budget=1_000_000,

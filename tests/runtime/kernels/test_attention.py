@@ -9,7 +9,7 @@ from torch import Tensor
 
 from morphserve.runtime.kernels import AttentionShape, QKNorm
 from morphserve.runtime.kernels.cpu import CpuKernels
-from morphserve.runtime.kernels.reference import ReferenceKernels
+from morphserve.runtime.kernels.reference import ReferenceKernels, split_pages
 
 EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,9 +21,9 @@ SHAPES = st.builds(
         groups * share, groups, 2 * half, block, 1e-6
     ),
     groups=st.integers(1, 3),
-    share=st.integers(1, 5),
+    share=st.sampled_from([1, 2, 3, 5, 8]),
     half=st.sampled_from([4, 10, 16, 32, 40, 64, 128]),
-    block=st.sampled_from([1, 4, 16, 20, 32]),
+    block=st.sampled_from([1, 5, 6, 16, 20, 32]),
 )
 # Of results of unit size. Float32: sums over at most 1240 tokens and 256 channels. Bfloat16 rounds
 # queries and weights by up to 2^-9 = 0.002: a score is a sum of channels and moves by 0.001 as a
@@ -31,7 +31,8 @@ SHAPES = st.builds(
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.025}
 
 # (tokens computed in the step, tokens before it) of each sequence
-SEQUENCES = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 200)), min_size=1, max_size=5)
+BEFORE = st.integers(0, 200) | st.integers(500, 1200)
+SEQUENCES = st.lists(st.tuples(st.integers(1, 40), BEFORE), min_size=1, max_size=5)
 
 
 def _unwritten_cache(num_pages: int, shape: AttentionShape, dtype: torch.dtype) -> Tensor:
@@ -98,7 +99,7 @@ def test_attention_matches_the_reference(
 @pytest.mark.parametrize("block_tokens", [6, 16])
 def test_chunks_of_a_prompt_do_not_change_a_bit(dtype: torch.dtype, block_tokens: int) -> None:
     shape = AttentionShape(6, 2, 64, block_tokens, 1e-6)
-    length, cuts = 300, [0, 1, 130, 131, 257, 300]
+    length, cuts = 1100, [0, 1, 130, 131, 257, 530, 1099, 1100]
     pages = scatter_pages([length], block_tokens)
     cache = _filled_cache(pages, [length], shape, dtype)
     q = torch.randn(length, 6, 64)
@@ -124,7 +125,7 @@ def test_a_sequence_is_the_same_alone_and_among_seventeen(dtype: torch.dtype) ->
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    contexts, new = [400, 90, 17], [64, 1, 17]
+    contexts, new = [1700, 400, 90, 17], [1, 64, 1, 17]
     pages = scatter_pages(contexts, GQA.block_tokens)
     cache = _filled_cache(pages, contexts, GQA, torch.bfloat16)
     meta, q = make_meta(contexts, new, pages, 16), torch.randn(sum(new), 6, 64)
@@ -134,6 +135,18 @@ def test_threads_do_not_change_a_bit() -> None:
         assert torch.equal(CPU.attention(q, cache, meta, GQA), one)
     finally:
         torch.set_num_threads(1)
+
+
+def test_rounded_weights_add_up_to_one() -> None:
+    pages = scatter_pages([300], GQA.block_tokens)
+    cache = _unwritten_cache(len(pages[0]), GQA, torch.bfloat16)
+    _fill(cache, pages, [300], GQA)
+    split_pages(cache, GQA)[1].fill_(1.5)
+    out = CPU.attention(
+        torch.randn(1, 6, 64), cpu_pages(cache, GQA), make_meta([300], [1], pages, 16), GQA
+    )
+    # Numerator and denominator are float32 sums of the same 300 weights in another order.
+    torch.testing.assert_close(out, torch.full_like(out, 1.5), rtol=300 * 2.0**-24, atol=0)
 
 
 def test_large_scores_do_not_overflow() -> None:

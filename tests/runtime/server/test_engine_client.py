@@ -212,8 +212,31 @@ async def test_the_engine_process_leaves_when_its_parent_does(engine_config: Eng
 
 def test_the_http_process_imports_no_torch() -> None:
     code = (
-        "import sys, morphserve.runtime.server.run, morphserve.morphcli.commands.serve, "
+        "import sys, morphserve.runtime.server.lifetime, morphserve.morphcli.commands.serve, "
         "morphserve.morphcli.monitor; print('torch' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert output.stdout == "False\n", output.stderr
+
+
+def test_the_http_side_is_not_imported_before_the_engine_process_runs() -> None:
+    code = (
+        "import sys, morphserve.runtime.server.run, morphserve.morphcli.commands.serve, "
+        "morphserve.morphcli.view; print({'starlette', 'uvicorn', 'jinja2'} & set(sys.modules))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert output.stdout == "set()\n", output.stderr
+
+
+async def test_an_engine_that_cannot_be_imported_says_so(engine_config: EngineConfig) -> None:
+    code = (
+        "import sys; from morphserve.runtime.engine_process import main; "
+        "sys.modules['morphserve.runtime.build'] = None; sys.exit(main())"
+    )
+    process = launch_engine((sys.executable, "-c", code))
+    client = EngineClient(process.sock)
+    with pytest.raises(MorphError, match="ModuleNotFoundError: .*runtime.build") as caught:
+        await client.start(engine_config)
+    assert caught.value.exit_code == 1
+    assert await process.wait(10) == 1
+    await client.close()
