@@ -60,7 +60,7 @@ def measure_costs(
     arch = checkpoint.architecture
     kernels = load_kernels(kernels_name)
     dtype = choose_dtype("auto", arch.dtype, kernels)
-    with _threads(threads), torch.inference_mode():
+    with num_threads(threads), torch.inference_mode():
         show("loading layers of every variant")
         most = max(num_seqs * context for num_seqs, _, context in ATTENTION)
         longest = max(context for *_, context in ATTENTION)
@@ -99,7 +99,8 @@ def measure_costs(
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def num_threads(count: int) -> Iterator[None]:
+    """So many threads compute within."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

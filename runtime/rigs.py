@@ -50,7 +50,7 @@ def build_rigs(
         images={Variant.FULL: full},
         ladder=Ladder((), count),
     )
-    rigs = {Variant.FULL: Rig(_assemble(model, "off", limits, num_tokens), full[0].num_bytes)}
+    rigs = {Variant.FULL: Rig(assemble_filled(model, "off", limits, num_tokens), full[0].num_bytes)}
     for variant in bundle.manifest.variants:
         layers = (bundle.layer(i, variant) for i in range(count))
         images = [quantized_image(layer, kernels, dtype) for layer in layers]
@@ -59,14 +59,15 @@ def build_rigs(
             images={Variant.FULL: full, variant: images},
             ladder=Ladder(steps_of(range(count), [variant]), count),
         )
-        parts = _assemble(held, "static:all", limits, num_tokens)
+        parts = assemble_filled(held, "static:all", limits, num_tokens)
         rigs[variant] = Rig(parts, images[0].num_bytes)
     return rigs
 
 
-def _assemble(
+def assemble_filled(
     model: LoadedModel, policy: str, limits: SchedulerConfig, num_tokens: int
 ) -> DeviceParts:
+    """An engine's parts that hold so many tokens of KV cache, every page of it written."""
     config = EngineConfig("", load_policy(policy), scheduler=limits)
     cache, sizes = config.cache, model.sizes(config.cache.block_tokens)
     budget = budget_for(sizes, 0, cache.min_run_bytes, num_tokens)

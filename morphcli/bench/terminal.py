@@ -18,6 +18,7 @@ from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.record import Summary
 from morphserve.morphcli.bench.summary import show_s
 from morphserve.morphcli.bench.table import UNKNOWN, Row, policy_title, show_share, table_rows
+from morphserve.morphcli.bench.verdict import Verdict
 
 _LABEL_WIDTH, _BETWEEN = 28, 3  # columns of characters
 
@@ -43,6 +44,15 @@ def print_table(summary: Summary, console: Console, *, details: bool) -> None:
     ]
     fits = _LABEL_WIDTH + sum(widths) + _BETWEEN * (len(widths) + 1) <= console.width
     console.print(_policies_across(titles, rows) if fits else _policies_down(summary))
+
+
+def print_summary(summary: Summary, found: Verdict | None, console: Console) -> None:
+    """The whole table, what has to be known of it, and what it means."""
+    print_table(summary, console, details=True)
+    for note in summary.notes:
+        console.print(note, highlight=False, markup=False)
+    if found:
+        console.print(*found.sentences, sep="\n", highlight=False, markup=False)
 
 
 def _policies_across(titles: Sequence[str], rows: Sequence[Row]) -> Table:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from morphserve.morphcli.settings import first_key
+from morphserve.morphcli.settings import first_key, is_on_command_line
 from morphserve.morphcli.traces.formats import parse_map
 from morphserve.morphcli.traces.options import (
     Columns,
@@ -16,24 +16,21 @@ from morphserve.morphcli.traces.options import (
     Part,
     RateScale,
     StampUnit,
-    TraceFile,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from morphserve.morphcli.bench.record import Summary
-    from morphserve.morphcli.bench.verdict import Verdict
 
 _COMPARE = "full,static:all,morph"
 _SIMULATION = "Simulation"
+_KERNELS = "Kernels"
 
 
 def bench(
+    ctx: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Hugging Face folder, or demo; simulated, also llama-3-8b.")
-    ],
-    trace: TraceFile,
+        str | None, typer.Argument(help="Hugging Face folder, or demo; simulated, also llama-3-8b.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="CSV or JSON lines; docs/traces.md has the formats.")
+    ] = None,
     bundle: Annotated[Path | None, typer.Option(help="Folder made by `morph quantize`.")] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Memory for weights and KV cache, as 96MiB; every server's.")
@@ -132,9 +129,21 @@ def bench(
     seed: Annotated[
         int, typer.Option(min=0, help="Of sampling, prompts and the order of runs.")
     ] = 0,
+    time_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Replay nothing, but time this machine, its kernels and whole steps.",
+            rich_help_panel=_KERNELS,
+        ),
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of --kernels. [default: one per core]", rich_help_panel=_KERNELS),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures on stdout.")] = False,
 ) -> None:
     """Replay a trace against several policies, and compare."""
     from rich.console import Console
@@ -143,12 +152,22 @@ def bench(
     from morphserve.configs.load import parse_slo
     from morphserve.morphcli.bench.assertions import broken, parse_assertions
     from morphserve.morphcli.bench.compare import parse_policies
+    from morphserve.morphcli.bench.kernels.command import time_and_print
     from morphserve.morphcli.bench.record import REPORT
     from morphserve.morphcli.bench.request import BenchRequest, parse_rates
+    from morphserve.morphcli.bench.terminal import print_summary
     from morphserve.morphcli.bench.verdict import verdict
     from morphserve.morphcli.traces.readers import Reading
     from morphserve.morphcli.traces.schedule import Shape, Window, parse_window
 
+    if time_kernels:
+        return time_and_print(ctx, threads, as_json=json)
+    if is_on_command_line(ctx, "threads"):
+        raise ConfigError("--threads is for --kernels: leave it out")
+    if model is None or trace is None:
+        raise ConfigError(
+            "name a model and a trace, as `morph bench MODEL --trace FILE`, or give --kernels"
+        )
     if url is not None and compare is not None:
         raise ConfigError("--compare starts servers of its own: leave it out with --url")
     simulation: dict[str, Any] = {
@@ -210,7 +229,7 @@ def bench(
             console.print(*found.sentences, sep="\n", highlight=False, markup=False)
         typer.echo((output / "summary.json").read_text("utf-8"), nl=False)
     else:
-        _show(summary, found, Console())
+        print_summary(summary, found, Console())
         done = f"wrote {output}, open: {output / REPORT}"
         Console().print(done, highlight=False, markup=False, soft_wrap=True)
     if failures := list(broken(summary, wanted)):
@@ -229,13 +248,3 @@ def _check_simulation(
         raise ConfigError(f"--{name} is for --simulate: leave it out, or name a device")
     if simulate is not None and served:
         raise ConfigError(f"--simulate stands in for servers: leave out {served[0]}")
-
-
-def _show(summary: "Summary", found: "Verdict | None", console: "Console") -> None:
-    from morphserve.morphcli.bench.terminal import print_table
-
-    print_table(summary, console, details=True)
-    for note in summary.notes:
-        console.print(note, highlight=False, markup=False)
-    if found:
-        console.print(*found.sentences, sep="\n", highlight=False, markup=False)

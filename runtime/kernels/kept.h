@@ -53,7 +53,7 @@ INLINE uint32_t bits_of(lanes which) {
 
 // Likelihood relative to the likeliest token's; 0 if that is nearly so, or min_p rules it out.
 INLINE vec weigh(const struct row *row, vec logits) {
-    const vec weight = exp2_vec((logits - splat(row->greatest)) * splat(row->rate));
+    const vec weight = exp2_vec(F32, (logits - splat(row->greatest)) * splat(row->rate));
     return only(at_least(weight, splat(row->least)), weight);
 }
 

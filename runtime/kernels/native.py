@@ -21,6 +21,7 @@ SOURCES = (
     "queries.c",
     "attention.c",
     "pointwise.c",
+    "probe.c",
     "kept.c",
     "sampler.c",
     "forward.c",
@@ -56,6 +57,8 @@ _SIGNATURES = {
     "morph_rope_write_kv": [_i32, *[_ptr] * 9, _f32, *[_i64] * 5, _i32],
     "morph_attention": [_i32, *[_ptr] * 6, *[_i64] * 6, _i32],
     "morph_sample": [_ptr, _ptr, _i64, _i64, _ptr, _i32],
+    "morph_probe_read": [_ptr, _i64, _ptr],
+    "morph_probe_multiply": [_i32, _i64, _ptr],
 }
 
 
