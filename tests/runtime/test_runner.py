@@ -1,7 +1,7 @@
 """Packing: every token of a batch stands where its sequence's blocks say."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morphserve.runtime.request import Request, SamplingParams
@@ -22,6 +22,7 @@ def slices(draw: st.DrawFn, block_tokens: int) -> Slice:
     return Slice(request, start, end)
 
 
+@settings(max_examples=100, derandomize=True, deadline=None)
 @given(st.data(), st.sampled_from([1, 3, 16]))
 def test_every_token_is_packed_with_its_place(data: st.DataObject, block_tokens: int) -> None:
     batch = data.draw(st.lists(slices(block_tokens), min_size=1, max_size=5))
