@@ -187,8 +187,11 @@ def _pass_s(model: Model, meta: BatchMeta) -> float:
     """Seconds of the model's layers."""
     dtype = model.kernels.activation_dtype(model.static.norm.dtype)
     residual = torch.ones(len(meta.positions), model.static.norm.numel(), dtype=dtype)
+    rows = torch.arange(len(residual))
     started = time.perf_counter()
-    model.kernels.run_layers(residual, model.layers, model.caches, meta, model.shape, model.cos_sin)
+    model.kernels.run_layers(
+        residual, model.layers, model.caches, meta, model.shape, model.cos_sin, rows
+    )
     return time.perf_counter() - started
 
 

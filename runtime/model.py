@@ -81,9 +81,10 @@ class Model:
     shape: AttentionShape
 
     def forward(self, tokens: Tensor, meta: BatchMeta, rows: Tensor) -> Tensor:
-        """Token ids [M] to logits [len(rows), vocab] of the batch rows asked for."""
+        """Token ids [M] to logits [len(rows), vocab] of the batch rows asked for, ascending."""
         kernels, static = self.kernels, self.static
         residual = kernels.embed(tokens, static.embedding)
-        kernels.run_layers(residual, self.layers, self.caches, meta, self.shape, self.cos_sin)
-        x = kernels.rms_norm(residual[rows], static.norm, self.shape.norm_eps)
-        return kernels.linear(x, static.head)
+        x = kernels.run_layers(
+            residual, self.layers, self.caches, meta, self.shape, self.cos_sin, rows
+        )
+        return kernels.linear(kernels.rms_norm(x, static.norm, self.shape.norm_eps), static.head)

@@ -171,10 +171,12 @@ class Kernels(Protocol):
         meta: BatchMeta,
         shape: AttentionShape,
         cos_sin: Tensor,
-    ) -> None:
-        """All of a step's decoder layers: adds to `residual` [M, hidden] in place.
+        rows: Tensor,
+    ) -> Tensor:
+        """What a step's decoder layers make of `residual` [M, hidden], which is overwritten.
 
-        caches: of each layer, as in `rope_write_kv`, written in place.
+        caches: of each layer, as in `rope_write_kv`, written in place; rows: int64, ascending, the
+        tokens of the batch whose result is asked for. Returns [len(rows), hidden].
         """
         ...
 

@@ -36,11 +36,11 @@ INLINE void put_words(uint32_t *out, int rows, const void *words, int count) {
 }
 
 static void put_bf16(const float *x, int count, uint32_t *out, int rows) {
-    uint16_t half[GROUP];
+    uint16_t half[GROUP + 1];
     int i = 0;
     for (; i + W <= count; i += W) store_bf16(half + i, load(x + i));
     for (; i < count; i++) half[i] = to_bf16(x[i]);
-    half[i] = 0; // read where the number of features is odd
+    half[i] = 0; // of the last pair, where the number of features is odd
     put_words(out, rows, half, (count + 1) / 2);
 }
 

@@ -46,6 +46,7 @@ from morphserve.runtime.kernels.structs import (
     linear_struct,
     optional,
     shape_struct,
+    single_queries,
 )
 
 log = logging.getLogger(__name__)
@@ -145,9 +146,10 @@ class CpuKernels:
         meta: BatchMeta,
         shape: AttentionShape,
         cos_sin: Tensor,
-    ) -> None:
+        rows: Tensor,
+    ) -> Tensor:
         if not layers:
-            return
+            return residual[rows]
         array = (LayerStruct * len(layers))()
         for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             if layer not in self._structs:
@@ -155,10 +157,14 @@ class CpuKernels:
             array[i] = self._structs[layer]
             array[i].cache = data_of(cache)
         kind, batch = shape_struct(shape, caches[0].dtype), batch_struct(meta)
+        narrow = single_queries(meta, rows) if len(rows) < len(residual) else None
+        last = None if narrow is None else ctypes.byref(batch_struct(narrow))
         self._library.morph_layers(
             *(array, len(layers), ctypes.byref(kind), ctypes.byref(batch)),
-            *(data_of(cos_sin), data_of(residual), torch.get_num_threads()),
+            *(data_of(cos_sin), data_of(residual), last, data_of(rows)),
+            torch.get_num_threads(),
         )
+        return residual[: len(rows)]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)

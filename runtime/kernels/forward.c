@@ -56,31 +56,51 @@ static buffers_t buffers(const layer_t *layer, int64_t m) {
     return (buffers_t){parts[0], parts[1], parts[2], parts[3]};
 }
 
-static void attend(const layer_t *l, const buffers_t *b, const shape_t *s, const batch_t *batch,
-                   const float *cos_sin, int threads) {
+// The layer's queries, with their keys and values written into the pages.
+static void begin(const layer_t *l, const buffers_t *b, const shape_t *s, const batch_t *batch,
+                  const float *cos_sin, const float *residual, int threads) {
+    const normed_t input = {residual, l->input_norm, l->qkv.k, s->eps};
+    linear(&l->qkv, normed_row, &input, batch->tokens, b->qkv, 0, threads);
     morph_rope_write_kv((int)s->kind, b->qkv, l->cache, b->q, batch->positions, batch->token_page,
                         batch->token_slot, cos_sin, l->q_norm, l->k_norm, s->eps, batch->tokens,
                         s->heads, s->kv_heads, s->dim, s->block_tokens, threads);
+}
+
+// What the layer adds to the residual.
+static void end(const layer_t *l, const buffers_t *b, const shape_t *s, const batch_t *batch,
+                float *residual, int threads) {
+    const int64_t m = batch->tokens;
+    const normed_t after = {residual, l->post_norm, l->gate_up.k, s->eps};
+    const matrix_t mixed = {b->mixed, l->o.k}, gate_up = {b->gate_up, l->down.k};
     morph_attention((int)s->kind, b->q, l->cache, b->mixed, batch->query_start,
                     batch->context_len, batch->block_table, batch->sequences, batch->max_blocks,
                     s->heads, s->kv_heads, s->dim, s->block_tokens, threads);
+    linear(&l->o, matrix_row, &mixed, m, residual, 1, threads);
+    linear(&l->gate_up, normed_row, &after, m, b->gate_up, 0, threads);
+    linear(&l->down, gated_row, &gate_up, m, residual, 1, threads);
 }
 
-// residual: [M, hidden], added to in place.
+// rows: ascending, so that a row is never written before it was read.
+static void gather(float *x, int64_t width, const int64_t *rows, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        memmove(x + i * width, x + rows[i] * width, 4 * (size_t)width);
+}
+
+// residual: [M, hidden], added to in place. Where `last` is given, the last layer computes only its
+// rows of the batch beyond keys and values, and they come to lie at the residual's start: they are
+// sequences of one query each in `last`.
 void morph_layers(const layer_t *layers, int64_t num_layers, const shape_t *shape,
-                  const batch_t *batch, const float *cos_sin, float *residual, int threads) {
-    const int64_t m = batch->tokens;
+                  const batch_t *batch, const float *cos_sin, float *residual, const batch_t *last,
+                  const int64_t *last_rows, int threads) {
     for (const layer_t *layer = layers; layer < layers + num_layers; layer++) {
-        const int64_t hidden = layer->qkv.k;
-        const buffers_t b = buffers(layer, m);
-        const normed_t input = {residual, layer->input_norm, hidden, shape->eps};
-        const normed_t after = {residual, layer->post_norm, hidden, shape->eps};
-        const matrix_t mixed = {b.mixed, layer->o.k}, gate_up = {b.gate_up, layer->down.k};
-        linear(&layer->qkv, normed_row, &input, m, b.qkv, 0, threads);
-        attend(layer, &b, shape, batch, cos_sin, threads);
-        linear(&layer->o, matrix_row, &mixed, m, residual, 1, threads);
-        linear(&layer->gate_up, normed_row, &after, m, b.gate_up, 0, threads);
-        linear(&layer->down, gated_row, &gate_up, m, residual, 1, threads);
+        const buffers_t b = buffers(layer, batch->tokens);
+        begin(layer, &b, shape, batch, cos_sin, residual, threads);
+        if (last && layer == layers + num_layers - 1) {
+            batch = last;
+            gather(b.q, layer->o.k, last_rows, batch->tokens);
+            gather(residual, layer->qkv.k, last_rows, batch->tokens);
+        }
+        end(layer, &b, shape, batch, residual, threads);
     }
 }
 

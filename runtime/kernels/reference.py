@@ -103,7 +103,8 @@ class ReferenceKernels:
         meta: BatchMeta,
         shape: AttentionShape,
         cos_sin: Tensor,
-    ) -> None:
+        rows: Tensor,
+    ) -> Tensor:
         for layer, cache in zip(layers, caches, strict=True):
             x = self.rms_norm(residual, layer.input_norm, shape.norm_eps)
             qkv = self.linear(x, layer.qkv)
@@ -111,6 +112,7 @@ class ReferenceKernels:
             x = self.linear(self.attention(q, cache, meta, shape), layer.o)
             x = self.add_rms_norm(x, residual, layer.post_norm, shape.norm_eps)
             residual += self.linear(self.silu_mul(self.linear(x, layer.gate_up)), layer.down)
+        return residual[rows]
 
     def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
         sound = logits.isfinite().all(dim=-1).tolist()
