@@ -1,9 +1,10 @@
 """The model of the comparison in each engine's format, made by that engine's interpreter.
 
     python model.py morph FOLDER       first, with MorphServe's; transformers and vllm read it too
-    python model.py openvino FOLDER    an interpreter with optimum-intel and nncf
+    python model.py openvino FOLDER    an interpreter with optimum-intel and nncf, not GenAI's
     python model.py llama FOLDER       one with llama-cpp-python and gguf
 
+optimum-intel brings torchvision, whose usual build fails beside a CPU build of torch: uninstall it.
 Random weights, 124.7 million parameters: speed does not depend on what they say.
 """
 
@@ -125,7 +126,6 @@ def write_gguf(checkpoint: Path, out: Path) -> None:
 
 def read_bits(file: Path) -> dict[str, np.ndarray]:
     """bfloat16 tensors of a safetensors file, as the uint16 that numpy has for them."""
-
     data = file.read_bytes()
     body = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:body])

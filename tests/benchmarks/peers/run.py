@@ -77,6 +77,10 @@ class Found:
         else:
             self.load_s.append(line["load_s"])
 
+    def latest(self) -> str:
+        rates = [f"{lines[-1]['tokens_per_s']:.0f}" for lines in self.batches.values()]
+        return f"{' '.join(rates)} tokens/s, load average {self.load_averages[-1]:.1f}"
+
     def median(self, what: str, batch: int) -> float | None:
         lines = self.batches.get(batch)
         return statistics.median(line[what] for line in lines) if lines else None
@@ -110,7 +114,7 @@ def compare(pythons: dict[str, str], model: Path, threads: int, rounds: int) -> 
             extra = ["--equality"] if turn == 0 else []
             for line in run_engine(engine, pythons[engine.peer], model, options + extra):
                 of.add(json.loads(line))
-            print(f"round {turn + 1}: {engine.name} done", file=sys.stderr)
+            print(f"round {turn + 1}: {engine.name} {of.latest()}", file=sys.stderr)
     return found
 
 

@@ -43,3 +43,4 @@ def load(folder: str, threads: int) -> Generate:
 
 if __name__ == "__main__":
     serve(load)
+    os._exit(0)  # the manager's thread would keep the process

@@ -63,7 +63,7 @@ class Watch:
 class Measured:
     batch: int
     tokens_per_s: float  # output tokens over the whole time, prefill included
-    first_ms: float  # until each prompt had its first token
+    first_ms: float  # until each prompt had its first token; others may decode meanwhile
     step_ms: float  # mean of the decode steps after that
 
 
