@@ -44,7 +44,7 @@ activations_t prepare(const linear_t *w, row_fn rows, const void *source, int64_
 
 // At least so many bytes of the calling thread, aligned for vectors; what was there before may be
 // gone. Each `use` has its own.
-enum scratch_use { ACTIVATIONS, ROW, STEP, QUERIES, NUM_USES };
+enum scratch_use { ACTIVATIONS, ROW, RESIDUAL, STEP, QUERIES, NUM_USES };
 void *scratch(enum scratch_use use, int64_t bytes);
 
 #endif
