@@ -251,15 +251,14 @@ class CpuKernels:
 
     def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
         rows, vocab = logits.shape
-        tokens = torch.empty(rows, dtype=torch.int64)
-        table = None
+        tokens, table = array("q", bytes(8 * rows)), None
         if draws:
             table = array("d", chain.from_iterable(draws.get(i, _GREEDY) for i in range(rows)))
         self._library.morph_sample(
             *(data_of(logits), table and table.buffer_info()[0], rows, vocab),
-            *(tokens.data_ptr(), torch.get_num_threads()),
+            *(tokens.buffer_info()[0], torch.get_num_threads()),
         )
-        return [None if token < 0 else token for token in tokens.tolist()]
+        return [None if token < 0 else token for token in tokens]
 
 
 def _require_readable(group: int) -> None:
