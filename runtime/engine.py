@@ -167,7 +167,7 @@ class Engine:
     def _knows_tokens(self, message: Submit) -> bool:
         params, vocab = message.params, self._parts.vocab_size
         named = (*message.prompt, *params.stop_token_ids, *params.logit_bias)
-        return all(0 <= token < vocab for token in named)
+        return min(named) >= 0 and max(named) < vocab
 
     def _seeded(self, params: SamplingParams) -> SamplingParams:
         if params.seed is not None or params.temperature == 0:

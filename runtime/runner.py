@@ -23,7 +23,8 @@ class Runner:
         """One forward pass; what each sampling slice gets from it, in batch order."""
         tokens, meta, rows = pack(batch, self._model.shape.block_tokens)
         logits = self._model.forward(tokens, meta, rows)
-        return self._sampler.sample(logits, [piece.request for piece in batch if piece.samples])
+        requests = [piece.request for piece in batch if piece.samples]
+        return self._sampler.sample(logits, requests) if requests else []
 
 
 def pack(batch: Batch, block_tokens: int) -> tuple[Tensor, BatchMeta, Tensor]:

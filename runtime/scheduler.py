@@ -197,7 +197,7 @@ class Scheduler:
         preemptions = self.num_preemptions
         for request in list(self.running):
             end = request.num_tokens
-            if end - request.num_computed == 1 and self._grow(request):
+            if end - request.num_computed == 1 and self._grow(request, end):
                 batch.append(self._slice(request, end - 1, end))
         if self.num_preemptions == preemptions:
             return batch
@@ -212,11 +212,11 @@ class Scheduler:
                 taken += self._take_chunk(batch, request, budget - taken)
         return taken
 
-    def _grow(self, request: Request) -> bool:
-        """Makes room for the request's next token, preempting the youngest if need be."""
+    def _grow(self, request: Request, end: int) -> bool:
+        """Makes room for the request's tokens up to `end`, preempting the youngest if need be."""
         if request.status is not Status.RUNNING or not request.runs_at(self._rung):
             return False
-        needed = self._blocks_for(request.num_tokens) - len(request.blocks)
+        needed = self._blocks_for(end) - len(request.blocks)
         if needed <= 0:
             return True
         while needed > self._pool.num_free:

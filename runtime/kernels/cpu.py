@@ -7,14 +7,12 @@ where they meet INT4 and INT8 weights.
 """
 
 import ctypes
-import dataclasses
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from morphserve.configs.errors import ConfigError
@@ -32,11 +30,7 @@ from morphserve.runtime.kernels import (
     packing,
 )
 from morphserve.runtime.kernels.native import NativeUnavailable, load_library
-from morphserve.runtime.kernels.reference import (
-    ReferenceKernels,
-    dequantise,
-    in_column_order,
-)
+from morphserve.runtime.kernels.portable import TorchKernels
 from morphserve.runtime.kernels.structs import (
     KIND,
     LayerStruct,
@@ -65,35 +59,6 @@ def cpu_kernels() -> Kernels:
             error,
         )
         return TorchKernels()
-
-
-class TorchKernels(ReferenceKernels):
-    """What runs without a compiler: float32 throughout, which torch does well on any CPU."""
-
-    name = "torch"
-
-    def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
-
-    def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
-
-    def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        if isinstance(weight, FullLinear):
-            return super().linear(x, weight)
-        x, zeros = in_column_order(x, weight), weight.zeros
-        pieces = []
-        for start in range(0, len(weight.codes), 256):  # rows whose floats stay in the cache
-            rows = slice(start, start + 256)
-            part = dataclasses.replace(
-                weight,
-                codes=weight.codes[rows],
-                scales=weight.scales[rows],
-                zeros=None if zeros is None else zeros[rows],
-            )
-            pieces.append(F.linear(x, dequantise(part)))
-        out = torch.cat(pieces, dim=1)
-        return out if weight.bias is None else out.add_(weight.bias)
 
 
 class CpuKernels:

@@ -20,7 +20,8 @@ from morphserve.quantize import dense
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.weights import LayerTensors
 from morphserve.runtime.kernels import Kernels
-from morphserve.runtime.kernels.cpu import CpuKernels, TorchKernels
+from morphserve.runtime.kernels.cpu import CpuKernels
+from morphserve.runtime.kernels.portable import TorchKernels
 from morphserve.runtime.layers import quantized_image
 from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.runner import pack

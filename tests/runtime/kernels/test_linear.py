@@ -13,7 +13,8 @@ from morphserve.configs.errors import ConfigError
 from morphserve.quantize.rounding import dequantize
 from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import Kernels, Linear
-from morphserve.runtime.kernels.cpu import CpuKernels, TorchKernels
+from morphserve.runtime.kernels.cpu import CpuKernels
+from morphserve.runtime.kernels.portable import TorchKernels
 from morphserve.runtime.kernels.reference import ReferenceKernels
 
 EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None)
