@@ -17,11 +17,11 @@
 #define STRIPS_OF(rows) 1
 #endif
 #define MAX_VECS (MAX_STRIPS * COLS)
-#define WORD_BYTES (4 * STRIP) // of all outputs of a strip
-#define AHEAD 1024             // bytes; past the weight's end a prefetch does nothing
+#define WORD_BYTES (4 * STRIP)  // of all outputs of a strip
+#define AHEAD 1024              // bytes; past the weight's end a prefetch does nothing
 #define PIECE_BYTES (128 << 10) // of weights
 #define BLOCK_BYTES (384 << 10) // of activations that stay in the second-level cache
-#define MIN_SHARED (1 << 18) // multiply-adds that are worth a second thread
+#define MIN_SHARED (1 << 18)    // multiply-adds that are worth a second thread
 
 typedef struct {
     const linear_t *w;
@@ -86,44 +86,52 @@ INLINE void add_zeros(int rows, int strips, const product_t *p, int64_t strip, i
     }
 }
 
+// Products of `words` words of the activations with codes that begin at `data`, which moves on.
+INLINE void multiply_words(int kind, int rows, int strips, int64_t words, const uint32_t *x,
+                           const char *data[MAX_STRIPS], veci products[MAX_ROWS][MAX_VECS]) {
+    const int halves = kind == INT4 ? 2 : 1;
+    for (int64_t word = 0; word < words; word += halves, x += halves * rows) {
+        vecu codes[MAX_VECS];
+        UNROLL for (int s = 0; s < strips; s++) {
+            fetch_ahead(data[s]);
+            UNROLL for (int c = 0; c < COLS; c++)
+                codes[s * COLS + c] = load_words(data[s] + 4 * W * c);
+            data[s] += WORD_BYTES;
+        }
+        UNROLL for (int half = 0; half < halves; half++) {
+            vecu parts[MAX_VECS];
+            UNROLL for (int c = 0; c < strips * COLS; c++)
+                parts[c] = halves == 2 ? codes[c] >> 4 * half & 0x0f0f0f0f : codes[c];
+            UNROLL for (int r = 0; r < rows; r++) {
+                const vecu features = splat_bits(x[half * rows + r]);
+                UNROLL for (int c = 0; c < strips * COLS; c++)
+                    products[r][c] = dot_bytes(products[r][c], parts[c], features);
+            }
+        }
+    }
+}
+
 INLINE void multiply_codes(int kind, int rows, int strips, const product_t *p, int64_t strip,
                            const tile_t *tile, vec sums[MAX_ROWS][MAX_VECS]) {
     const activations_t *a = p->a;
-    const int middle = kind == INT4 ? 8 : 128, halves = kind == INT4 ? 2 : 1;
+    const linear_t *w = p->w;
+    const int middle = kind == INT4 ? 8 : 128;
     // Several groups have a power of two features each.
-    const int shift = p->w->groups > 1 ? __builtin_ctzll((uint64_t)(p->w->k / p->w->groups / 4)) : 62;
+    const int shift = w->groups > 1 ? __builtin_ctzll((uint64_t)(w->k / w->groups / 4)) : 62;
     const uint32_t *x = a->x + tile->first * a->words;
     const char *data[MAX_STRIPS];
-    UNROLL for (int s = 0; s < strips; s++) data[s] = p->w->data + (strip + s) * p->strip_bytes;
+    UNROLL for (int s = 0; s < strips; s++) data[s] = w->data + (strip + s) * p->strip_bytes;
     for (int64_t word = 0, g = 0; word < a->words; word += a->group_words, g++) {
         const float *x_scales = a->scales + tile->first * a->groups + g * rows;
         const int32_t *x_sums = a->sums + tile->first * a->groups + g * rows;
-        const int64_t end = a->words - word < a->group_words ? a->words - word : a->group_words;
+        const int64_t left = a->words - word, words = left < a->group_words ? left : a->group_words;
         veci products[MAX_ROWS][MAX_VECS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int c = 0; c < strips * COLS; c++)
                 products[r][c] = (veci)splat_bits((uint32_t)(-middle * x_sums[r]));
-        for (int64_t i = 0; i < end; i += halves, x += halves * rows) {
-            vecu codes[MAX_VECS];
-            UNROLL for (int s = 0; s < strips; s++) {
-                fetch_ahead(data[s]);
-                UNROLL for (int c = 0; c < COLS; c++)
-                    codes[s * COLS + c] = load_words(data[s] + 4 * W * c);
-                data[s] += WORD_BYTES;
-            }
-            UNROLL for (int half = 0; half < halves; half++) {
-                vecu parts[MAX_VECS];
-                UNROLL for (int c = 0; c < strips * COLS; c++)
-                    parts[c] = halves == 2 ? codes[c] >> 4 * half & 0x0f0f0f0f : codes[c];
-                UNROLL for (int r = 0; r < rows; r++) {
-                    const vecu features = splat_bits(x[half * rows + r]);
-                    UNROLL for (int c = 0; c < strips * COLS; c++)
-                        products[r][c] = dot_bytes(products[r][c], parts[c], features);
-                }
-            }
-        }
+        multiply_words(kind, rows, strips, words, x + word * rows, data, products);
         add_group(rows, strips, p, strip, word >> shift, x_scales, products, sums);
-        if (p->w->zeros)
+        if (w->zeros)
             add_zeros(rows, strips, p, strip, word >> shift, middle, x_scales, x_sums, sums);
     }
 }
