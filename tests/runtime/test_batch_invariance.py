@@ -13,7 +13,6 @@ from morphserve.runtime.engine import Engine
 from morphserve.runtime.messages import Submit, TokenLogprobs
 from morphserve.runtime.request import SamplingParams
 
-STEP_TOKENS = 512
 # Around the sizes of blocks and tiles; two prompts take several steps, and one context several
 # splits of attention.
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 64, 100, 129, 200, 255, 257, 300, 513, 1100)
@@ -29,7 +28,7 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(5, VOCABULARY) for _ in range(length)] for length in LENGTHS]
 
 
-def engine_of(bundle: str, policy: str, step_tokens: int = STEP_TOKENS) -> Engine:
+def engine_of(bundle: str, policy: str, step_tokens: int = 512) -> Engine:
     config = EngineConfig(
         model="demo",
         bundle=bundle,
