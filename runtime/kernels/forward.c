@@ -3,6 +3,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "pointwise.h"
+#include "scratch.h"
 
 typedef struct {
     linear_t qkv, o, gate_up, down;

@@ -16,6 +16,7 @@ from pathlib import Path
 
 SOURCES = (
     "pool.c",
+    "scratch.c",
     "activations.c",
     "linear.c",
     "rope.c",
@@ -31,12 +32,14 @@ HEADERS = (
     "activations.h",
     "attend.h",
     "attention.h",
+    "codes.h",
     "kept.h",
     "linear.h",
     "pages.h",
     "pointwise.h",
     "pool.h",
     "queries.h",
+    "scratch.h",
     "tiles.h",
     "vectors.h",
 )
