@@ -114,8 +114,10 @@ class BlockPool:
 
     def are_writable(self, blocks: Iterable[int]) -> bool:
         """Whether one request holds each of them and nobody else can find it."""
-        holders, cache = self._holders, self._cache
-        return all(holders[block] == 1 and not cache.has(block) for block in blocks)
+        for block in blocks:
+            if self._holders[block] > 1 or self._cache.has(block):
+                return False
+        return True
 
     def evacuate(self, region: Region) -> dict[int, int] | None:
         """Takes a region out of the capacity and says where its used blocks go: old -> new.

@@ -244,7 +244,8 @@ class Engine:
         outputs = [_output(request, []) for request in self._parts.scheduler.fail(lost)]
         if done:
             ended = self._clock.now_s()
-            self._monitor.stepped(done, self._parts.layers.variants, ended, ended - started)
+            variants = self._parts.layers.variants
+            self._monitor.stepped(done, variants, self._precision, ended, ended - started)
             ran = self._parts.scheduler.update(done, [got.token for got in sampled])
             told = zip(ran, sampled, strict=True)
             outputs += [_output(request, new, got.logprobs) for (request, new), got in told]

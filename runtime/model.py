@@ -87,4 +87,4 @@ class Model:
         x = kernels.run_layers(
             residual, self.layers, self.caches, meta, self.shape, self.cos_sin, rows
         )
-        return kernels.linear(kernels.rms_norm(x, static.norm, self.shape.norm_eps), static.head)
+        return kernels.normed_linear(x, static.norm, self.shape.norm_eps, static.head)

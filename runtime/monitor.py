@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from morphserve.configs.schema import Policy, Slo
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.forecast import Forecaster
-from morphserve.runtime.ladder import DEPTH, lowest
+from morphserve.runtime.ladder import DEPTH
 from morphserve.runtime.load import Load, most_urgent, running_load
 from morphserve.runtime.messages import Event
 from morphserve.runtime.parts import SYSTEM_CLOCK, Clock
@@ -102,14 +102,19 @@ class Monitor:
         self.arrivals.add(now_s, 1)
 
     def stepped(
-        self, batch: Batch, variants: Sequence[Variant], now_s: float, step_s: float
+        self,
+        batch: Batch,
+        variants: Sequence[Variant],
+        precision: Variant,
+        now_s: float,
+        step_s: float,
     ) -> None:
-        """Notes a step that was carried out through layers of these variants."""
-        precision = lowest(variants)
-        generated = sum(piece.samples for piece in batch)
+        """Notes a step through layers of these variants, the lowest of which is `precision`."""
+        generated = sum([piece.samples for piece in batch])
         self.generated_tokens[precision] += generated
         self._note_share(generated, precision, now_s)
-        self.prompt_tokens += sum(map(_new_prompt_tokens, batch))
+        prefills = [piece for piece in batch if piece.start < len(piece.request.prompt)]
+        self.prompt_tokens += sum(map(_new_prompt_tokens, prefills))
         self.steps += 1
         self.step_s = step_s
         self._latest, self._latest_variants = batch, tuple(variants)
@@ -207,4 +212,4 @@ def _new_prompt_tokens(piece: Slice) -> int:
     """Prompt tokens computed for the first time: what a preemption threw away counts once."""
     if piece.request.num_preemptions:
         return 0
-    return max(0, min(piece.end, len(piece.request.prompt)) - piece.start)
+    return min(piece.end, len(piece.request.prompt)) - piece.start

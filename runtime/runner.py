@@ -20,21 +20,18 @@ class Runner:
         self._model = model
         self._sampler = Sampler(model.kernels, eos_token_ids)
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """One forward pass; what each sampling slice gets from it, in batch order."""
-        tokens, meta, ends = pack(batch, self._model.shape.block_tokens)
-        sampling = [i for i, piece in enumerate(batch) if piece.samples]
-        rows = ends if len(sampling) == len(batch) else ends[sampling]
+        tokens, meta, rows = pack(batch, self._model.shape.block_tokens)
         logits = self._model.forward(tokens, meta, rows)
-        return self._sampler.sample(logits, [batch[i].request for i in sampling])
+        return self._sampler.sample(logits, [piece.request for piece in batch if piece.samples])
 
 
 def pack(batch: Batch, block_tokens: int) -> tuple[Tensor, BatchMeta, Tensor]:
-    """(token ids int64 [M], where they lie, the last row of each slice int64 [S])"""
+    """(token ids int64 [M], where they lie, the last row of each slice that samples int64)"""
     places = _Places(block_tokens)
     tokens: list[int] = []
-    context, ends = array("i"), array("q")
+    context, rows = array("i"), array("q")
     query_start, table = array("i", [0]), bytearray()
     widest = max(len(piece.request.blocks) for piece in batch)
     for piece in batch:
@@ -43,7 +40,8 @@ def pack(batch: Batch, block_tokens: int) -> tuple[Tensor, BatchMeta, Tensor]:
         tokens += request.tokens(start, end)
         context.append(end)
         query_start.append(len(tokens))
-        ends.append(len(tokens) - 1)
+        if piece.samples:
+            rows.append(len(tokens) - 1)
         table += _row_format(len(request.blocks), widest).pack(*request.blocks)
     meta = BatchMeta(
         positions=_tensor(places.positions),
@@ -53,7 +51,7 @@ def pack(batch: Batch, block_tokens: int) -> tuple[Tensor, BatchMeta, Tensor]:
         context_len=_tensor(context),
         block_table=_tensor(table).view(len(batch), widest),
     )
-    return _tensor(array("q", tokens), torch.int64), meta, _tensor(ends, torch.int64)
+    return _tensor(array("q", tokens), torch.int64), meta, _tensor(rows, torch.int64)
 
 
 class _Places:
@@ -86,4 +84,4 @@ def _row_format(num_blocks: int, widest: int) -> struct.Struct:
 
 def _tensor(values: "array[int] | bytearray", dtype: torch.dtype = torch.int32) -> Tensor:
     """Of the same memory."""
-    return torch.frombuffer(values, dtype=dtype)
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from morphserve.configs.schema import SchedulerConfig
 from morphserve.runtime.blocks import BlockPool
@@ -12,18 +12,17 @@ from morphserve.runtime.request import FinishReason, Request, Status, end_of
 from morphserve.runtime.reuse import Reuse
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slice:
     """Tokens start..end of one request in this step."""
 
     request: Request
     start: int
     end: int
+    samples: bool = field(init=False)  # it reaches the request's last token: a new one follows
 
-    @property
-    def samples(self) -> bool:
-        """Whether this slice reaches the request's last token, so that a new one follows."""
-        return self.end == self.request.num_tokens
+    def __post_init__(self) -> None:
+        self.samples = self.end == self.request.num_tokens
 
 
 Batch = list[Slice]
@@ -194,9 +193,12 @@ class Scheduler:
     def _decodes(self) -> Batch:
         """A slice of one token for each request that goes on from its latest one."""
         batch: Batch = []
+        preemptions = self.num_preemptions
         for request in list(self.running):
             if request.num_tokens - request.num_computed == 1 and self._grow(request):
                 self._take_chunk(batch, request, 1)
+        if self.num_preemptions == preemptions:
+            return batch
         return [s for s in batch if s.request.status is Status.RUNNING]  # not preempted since
 
     def _take_chunks(self, batch: Batch, budget: int) -> int:

@@ -163,6 +163,10 @@ class Kernels(Protocol):
         """silu(gate) * up for [M, 2 I] with gate in the first half: [M, I]."""
         ...
 
+    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Linear) -> Tensor:
+        """`linear` of `rms_norm`, to the bit: [M, N]."""
+        ...
+
     def run_layers(
         self,
         residual: Tensor,

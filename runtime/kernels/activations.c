@@ -70,7 +70,8 @@ static void put_group(int64_t kind, const activations_t *a, const float *x, int6
     float padded[GROUP] = {0};
     const float *group = x + first;
     if (count < GROUP) group = memcpy(padded, group, (size_t)count * 4);
-    for (int64_t word = first / 4; word < first / 4 + GROUP / 4 && word < a->words; word += a->group_words) {
+    const int64_t end = first / 4 + GROUP / 4 < a->words ? first / 4 + GROUP / 4 : a->words;
+    for (int64_t word = first / 4; word < end; word += a->group_words) {
         const int64_t left = a->words - word, words = left < a->group_words ? left : a->group_words;
         const int64_t at = tile.first * a->groups + word / a->group_words * tile.rows + row;
         put_bytes(group + (4 * word - first), (int)words, out + word * tile.rows, a->scales + at,

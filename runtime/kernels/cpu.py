@@ -46,7 +46,6 @@ from morphserve.runtime.kernels.structs import (
     linear_struct,
     optional,
     shape_struct,
-    single_queries,
 )
 
 log = logging.getLogger(__name__)
@@ -138,6 +137,15 @@ class CpuKernels:
         )
         return y
 
+    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Linear) -> Tensor:
+        struct = linear_struct(weight, x.shape[1])
+        y = torch.empty(len(x), weight.num_outputs)
+        self._library.morph_normed_linear(
+            *(ctypes.byref(struct), data_of(x), data_of(norm), eps, len(x), y.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return y
+
     def run_layers(
         self,
         residual: Tensor,
@@ -150,21 +158,23 @@ class CpuKernels:
     ) -> Tensor:
         if not layers:
             return residual[rows]
-        array = (LayerStruct * len(layers))()
-        for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-            if layer not in self._structs:
-                self._structs[layer] = layer_struct(layer, residual.shape[1], shape)
-            array[i] = self._structs[layer]
-            array[i].cache = data_of(cache)
+        assert len(layers) == len(caches)
+        structs = array("Q", [self._address(layer, residual, shape) for layer in layers])
+        pages = array("Q", map(data_of, caches))
         kind, batch = shape_struct(shape, caches[0].dtype), batch_struct(meta)
-        narrow = single_queries(meta, rows) if len(rows) < len(residual) else None
-        last = None if narrow is None else ctypes.byref(batch_struct(narrow))
         self._library.morph_layers(
-            *(array, len(layers), ctypes.byref(kind), ctypes.byref(batch)),
-            *(data_of(cos_sin), data_of(residual), last, data_of(rows)),
-            torch.get_num_threads(),
+            *(structs.buffer_info()[0], pages.buffer_info()[0], len(layers)),
+            *(ctypes.byref(kind), ctypes.byref(batch), data_of(cos_sin)),
+            *(data_of(residual), data_of(rows), len(rows), torch.get_num_threads()),
         )
-        return residual[: len(rows)]
+        return residual if len(rows) == len(residual) else residual[: len(rows)]
+
+    def _address(self, layer: LayerWeights, residual: Tensor, shape: AttentionShape) -> int:
+        """Of the layer's structure."""
+        struct = self._structs.get(layer)
+        if struct is None:
+            struct = self._structs[layer] = layer_struct(layer, residual.shape[1], shape)
+        return ctypes.addressof(struct)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)

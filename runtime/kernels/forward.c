@@ -9,7 +9,6 @@ typedef struct {
     linear_t qkv, o, gate_up, down;
     const float *input_norm, *post_norm;
     const float *q_norm, *k_norm; // null where the architecture has none
-    void *cache;
 } layer_t;
 
 typedef struct {
@@ -47,14 +46,15 @@ static const float *gated_row(const void *source, int64_t row, float *space) {
 }
 
 typedef struct {
+    void *cache;
     float *qkv, *q, *mixed, *gate_up;
 } buffers_t;
 
-static buffers_t buffers(const layer_t *layer, int64_t m) {
+static buffers_t buffers(const layer_t *layer, void *cache, int64_t m) {
     const int64_t widths[] = {layer->qkv.n, layer->o.k, layer->o.k, layer->gate_up.n};
     float *parts[4], *at = scratch(STEP, 4 * m * (widths[0] + widths[1] + widths[2] + widths[3]));
     for (int i = 0; i < 4; at += m * widths[i++]) parts[i] = at;
-    return (buffers_t){parts[0], parts[1], parts[2], parts[3]};
+    return (buffers_t){cache, parts[0], parts[1], parts[2], parts[3]};
 }
 
 // The layer's queries, with their keys and values written into the pages.
@@ -62,7 +62,7 @@ static void begin(const layer_t *l, const buffers_t *b, const shape_t *s, const 
                   const float *cos_sin, const float *residual, int threads) {
     const normed_t input = {residual, l->input_norm, l->qkv.k, s->eps};
     linear(&l->qkv, normed_row, &input, batch->tokens, b->qkv, 0, threads);
-    morph_rope_write_kv((int)s->kind, b->qkv, l->cache, b->q, batch->positions, batch->token_page,
+    morph_rope_write_kv((int)s->kind, b->qkv, b->cache, b->q, batch->positions, batch->token_page,
                         batch->token_slot, cos_sin, l->q_norm, l->k_norm, s->eps, batch->tokens,
                         s->heads, s->kv_heads, s->dim, s->block_tokens, threads);
 }
@@ -73,7 +73,7 @@ static void end(const layer_t *l, const buffers_t *b, const shape_t *s, const ba
     const int64_t m = batch->tokens;
     const normed_t after = {residual, l->post_norm, l->gate_up.k, s->eps};
     const matrix_t mixed = {b->mixed, l->o.k}, gate_up = {b->gate_up, l->down.k};
-    morph_attention((int)s->kind, b->q, l->cache, b->mixed, batch->query_start,
+    morph_attention((int)s->kind, b->q, b->cache, b->mixed, batch->query_start,
                     batch->context_len, batch->block_table, batch->sequences, batch->max_blocks,
                     s->heads, s->kv_heads, s->dim, s->block_tokens, threads);
     linear(&l->o, matrix_row, &mixed, m, residual, 1, threads);
@@ -87,22 +87,48 @@ static void gather(float *x, int64_t width, const int64_t *rows, int64_t count) 
         memmove(x + i * width, x + rows[i] * width, 4 * (size_t)width);
 }
 
-// residual: [M, hidden], added to in place. Where `last` is given, the last layer computes only its
-// rows of the batch beyond keys and values, and they come to lie at the residual's start: they are
-// sequences of one query each in `last`.
-void morph_layers(const layer_t *layers, int64_t num_layers, const shape_t *shape,
-                  const batch_t *batch, const float *cos_sin, float *residual, const batch_t *last,
-                  const int64_t *last_rows, int threads) {
-    for (const layer_t *layer = layers; layer < layers + num_layers; layer++) {
-        const buffers_t b = buffers(layer, batch->tokens);
-        begin(layer, &b, shape, batch, cos_sin, residual, threads);
-        if (last && layer == layers + num_layers - 1) {
-            batch = last;
-            gather(b.q, layer->o.k, last_rows, batch->tokens);
-            gather(residual, layer->qkv.k, last_rows, batch->tokens);
-        }
-        end(layer, &b, shape, batch, residual, threads);
+// These rows of the batch as attention sees them, each the last token of a sequence of its own.
+static batch_t single_queries(const batch_t *batch, const int64_t *rows, int64_t count) {
+    const int64_t width = batch->max_blocks;
+    int32_t *start = scratch(QUERIES, 4 * (2 * count + 1 + count * width));
+    int32_t *context = start + count + 1, *table = context + count;
+    const int32_t *owner = batch->block_table;
+    for (int64_t i = 0, s = 0; i < count; i++) {
+        for (; batch->query_start[s + 1] <= rows[i]; s++) owner += width;
+        start[i] = (int32_t)i;
+        context[i] = batch->positions[rows[i]] + 1;
+        memcpy(table + i * width, owner, 4 * (size_t)width);
     }
+    start[count] = (int32_t)count;
+    return (batch_t){.tokens = count, .sequences = count, .max_blocks = width,
+                     .query_start = start, .context_len = context, .block_table = table};
+}
+
+// residual: [M, hidden], added to in place. The last layer computes only these ascending rows of
+// the batch beyond keys and values, and they come to lie at the residual's start.
+void morph_layers(const layer_t *const *layers, void *const *caches, int64_t num_layers,
+                  const shape_t *shape, const batch_t *batch, const float *cos_sin,
+                  float *residual, const int64_t *rows, int64_t num_rows, int threads) {
+    for (int64_t i = 0; i < num_layers; i++) {
+        const layer_t *layer = layers[i];
+        const buffers_t b = buffers(layer, caches[i], batch->tokens);
+        begin(layer, &b, shape, batch, cos_sin, residual, threads);
+        if (i < num_layers - 1 || num_rows == batch->tokens) {
+            end(layer, &b, shape, batch, residual, threads);
+            continue;
+        }
+        const batch_t last = single_queries(batch, rows, num_rows);
+        gather(b.q, layer->o.k, rows, num_rows);
+        gather(residual, layer->qkv.k, rows, num_rows);
+        end(layer, &b, shape, &last, residual, threads);
+    }
+}
+
+// y [m, n] = x [m, k], each row normed, times the weight, transposed.
+void morph_normed_linear(const linear_t *w, const float *x, const float *norm, float eps,
+                         int64_t m, float *y, int threads) {
+    const normed_t normed = {x, norm, w->k, eps};
+    linear(w, normed_row, &normed, m, y, 0, threads);
 }
 
 // Rows of a packed table of float32 or bfloat16: out [m, n_features] of token ids [m].

@@ -19,6 +19,10 @@ SOURCES = (
     "scratch.c",
     "activations.c",
     "linear.c",
+    "multiply_int4.c",
+    "multiply_int8.c",
+    "multiply_bf16.c",
+    "multiply_f32.c",
     "rope.c",
     "queries.c",
     "attention.c",
@@ -35,6 +39,7 @@ HEADERS = (
     "codes.h",
     "kept.h",
     "linear.h",
+    "multiply.h",
     "pages.h",
     "pointwise.h",
     "pool.h",
@@ -44,7 +49,7 @@ HEADERS = (
     "vectors.h",
 )
 FLAGS = (
-    *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-pthread", "-fPIC"),
+    *("-std=gnu11", "-O2", "-march=native", "-pthread", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 KEPT_S = 30 * 24 * 3600.0  # after a library was last loaded
@@ -54,7 +59,8 @@ log = logging.getLogger(__name__)
 _ptr, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "morph_linear": [_ptr, _ptr, _i64, _ptr, _i32],
-    "morph_layers": [_ptr, _i64, *[_ptr] * 6, _i32],
+    "morph_layers": [_ptr, _ptr, _i64, *[_ptr] * 5, _i64, _i32],
+    "morph_normed_linear": [_ptr, _ptr, _ptr, _f32, _i64, _ptr, _i32],
     "morph_embed": [_i32, _ptr, _ptr, _i64, _i64, _ptr],
     "morph_rms_norm": [_ptr, _ptr, _ptr, _f32, _i64, _i64, _ptr],
     "morph_silu_mul": [_ptr, _i64, _i64, _ptr],

@@ -95,6 +95,9 @@ class ReferenceKernels:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (F.silu(gate) * up).to(gate_up.dtype)
 
+    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Linear) -> Tensor:
+        return self.linear(self.rms_norm(x, norm, eps), weight)
+
     def run_layers(
         self,
         residual: Tensor,

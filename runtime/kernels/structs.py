@@ -29,7 +29,7 @@ class LinearStruct(ctypes.Structure):
 class LayerStruct(ctypes.Structure):
     _fields_ = [
         *((name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, _ptr) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "cache")),
+        *((name, _ptr) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
     ]
 
 
@@ -87,21 +87,7 @@ def batch_struct(meta: BatchMeta) -> BatchStruct:
     )
 
 
-def single_queries(meta: BatchMeta, rows: Tensor) -> BatchMeta:
-    """These tokens of the batch, each as the last one of a sequence of its own."""
-    owners = torch.searchsorted(meta.query_start, rows.int(), right=True) - 1
-    return BatchMeta(
-        positions=meta.positions[rows],
-        token_page=meta.token_page[rows],
-        token_slot=meta.token_slot[rows],
-        query_start=torch.arange(len(rows) + 1, dtype=torch.int32),
-        context_len=meta.positions[rows] + 1,
-        block_table=meta.block_table[owners],
-    )
-
-
 def layer_struct(layer: LayerWeights, hidden: int, shape: AttentionShape) -> LayerStruct:
-    """All but the cache."""
     norm = layer.qk_norm
     return LayerStruct(
         linear_struct(layer.qkv, hidden),

@@ -51,6 +51,20 @@ def served_logits(driver: Driver) -> Tensor:
     return logits
 
 
+def test_a_row_is_the_same_whichever_others_are_asked_for() -> None:
+    parts = Driver(tiny_model(CpuKernels()), kv_tokens=200).parts
+    batch = []
+    for i, length in enumerate([9, 1, 17, 3]):
+        request = Request(str(i), prompt_of(i, length), SamplingParams(max_tokens=1), 0.0)
+        request.blocks = parts.pool.allocate(-(-length // BLOCK_TOKENS))
+        batch.append(Slice(request, 0, length))
+    tokens, meta, _ = pack(batch, BLOCK_TOKENS)
+    every = parts.model.forward(tokens, meta, torch.arange(len(tokens)))
+    for rows in ([8], [9], [0, 9, 10, 26], [27, 28, 29], []):
+        asked = torch.tensor(rows, dtype=torch.int64)
+        assert torch.equal(parts.model.forward(tokens, meta, asked), every[asked])
+
+
 def demote(driver: Driver, layers: Sequence[int]) -> None:
     for layer in layers:
         driver.step([(layer, Variant.INT4)])

@@ -26,7 +26,7 @@ def slices(draw: st.DrawFn, block_tokens: int) -> Slice:
 @given(st.data(), st.sampled_from([1, 3, 16]))
 def test_every_token_is_packed_with_its_place(data: st.DataObject, block_tokens: int) -> None:
     batch = data.draw(st.lists(slices(block_tokens), min_size=1, max_size=5))
-    tokens, meta, ends = pack(batch, block_tokens)
+    tokens, meta, rows = pack(batch, block_tokens)
     places = [(piece, i) for piece in batch for i in range(piece.start, piece.end)]
     assert tokens.tolist() == [(p.request.prompt + p.request.output)[i] for p, i in places]
     assert meta.positions.tolist() == [i for _, i in places]
@@ -34,7 +34,8 @@ def test_every_token_is_packed_with_its_place(data: st.DataObject, block_tokens:
     assert meta.token_slot.tolist() == [i % block_tokens for _, i in places]
     counts = torch.tensor([0] + [piece.end - piece.start for piece in batch])
     assert meta.query_start.tolist() == counts.cumsum(0).tolist()
-    assert ends.tolist() == (counts.cumsum(0)[1:] - 1).tolist()
+    ends = (counts.cumsum(0)[1:] - 1).tolist()
+    assert rows.tolist() == [end for end, piece in zip(ends, batch, strict=True) if piece.samples]
     assert meta.context_len.tolist() == [piece.end for piece in batch]
     for row, piece in zip(meta.block_table.tolist(), batch, strict=True):
         blocks = piece.request.blocks
@@ -43,8 +44,8 @@ def test_every_token_is_packed_with_its_place(data: st.DataObject, block_tokens:
 
 def test_a_batch_of_tokens_is_in_the_dtypes_that_kernels_read() -> None:
     request = Request("x", [1, 2], SamplingParams(max_tokens=1), 0.0, blocks=[5])
-    tokens, meta, ends = pack([Slice(request, 0, 2)], 16)
-    assert tokens.dtype == ends.dtype == torch.int64
+    tokens, meta, rows = pack([Slice(request, 0, 2)], 16)
+    assert tokens.dtype == rows.dtype == torch.int64
     fields = (meta.positions, meta.token_page, meta.token_slot, meta.query_start, meta.context_len)
     for tensor in (*fields, meta.block_table):
         assert tensor.dtype == torch.int32 and tensor.is_contiguous()

@@ -77,8 +77,8 @@ def _placed(driver: Driver, variant: Variant) -> list[LayerWeights]:
 
 @torch.inference_mode()
 def forward(model: Model, request: Request, start: int, end: int) -> Tensor:
-    tokens, meta, ends = pack([Slice(request, start, end)], model.shape.block_tokens)
-    return model.forward(tokens, meta, ends)
+    tokens, meta, _ = pack([Slice(request, start, end)], model.shape.block_tokens)
+    return model.forward(tokens, meta, torch.tensor([end - start - 1]))
 
 
 def test_tokens_are_those_of_a_run_with_the_same_precision_at_the_same_tokens(
