@@ -150,17 +150,17 @@ class CpuKernels:
     ) -> Tensor:
         if not layers:
             return residual[rows]
-        array = (LayerStruct * len(layers))()
+        structs = (LayerStruct * len(layers))()
         for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             if layer not in self._structs:
                 self._structs[layer] = layer_struct(layer, residual.shape[1], shape)
-            array[i] = self._structs[layer]
-            array[i].cache = data_of(cache)
+            structs[i] = self._structs[layer]
+            structs[i].cache = data_of(cache)
         kind, batch = shape_struct(shape, caches[0].dtype), batch_struct(meta)
         narrow = single_queries(meta, rows) if len(rows) < len(residual) else None
         last = None if narrow is None else ctypes.byref(batch_struct(narrow))
         self._library.morph_layers(
-            *(array, len(layers), ctypes.byref(kind), ctypes.byref(batch)),
+            *(structs, len(layers), ctypes.byref(kind), ctypes.byref(batch)),
             *(data_of(cos_sin), data_of(residual), last, data_of(rows)),
             torch.get_num_threads(),
         )
