@@ -82,9 +82,8 @@ class Model:
 
     def forward(self, tokens: Tensor, meta: BatchMeta, rows: Tensor) -> Tensor:
         """Token ids [M] to logits [len(rows), vocab] of the batch rows asked for, ascending."""
-        kernels, static = self.kernels, self.static
-        residual = kernels.embed(tokens, static.embedding)
-        x = kernels.run_layers(
-            residual, self.layers, self.caches, meta, self.shape, self.cos_sin, rows
+        static = self.static
+        return self.kernels.forward(
+            *(tokens, static.embedding, self.layers, self.caches, meta, self.shape, self.cos_sin),
+            *(rows, static.norm, static.head),
         )
-        return kernels.normed_linear(x, static.norm, self.shape.norm_eps, static.head)

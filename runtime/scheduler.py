@@ -145,7 +145,8 @@ class Scheduler:
         for piece in batch:
             request, samples = piece.request, piece.samples
             request.num_computed = piece.end
-            request.kv_rung = max(request.kv_rung, self._rung)
+            if request.kv_rung < self._rung:
+                request.kv_rung = self._rung
             token = next(new) if samples else None
             if token is not None or not samples:
                 self.reuse.leave(request)
@@ -195,8 +196,9 @@ class Scheduler:
         batch: Batch = []
         preemptions = self.num_preemptions
         for request in list(self.running):
-            if request.num_tokens - request.num_computed == 1 and self._grow(request):
-                self._take_chunk(batch, request, 1)
+            end = request.num_tokens
+            if end - request.num_computed == 1 and self._grow(request):
+                batch.append(self._slice(request, end - 1, end))
         if self.num_preemptions == preemptions:
             return batch
         return [s for s in batch if s.request.status is Status.RUNNING]  # not preempted since
@@ -227,11 +229,14 @@ class Scheduler:
 
     def _take_chunk(self, batch: Batch, request: Request, budget: int) -> int:
         start = request.num_computed
-        count = min(request.num_tokens - start, budget)
-        first, end = start // self._block_tokens, self._blocks_for(start + count)
-        assert self._pool.are_writable(request.blocks[first:end]), "a shared block would be written"
-        batch.append(Slice(request, start, start + count))
-        return count
+        end = min(request.num_tokens, start + budget)
+        batch.append(self._slice(request, start, end))
+        return end - start
+
+    def _slice(self, request: Request, start: int, end: int) -> Slice:
+        written = request.blocks[start // self._block_tokens : self._blocks_for(end)]
+        assert self._pool.are_writable(written), "a shared block would be written"
+        return Slice(request, start, end)
 
     def _take_new(self, batch: Batch, budget: int) -> int:
         """Admits requests as long as they find room and tokens of the step; returns the tokens."""

@@ -163,10 +163,6 @@ class Kernels(Protocol):
         """silu(gate) * up for [M, 2 I] with gate in the first half: [M, I]."""
         ...
 
-    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Linear) -> Tensor:
-        """`linear` of `rms_norm`, to the bit: [M, N]."""
-        ...
-
     def run_layers(
         self,
         residual: Tensor,
@@ -182,6 +178,22 @@ class Kernels(Protocol):
         caches: of each layer, as in `rope_write_kv`, written in place; rows: int64, ascending, the
         tokens of the batch whose result is asked for. Returns [len(rows), hidden].
         """
+        ...
+
+    def forward(
+        self,
+        tokens: Tensor,
+        embedding: FullLinear,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[Tensor],
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+        rows: Tensor,
+        norm: Tensor,
+        head: FullLinear,
+    ) -> Tensor:
+        """`embed`, `run_layers`, `rms_norm` and `linear` in one: [len(rows), vocab]."""
         ...
 
     def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:

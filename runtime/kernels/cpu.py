@@ -40,12 +40,13 @@ from morphserve.runtime.kernels.reference import (
 from morphserve.runtime.kernels.structs import (
     KIND,
     LayerStruct,
+    StackStruct,
     batch_struct,
     data_of,
     layer_struct,
     linear_struct,
     optional,
-    shape_struct,
+    stack_struct,
 )
 
 log = logging.getLogger(__name__)
@@ -137,15 +138,6 @@ class CpuKernels:
         )
         return y
 
-    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Linear) -> Tensor:
-        struct = linear_struct(weight, x.shape[1])
-        y = torch.empty(len(x), weight.num_outputs)
-        self._library.morph_normed_linear(
-            *(ctypes.byref(struct), data_of(x), data_of(norm), eps, len(x), y.data_ptr()),
-            torch.get_num_threads(),
-        )
-        return y
-
     def run_layers(
         self,
         residual: Tensor,
@@ -158,23 +150,49 @@ class CpuKernels:
     ) -> Tensor:
         if not layers:
             return residual[rows]
-        assert len(layers) == len(caches)
-        structs = array("Q", [self._address(layer, residual, shape) for layer in layers])
-        pages = array("Q", map(data_of, caches))
-        kind, batch = shape_struct(shape, caches[0].dtype), batch_struct(meta)
+        stack, batch = self._stack(layers, caches, residual.shape[1], shape), batch_struct(meta)
         self._library.morph_layers(
-            *(structs.buffer_info()[0], pages.buffer_info()[0], len(layers)),
-            *(ctypes.byref(kind), ctypes.byref(batch), data_of(cos_sin)),
-            *(data_of(residual), data_of(rows), len(rows), torch.get_num_threads()),
+            *(ctypes.byref(stack), ctypes.byref(batch), data_of(cos_sin), data_of(residual)),
+            *(data_of(rows), len(rows), torch.get_num_threads()),
         )
-        return residual if len(rows) == len(residual) else residual[: len(rows)]
+        return residual[: len(rows)]
 
-    def _address(self, layer: LayerWeights, residual: Tensor, shape: AttentionShape) -> int:
-        """Of the layer's structure."""
-        struct = self._structs.get(layer)
-        if struct is None:
-            struct = self._structs[layer] = layer_struct(layer, residual.shape[1], shape)
-        return ctypes.addressof(struct)
+    def forward(
+        self,
+        tokens: Tensor,
+        embedding: FullLinear,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[Tensor],
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+        rows: Tensor,
+        norm: Tensor,
+        head: FullLinear,
+    ) -> Tensor:
+        hidden = len(norm)
+        table, product = linear_struct(embedding, hidden), linear_struct(head, hidden)
+        stack, batch = self._stack(layers, caches, hidden, shape), batch_struct(meta)
+        logits = torch.empty(len(rows), head.num_outputs)
+        self._library.morph_forward(
+            *(ctypes.byref(table), data_of(tokens), ctypes.byref(stack), ctypes.byref(batch)),
+            *(data_of(cos_sin), data_of(rows), len(rows), data_of(norm), ctypes.byref(product)),
+            *(logits.data_ptr(), torch.get_num_threads()),
+        )
+        return logits
+
+    def _stack(
+        self,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[Tensor],
+        hidden: int,
+        shape: AttentionShape,
+    ) -> StackStruct:
+        structs = self._structs
+        for layer in layers:
+            if layer not in structs:
+                structs[layer] = layer_struct(layer, hidden, shape)
+        return stack_struct([structs[layer] for layer in layers], caches, shape)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)
@@ -233,15 +251,14 @@ class CpuKernels:
 
     def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
         rows, vocab = logits.shape
-        tokens = torch.empty(rows, dtype=torch.int64)
-        table = None
+        tokens, table = array("q", bytes(8 * rows)), None
         if draws:
             table = array("d", chain.from_iterable(draws.get(i, _GREEDY) for i in range(rows)))
         self._library.morph_sample(
             *(data_of(logits), table and table.buffer_info()[0], rows, vocab),
-            *(tokens.data_ptr(), torch.get_num_threads()),
+            *(tokens.buffer_info()[0], torch.get_num_threads()),
         )
-        return [None if token < 0 else token for token in tokens.tolist()]
+        return [None if token < 0 else token for token in tokens]
 
 
 def _require_readable(group: int) -> None:

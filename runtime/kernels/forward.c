@@ -17,6 +17,14 @@ typedef struct {
     float eps; // of every norm
 } shape_t;
 
+// The layers in their order.
+typedef struct {
+    const layer_t *const *layers;
+    void *const *caches; // of each layer
+    int64_t num_layers;
+    shape_t shape;
+} stack_t;
+
 // Where a step's tokens lie: BatchMeta of runtime/kernels/__init__.py.
 typedef struct {
     int64_t tokens, sequences, max_blocks; // M, S
@@ -106,29 +114,21 @@ static batch_t single_queries(const batch_t *batch, const int64_t *rows, int64_t
 
 // residual: [M, hidden], added to in place. The last layer computes only these ascending rows of
 // the batch beyond keys and values, and they come to lie at the residual's start.
-void morph_layers(const layer_t *const *layers, void *const *caches, int64_t num_layers,
-                  const shape_t *shape, const batch_t *batch, const float *cos_sin,
+void morph_layers(const stack_t *stack, const batch_t *batch, const float *cos_sin,
                   float *residual, const int64_t *rows, int64_t num_rows, int threads) {
-    for (int64_t i = 0; i < num_layers; i++) {
-        const layer_t *layer = layers[i];
-        const buffers_t b = buffers(layer, caches[i], batch->tokens);
-        begin(layer, &b, shape, batch, cos_sin, residual, threads);
-        if (i < num_layers - 1 || num_rows == batch->tokens) {
-            end(layer, &b, shape, batch, residual, threads);
+    for (int64_t i = 0; i < stack->num_layers; i++) {
+        const layer_t *layer = stack->layers[i];
+        const buffers_t b = buffers(layer, stack->caches[i], batch->tokens);
+        begin(layer, &b, &stack->shape, batch, cos_sin, residual, threads);
+        if (i < stack->num_layers - 1 || num_rows == batch->tokens) {
+            end(layer, &b, &stack->shape, batch, residual, threads);
             continue;
         }
         const batch_t last = single_queries(batch, rows, num_rows);
         gather(b.q, layer->o.k, rows, num_rows);
         gather(residual, layer->qkv.k, rows, num_rows);
-        end(layer, &b, shape, &last, residual, threads);
+        end(layer, &b, &stack->shape, &last, residual, threads);
     }
-}
-
-// y [m, n] = x [m, k], each row normed, times the weight, transposed.
-void morph_normed_linear(const linear_t *w, const float *x, const float *norm, float eps,
-                         int64_t m, float *y, int threads) {
-    const normed_t normed = {x, norm, w->k, eps};
-    linear(w, normed_row, &normed, m, y, 0, threads);
 }
 
 // Rows of a packed table of float32 or bfloat16: out [m, n_features] of token ids [m].
@@ -146,4 +146,18 @@ void morph_embed(int kind, const void *table, const int64_t *tokens, int64_t m, 
             *out++ = from_bf16((uint16_t)(*word >> 16));
         }
     }
+}
+
+// Token ids [M] to logits [num_rows, vocab] of these rows.
+void morph_forward(const linear_t *embedding, const int64_t *tokens, const stack_t *stack,
+                   const batch_t *batch, const float *cos_sin, const int64_t *rows,
+                   int64_t num_rows, const float *norm, const linear_t *head, float *logits,
+                   int threads) {
+    const int64_t hidden = head->k, words = embedding->kind == F32 ? hidden : hidden / 2;
+    float *residual = scratch(RESIDUAL, 4 * batch->tokens * hidden);
+    const normed_t normed = {residual, norm, hidden, stack->shape.eps};
+    morph_embed((int)embedding->kind, embedding->data, tokens, batch->tokens, words, residual);
+    morph_layers(stack, batch, cos_sin, residual, rows, num_rows, threads);
+    if (!stack->num_layers) gather(residual, hidden, rows, num_rows);
+    linear(head, normed_row, &normed, num_rows, logits, 0, threads);
 }

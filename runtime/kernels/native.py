@@ -59,8 +59,8 @@ log = logging.getLogger(__name__)
 _ptr, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "morph_linear": [_ptr, _ptr, _i64, _ptr, _i32],
-    "morph_layers": [_ptr, _ptr, _i64, *[_ptr] * 5, _i64, _i32],
-    "morph_normed_linear": [_ptr, _ptr, _ptr, _f32, _i64, _ptr, _i32],
+    "morph_layers": [*[_ptr] * 5, _i64, _i32],
+    "morph_forward": [*[_ptr] * 6, _i64, *[_ptr] * 3, _i32],
     "morph_embed": [_i32, _ptr, _ptr, _i64, _i64, _ptr],
     "morph_rms_norm": [_ptr, _ptr, _ptr, _f32, _i64, _i64, _ptr],
     "morph_silu_mul": [_ptr, _i64, _i64, _ptr],

@@ -95,9 +95,6 @@ class ReferenceKernels:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (F.silu(gate) * up).to(gate_up.dtype)
 
-    def normed_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Linear) -> Tensor:
-        return self.linear(self.rms_norm(x, norm, eps), weight)
-
     def run_layers(
         self,
         residual: Tensor,
@@ -116,6 +113,23 @@ class ReferenceKernels:
             x = self.add_rms_norm(x, residual, layer.post_norm, shape.norm_eps)
             residual += self.linear(self.silu_mul(self.linear(x, layer.gate_up)), layer.down)
         return residual[rows]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        embedding: FullLinear,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[Tensor],
+        meta: BatchMeta,
+        shape: AttentionShape,
+        cos_sin: Tensor,
+        rows: Tensor,
+        norm: Tensor,
+        head: FullLinear,
+    ) -> Tensor:
+        residual = self.embed(tokens, embedding)
+        x = self.run_layers(residual, layers, caches, meta, shape, cos_sin, rows)
+        return self.linear(self.rms_norm(x, norm, shape.norm_eps), head)
 
     def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
         sound = logits.isfinite().all(dim=-1).tolist()

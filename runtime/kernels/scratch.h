@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-enum scratch_use { ACTIVATIONS, ROW, STEP, QUERIES, SHARES, RESULTS, NUM_USES };
+enum scratch_use { ACTIVATIONS, ROW, RESIDUAL, STEP, QUERIES, SHARES, RESULTS, NUM_USES };
 
 // At least so many bytes of the calling thread, aligned for vectors; what was there before may be
 // gone. Each `use` has its own.

@@ -1,6 +1,7 @@
 """The C structures of linear.h and forward.c, filled from tensors."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +41,13 @@ class ShapeStruct(ctypes.Structure):
     ]
 
 
+class StackStruct(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.POINTER(_ptr)) for name in ("layers", "caches")),
+        *(("num_layers", _i64), ("shape", ShapeStruct)),
+    ]
+
+
 class BatchStruct(ctypes.Structure):
     _fields_ = [
         *((name, _i64) for name in ("tokens", "sequences", "max_blocks")),
@@ -76,6 +84,18 @@ def shape_struct(shape: AttentionShape, dtype: torch.dtype) -> ShapeStruct:
     return ShapeStruct(
         *(KIND[dtype], shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_tokens),
         shape.norm_eps,
+    )
+
+
+def stack_struct(
+    layers: Sequence[LayerStruct], caches: Sequence[Tensor], shape: AttentionShape
+) -> StackStruct:
+    """The layers must outlive it."""
+    pointers = _ptr * len(layers)
+    kind = caches[0].dtype if caches else torch.float32
+    return StackStruct(
+        *(pointers(*map(ctypes.addressof, layers)), pointers(*map(data_of, caches))),
+        *(len(layers), shape_struct(shape, kind)),
     )
 
 
