@@ -93,13 +93,13 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
 def cores(quota: float | None, asked: str) -> Finding:
     """`asked` are the threads that OMP_NUM_THREADS asks for."""
     mine, threads = own_cores(), default_threads(quota)
-    text = f"this process may use {mine} of {os.cpu_count()}"
+    text = f"{mine} of {os.cpu_count()} may be used"
     if quota is not None and quota < mine:
-        text += f"; its group gets the time of {quota:g}"
+        text += f", with time for {quota:g}"
     if asked.isdigit() and int(asked) > threads:
         remedy = f"more take turns and slow each other down: serve with --threads {threads}"
         return Finding("cores", Mark.NOTE, f"{text}; OMP_NUM_THREADS is {asked}", remedy)
-    return Finding("cores", Mark.GOOD, f"{text}; {asked or threads} compute unless --threads says")
+    return Finding("cores", Mark.GOOD, f"{text}; threads by default: {asked or threads}")
 
 
 def memory(root: Path = Path("/sys/fs/cgroup")) -> Finding:

@@ -76,6 +76,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's bundle, INT4 by rounding to nearest; don't write to it."""
+    folder = tmp_path_factory.mktemp("demo") / "demo.morph"
+    build_bundle(open_checkpoint("demo"), folder, QuantizeSettings("rtn", 64))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:

@@ -139,7 +139,9 @@ def bench(
     ] = False,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Of --kernels. [default: one per core]", rich_help_panel=_KERNELS),
+        typer.Option(
+            min=1, help="Of --kernels. [default: one per core it gets]", rich_help_panel=_KERNELS
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,

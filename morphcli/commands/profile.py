@@ -49,7 +49,7 @@ def profile(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads that serving will have. [default: one per core]"),
+        typer.Option(min=1, help="Threads that serving will have. [default: one per core it gets]"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

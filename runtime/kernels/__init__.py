@@ -59,7 +59,7 @@ class QKNorm:
     k: Tensor  # [D]
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
     """One decoder layer, q, k, v fused and gate, up fused."""
 

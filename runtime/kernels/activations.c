@@ -2,25 +2,10 @@
 
 #include "activations.h"
 
-#include <stdlib.h>
-
 #include "pool.h"
+#include "scratch.h"
 
-#define ALIGNMENT 64
-
-static _Thread_local struct {
-    void *memory;
-    int64_t bytes;
-} spaces[NUM_USES];
-
-void *scratch(enum scratch_use use, int64_t bytes) {
-    if (spaces[use].bytes < bytes) {
-        free(spaces[use].memory);
-        spaces[use].bytes = bytes + bytes / 2;
-        if (posix_memalign(&spaces[use].memory, ALIGNMENT, (size_t)spaces[use].bytes)) abort();
-    }
-    return spaces[use].memory;
-}
+#define LEAST 4e-37f // 127 divided by less is infinite
 
 const float *matrix_row(const void *source, int64_t row, float *space) {
     const matrix_t *m = source;
@@ -55,7 +40,7 @@ static void put_bytes(const float *x, int words, uint32_t *out, float *scale, in
     float most;
     memcpy(&most, &bits, 4);
     const int is_finite = most < INFINITY;
-    const float inverse = is_finite && most > 0 ? 127.0f / most : 0;
+    const float inverse = is_finite && most > LEAST ? 127.0f / most : 0;
     int8_t bytes[GROUP];
     veci total = {};
     for (int i = 0; i < 4 * words; i += W) {
@@ -85,10 +70,11 @@ static void put_group(int64_t kind, const activations_t *a, const float *x, int6
     float padded[GROUP] = {0};
     const float *group = x + first;
     if (count < GROUP) group = memcpy(padded, group, (size_t)count * 4);
-    for (int64_t word = first / 4; word < first / 4 + GROUP / 4 && word < a->words; word += a->group_words) {
+    const int64_t end = first / 4 + GROUP / 4 < a->words ? first / 4 + GROUP / 4 : a->words;
+    for (int64_t word = first / 4; word < end; word += a->group_words) {
         const int64_t left = a->words - word, words = left < a->group_words ? left : a->group_words;
         const int64_t at = tile.first * a->groups + word / a->group_words * tile.rows + row;
-        put_bytes(group + 4 * word - first, (int)words, out + word * tile.rows, a->scales + at,
+        put_bytes(group + (4 * word - first), (int)words, out + word * tile.rows, a->scales + at,
                   a->sums + at, tile.rows);
     }
 }

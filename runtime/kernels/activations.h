@@ -3,8 +3,8 @@
 #ifndef MORPH_ACTIVATIONS_H
 #define MORPH_ACTIVATIONS_H
 
+#include "codes.h"
 #include "linear.h"
-#include "vectors.h"
 
 #if W == 16
 #define MAX_ROWS 12 // of a tile: its sums and operands fit the registers
@@ -41,10 +41,5 @@ INLINE tile_t row_tile(const activations_t *a, int64_t t) {
 // Reads the rows of `source`. The result lies in memory of the calling thread that its next call
 // overwrites.
 activations_t prepare(const linear_t *w, row_fn rows, const void *source, int64_t m, int threads);
-
-// At least so many bytes of the calling thread, aligned for vectors; what was there before may be
-// gone. Each `use` has its own.
-enum scratch_use { ACTIVATIONS, ROW, RESIDUAL, STEP, QUERIES, NUM_USES };
-void *scratch(enum scratch_use use, int64_t bytes);
 
 #endif

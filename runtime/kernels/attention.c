@@ -8,8 +8,7 @@
 
 #include "pool.h"
 #include "queries.h"
-
-#include <stdlib.h>
+#include "scratch.h"
 
 #define PIECES 16 // per thread, so that all end at about the same time
 
@@ -116,12 +115,6 @@ static void add_results(const batch_t *b) {
     }
 }
 
-static void *reserve(int64_t count, size_t bytes) {
-    void *memory = malloc((size_t)count * bytes);
-    if (!memory && count) abort();
-    return memory;
-}
-
 void morph_attention(int kind, const float *q, const void *cache, float *out,
                      const int32_t *query_start, const int32_t *context_len,
                      const int32_t *block_table, int64_t sequences, int64_t max_blocks,
@@ -130,16 +123,14 @@ void morph_attention(int kind, const float *q, const void *cache, float *out,
     const call_t call = {kind, q, cache, out, {heads, kv_heads, dim, block_tokens}};
     batch_t b = {.call = &call, .num_sequences = sequences};
     int64_t items = 0;
-    b.shares = reserve(sequences + 1, sizeof *b.shares);
+    b.shares = scratch(SHARES, (sequences + 1) * (int64_t)sizeof *b.shares);
     for (int64_t i = 0; i < sequences; i++)
         b.shares[i] = share_of(&call, query_start, context_len, block_table + i * max_blocks, i);
-    b.results = reserve(split_contexts(&b, threads), sizeof *b.results);
+    b.results = scratch(RESULTS, split_contexts(&b, threads) * (int64_t)sizeof *b.results);
     for (int64_t i = 0; i < sequences; items += b.shares[i++].parts * kv_heads)
         b.shares[i].first_item = items;
     b.shares[sequences].first_item = items;
     b.pieces = threads > 1 ? least(items, threads * PIECES) : 1;
     run_pieces(attend_piece, &b, b.pieces, threads);
     add_results(&b);
-    free(b.results);
-    free(b.shares);
 }

@@ -3,6 +3,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "pointwise.h"
+#include "scratch.h"
 
 typedef struct {
     linear_t qkv, o, gate_up, down;
@@ -111,10 +112,10 @@ static batch_t single_queries(const batch_t *batch, const int64_t *rows, int64_t
                      .query_start = start, .context_len = context, .block_table = table};
 }
 
-// residual: [M, hidden], added to in place. The last layer computes only these ascending rows of the
-// batch beyond keys and values, and they come to lie at the residual's start.
-void morph_layers(const stack_t *stack, const batch_t *batch, const float *cos_sin, float *residual,
-                  const int64_t *rows, int64_t num_rows, int threads) {
+// residual: [M, hidden], added to in place. The last layer computes only these ascending rows of
+// the batch beyond keys and values, and they come to lie at the residual's start.
+void morph_layers(const stack_t *stack, const batch_t *batch, const float *cos_sin,
+                  float *residual, const int64_t *rows, int64_t num_rows, int threads) {
     for (int64_t i = 0; i < stack->num_layers; i++) {
         const layer_t *layer = stack->layers[i];
         const buffers_t b = buffers(layer, stack->caches[i], batch->tokens);

@@ -1,8 +1,8 @@
 // A linear's stored weight, and the product of activations with it.
 //
-// Outputs lie in strips of STRIP. A strip holds, word by word, STRIP words of 32 bits: word w of an
-// output is feature w in float32, features 2 w and 2 w + 1 in bfloat16, 4 w to 4 w + 3 in INT8. INT4
-// has two of INT8's words in one, the first in the low halves of its bytes.
+// Outputs lie in strips of STRIP. A strip holds, word by word, STRIP words of 32 bits: word w of
+// an output is feature w in float32, features 2 w and 2 w + 1 in bfloat16, 4 w to 4 w + 3 in INT8.
+// INT4 has two of INT8's words in one, the first in the low halves of its bytes.
 
 #ifndef MORPH_LINEAR_H
 #define MORPH_LINEAR_H

@@ -16,8 +16,13 @@ from pathlib import Path
 
 SOURCES = (
     "pool.c",
+    "scratch.c",
     "activations.c",
     "linear.c",
+    "multiply_int4.c",
+    "multiply_int8.c",
+    "multiply_bf16.c",
+    "multiply_f32.c",
     "rope.c",
     "queries.c",
     "attention.c",
@@ -31,17 +36,20 @@ HEADERS = (
     "activations.h",
     "attend.h",
     "attention.h",
+    "codes.h",
     "kept.h",
     "linear.h",
+    "multiply.h",
     "pages.h",
     "pointwise.h",
     "pool.h",
     "queries.h",
+    "scratch.h",
     "tiles.h",
     "vectors.h",
 )
 FLAGS = (
-    *("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-pthread", "-fPIC"),
+    *("-std=gnu11", "-O2", "-march=native", "-pthread", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 KEPT_S = 30 * 24 * 3600.0  # after a library was last loaded

@@ -1,8 +1,8 @@
 // The next token of each row of logits: the greatest, or one drawn from what its request keeps.
 
-#include "activations.h"
 #include "kept.h"
 #include "pool.h"
+#include "scratch.h"
 
 #include <float.h>
 

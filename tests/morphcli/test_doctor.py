@@ -76,14 +76,14 @@ def test_the_cpu_is_judged_by_its_instructions(
 def test_a_limit_on_processor_time_is_told_with_the_threads_that_keep_to_it() -> None:
     finding = doctor.cores(0.5, "")
     assert finding.mark is Mark.GOOD
-    assert finding.found.endswith("the time of 0.5; 1 compute unless --threads says")
-    assert "the time of" not in doctor.cores(None, "").found
+    assert finding.found.endswith("may be used, with time for 0.5; threads by default: 1")
+    assert "with time" not in doctor.cores(None, "").found
 
 
 def test_more_threads_than_cores_are_a_note_with_the_number_to_use() -> None:
     finding = doctor.cores(1.5, "999")
     assert finding.mark is Mark.NOTE and finding.remedy.endswith("--threads 1")
-    assert finding.found.endswith("the time of 1.5; OMP_NUM_THREADS is 999")
+    assert finding.found.endswith("with time for 1.5; OMP_NUM_THREADS is 999")
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])

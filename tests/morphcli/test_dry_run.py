@@ -25,13 +25,6 @@ from morphserve.runtime.sizing import outline_model
 FORMATS = Path(__file__).parents[1] / "quantize" / "formats" / "data"
 
 
-@pytest.fixture(scope="module")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "demo.morph"
-    build_bundle(open_checkpoint("demo"), folder, QuantizeSettings("rtn", 64))
-    return folder
-
-
 def dry_run(*words: str | Path) -> Result:
     arguments = ["serve", *map(str, words), "--dry-run"]
     return CliRunner().invoke(app, arguments, catch_exceptions=False)

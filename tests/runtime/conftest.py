@@ -1,5 +1,7 @@
 """Fixtures of the engine's tests."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,3 +16,9 @@ def one_thread() -> None:
 @pytest.fixture(params=["reference", "cpu"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return load_kernels(request.param)
+
+
+@pytest.fixture(scope="session")
+def bundle(demo_bundle: Path) -> str:
+    """The demo model's, as settings name it."""
+    return str(demo_bundle)

@@ -2,14 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
 
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, SchedulerConfig
-from morphserve.quantize.build import QuantizeSettings, build_bundle
-from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import build_engine
 from morphserve.runtime.engine import Engine
@@ -27,13 +22,6 @@ QUICK = replace(
     max_flips_per_minute=1000,
 )
 STEPS = 5000  # more than any of these needs
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder: Path = tmp_path_factory.mktemp("demo-bundle")
-    build_bundle(open_checkpoint("demo"), folder, QuantizeSettings("rtn", 64))
-    return str(folder)
 
 
 def start(bundle: str, policy: Policy = QUICK) -> Engine:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ import torch
 from morphserve.configs.errors import ConfigError, OutOfBudget
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, Policy, SchedulerConfig
-from morphserve.quantize.build import QuantizeSettings, build_bundle
-from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import build_engine
 from morphserve.runtime.engine import Engine
@@ -32,13 +29,6 @@ QUICK = replace(
 )
 PROMPT = list(range(100, 160))
 TIGHT = 50 * 2**20  # bytes in float32: the model and a few requests
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder: Path = tmp_path_factory.mktemp("demo-bundle")
-    build_bundle(open_checkpoint("demo"), folder, QuantizeSettings("rtn", 64))
-    return str(folder)
 
 
 def config(bundle: str | None, policy: Policy, budget: int | None = TIGHT) -> EngineConfig:

@@ -12,10 +12,15 @@ A peer is measured where its interpreter is named; each wants an environment of 
 
 MODEL is a folder that `model.py` fills, each format by the interpreter named there. All engines
 answer the same random prompts, 128 tokens each, with 64 greedy tokens, end-of-text ignored, 1, 4,
-16 and 32 prompts at once, in-process and with their own defaults. Tokens per second include
-prefill. Engines take turns in each round, the slow starters in the first one only; figures are
-medians. *Equal* counts prompts of 16 whose tokens are the same alone as together; *agree* those
-whose first token is MorphServe's own at full precision, as a check that all compute one model.
+16 and 32 prompts at once, in-process and with their own defaults: K and V are uint8 in OpenVINO,
+float16 in llama.cpp, bfloat16 elsewhere; beside INT4 layers, embedding and head are INT8 in
+OpenVINO, 4 and 6 bits in llama.cpp, bfloat16 elsewhere. Tokens per second include prefill.
+
+Engines take turns in each round, the slow starters in the first one only; figures are medians.
+*Equal* counts prompts of 16 whose tokens are the same alone as together; *agree* those whose first
+token is MorphServe's, as a check that all compute one model: random weights leave tokens nearly
+tied, so some differ in any case, and most do where each engine rounds to INT4. Some engines spin
+while they wait: on a machine with other work, OMP_WAIT_POLICY=PASSIVE KMP_BLOCKTIME=0 helps them.
 """
 
 import argparse
@@ -127,7 +132,7 @@ def rates_table(found: dict[str, Found], threads: int) -> Table:
             of = found[name]
             rates = [number(of.median("tokens_per_s", batch)) for batch in BATCHES]
             equal = "" if of.equal is None else f"{of.equal}/16"
-            agree = "" if of.equal is None else f"{agreeing(of, found[ENGINES[0].name])}/16"
+            agree = f"{agreeing(of, found[ENGINES[0].name])}/16" if weights == "full" else ""
             busy = " ".join(f"{load:.1f}" for load in of.load_averages)
             table.add_row(name, *rates, equal, agree, seconds(of.load_s), busy)
         table.add_row("  ours / best of the others", *ratios(found, names), end_section=True)

@@ -149,6 +149,18 @@ def test_rounded_weights_add_up_to_one() -> None:
     torch.testing.assert_close(out, torch.full_like(out, 1.5), rtol=300 * 2.0**-24, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_broken_key_shows_in_every_query_that_sees_it(dtype: torch.dtype) -> None:
+    shape = AttentionShape(2, 1, 32, 16, 1e-6)
+    pages = scatter_pages([40], 16)
+    meta, cache = make_meta([40], [40], pages, 16), _unwritten_cache(3, shape, dtype)
+    qkv = torch.randn(40, 4 * 32)
+    qkv[5, 2 * 32] = torch.nan
+    q = CPU.rope_write_kv(qkv, cache, meta, shape, rotations(40, 32), None)
+    sound = CPU.attention(q, cache, meta, shape).isfinite().all(dim=1)
+    assert sound.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
 def test_large_scores_do_not_overflow() -> None:
     pages = scatter_pages([40], GQA.block_tokens)
     cache = _unwritten_cache(3, GQA, torch.float32)

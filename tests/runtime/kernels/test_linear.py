@@ -111,6 +111,13 @@ def test_what_is_not_finite_stays_so_in_its_row_only(kind: str, bad: float) -> N
     assert finite[[0, 2]].all() and not finite[1].any()
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-37, 1e-40])
+def test_activations_next_to_nothing_make_products_next_to_nothing(size: float) -> None:
+    weight, x = random_weight(40, 128, 64, zeros=True), torch.full((3, 128), size)
+    y = CPU.linear(x, CPU.pack_quantized(weight))
+    assert (y.abs() <= 1.01 * x.abs() @ dequantize(weight).abs().T).all()
+
+
 @pytest.mark.parametrize("group", [16, 48, 96])
 def test_groups_that_the_c_kernels_do_not_read_are_refused_with_a_way_out(group: int) -> None:
     with pytest.raises(ConfigError, match=f"groups of {group} inputs.*--group-size 32, 64 or 128"):

@@ -2,17 +2,21 @@
 
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from morphserve.runtime.kernels import load_kernels, native
+from morphserve.runtime.kernels.cpu import CpuKernels
 from morphserve.runtime.kernels.native import NativeUnavailable, build, load_library
 
 
@@ -108,3 +112,23 @@ def test_two_processes_may_compile_at_once_and_the_next_finds_the_library(tmp_pa
     built = library.stat().st_ino
     assert build(tmp_path) == library
     assert library.stat().st_ino == built
+
+
+def test_threads_that_end_leave_no_memory_behind() -> None:
+    kernels = CpuKernels()
+    x, weight = torch.randn(600, 4096), kernels.pack_full(torch.randn(1, 4096))
+    scratch_bytes = x.nbytes  # what the product keeps in each thread, and half as much again
+
+    def multiply() -> None:
+        thread = threading.Thread(target=kernels.linear, args=(x, weight))
+        thread.start()
+        thread.join()
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    multiply()
+    before = peak()
+    for _ in range(20):
+        multiply()
+    assert peak() - before < 5 * scratch_bytes
