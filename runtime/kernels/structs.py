@@ -91,6 +91,7 @@ def stack_struct(
     layers: Sequence[LayerStruct], caches: Sequence[Tensor], shape: AttentionShape
 ) -> StackStruct:
     """The layers must outlive it."""
+    assert len(layers) == len(caches)
     pointers = _ptr * len(layers)
     kind = caches[0].dtype if caches else torch.float32
     return StackStruct(
