@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,8 @@ FLAGS = (
     *("-std=gnu11", "-O2", "-march=native", "-pthread", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
+# Its own functions are found before those of the same name in another library.
+LINKED = ("-shared", *(("-Wl,-Bsymbolic",) if sys.platform == "linux" else ()))
 KEPT_S = 30 * 24 * 3600.0  # after a library was last loaded
 
 log = logging.getLogger(__name__)
@@ -145,7 +148,7 @@ def _compile(compiler: str, scratch: Path) -> Path:
     output = scratch / "kernels.so"
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # several compilers at once
         objects = list(pool.map(lambda name: _compile_one(compiler, scratch / name), SOURCES))
-    _run([compiler, *FLAGS, "-shared", "-o", str(output), *objects, "-lm"])
+    _run([compiler, *FLAGS, *LINKED, "-o", str(output), *objects, "-lm"])
     return output
 
 
@@ -158,7 +161,7 @@ def _compile_one(compiler: str, source: Path) -> str:
 def _key(compiler: str) -> str:
     """Of everything that the library's machine code depends on."""
     parts = [_source(name) for name in SOURCES + HEADERS]
-    parts += [" ".join(FLAGS).encode(), _run([compiler, "--version"]), _cpu_features()]
+    parts += [" ".join((*FLAGS, *LINKED)).encode(), _run([compiler, "--version"]), _cpu_features()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
