@@ -2,19 +2,21 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.architecture import Architecture
+from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.machine import device_name, free_memory
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.costs import CostModel, cost_model
 from morphserve.runtime.engine import Engine
-from morphserve.runtime.kernels import AttentionShape
+from morphserve.runtime.kernels import AttentionShape, Kernels
 from morphserve.runtime.layers import Layers
 from morphserve.runtime.layout import DeviceMemory, Layout, lay_out, staging_slots
 from morphserve.runtime.loader import LoadedModel, load_model
@@ -111,12 +113,18 @@ def assemble(config: EngineConfig, model: LoadedModel, layout: Layout) -> Device
 
 
 def measured_costs(model: LoadedModel) -> CostModel | None:
-    """Of the times that were measured on this device with these kernels, threads and dtype."""
-    dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
-    here = (device_name(), model.kernels.name, threads, dtype)
-    fitting = (c for c in model.costs if (c.device, c.kernels, c.threads, c.dtype) == here)
-    costs = next(fitting, None)
+    """Of the times that were measured as the model is served."""
+    costs = costs_of(model.costs, model.kernels, model.dtype)
     return None if costs is None else cost_model(costs)
+
+
+def costs_of(
+    measured: Sequence[DeviceCosts], kernels: Kernels, dtype: torch.dtype
+) -> DeviceCosts | None:
+    """The times of this device with these kernels and this dtype, and as many threads as now."""
+    here = device_name(), kernels.name, torch.get_num_threads(), str(dtype).removeprefix("torch.")
+    fitting = (c for c in measured if (c.device, c.kernels, c.threads, c.dtype) == here)
+    return next(fitting, None)
 
 
 def _hello(layout: Layout, model: LoadedModel) -> Hello:

@@ -23,8 +23,9 @@ from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
-from morphserve.quantize.machine import device_name
-from morphserve.runtime.build import budget_for_tokens
+from morphserve.runtime.build import budget_for_tokens, costs_of
+from morphserve.runtime.kernels import load_kernels
+from morphserve.runtime.loader import choose_dtype
 from morphserve.runtime.measure import measure_costs
 
 WINDOW_S = 6.0, 54.0
@@ -161,6 +162,6 @@ def _existing(folder: Path, checkpoint: Checkpoint) -> Bundle | None:
 
 def _costs_here(bundle: Bundle) -> DeviceCosts | None:
     """What was measured on this machine, as the demonstration's servers run on it."""
-    here = device_name(), torch.get_num_threads()
-    found = (costs for costs in bundle.manifest.costs if (costs.device, costs.threads) == here)
-    return next(found, None)
+    kernels = load_kernels("cpu")
+    dtype = choose_dtype("auto", bundle.architecture.dtype, kernels)
+    return costs_of(bundle.manifest.costs, kernels, dtype)

@@ -59,9 +59,9 @@ class QKNorm:
     k: Tensor  # [D]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LayerWeights:
-    """One decoder layer, q, k, v fused and gate, up fused."""
+    """One decoder layer, q, k, v fused and gate, up fused. Equal to itself alone."""
 
     input_norm: Tensor  # [hidden]
     post_norm: Tensor  # [hidden]

@@ -10,6 +10,7 @@ import ctypes
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
 from itertools import chain
 
 import torch
@@ -69,7 +70,8 @@ class CpuKernels:
 
     def __init__(self) -> None:
         self._library = load_library()
-        self._structs: dict[LayerWeights, LayerStruct] = {}  # of layers that were used
+        # Of layers that were used, as long as these live: they are views of an arena.
+        self._structs: WeakKeyDictionary[LayerWeights, LayerStruct] = WeakKeyDictionary()
 
     def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         # float16 has digits that bfloat16 has not: what was asked for is full precision.

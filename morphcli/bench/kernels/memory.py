@@ -21,7 +21,7 @@ def beyond_caches() -> int:
 
 def huge_buffer(num_bytes: int) -> Tensor:
     """So many bytes, uint8, of memory that is asked for in huge pages."""
-    memory = mmap.mmap(-1, num_bytes)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
