@@ -61,7 +61,7 @@ class QKNorm:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LayerWeights:
-    """One decoder layer, q, k, v fused and gate, up fused. Equal to itself alone."""
+    """One decoder layer, q, k, v fused and gate, up fused."""
 
     input_norm: Tensor  # [hidden]
     post_norm: Tensor  # [hidden]

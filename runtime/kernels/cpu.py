@@ -8,9 +8,9 @@ where they meet INT4 and INT8 weights.
 
 import ctypes
 import logging
+import weakref
 from array import array
 from collections.abc import Mapping, Sequence
-from weakref import WeakKeyDictionary
 from itertools import chain
 
 import torch
@@ -70,8 +70,8 @@ class CpuKernels:
 
     def __init__(self) -> None:
         self._library = load_library()
-        # Of layers that were used, as long as these live: they are views of an arena.
-        self._structs: WeakKeyDictionary[LayerWeights, LayerStruct] = WeakKeyDictionary()
+        # By id, as long as the layer lives: it holds an arena.
+        self._structs: dict[int, LayerStruct] = {}
 
     def weight_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         # float16 has digits that bfloat16 has not: what was asked for is full precision.
@@ -157,9 +157,10 @@ class CpuKernels:
     ) -> StackStruct:
         structs = self._structs
         for layer in layers:
-            if layer not in structs:
-                structs[layer] = layer_struct(layer, hidden, shape)
-        return stack_struct([structs[layer] for layer in layers], caches, shape)
+            if id(layer) not in structs:
+                structs[id(layer)] = layer_struct(layer, hidden, shape)
+                weakref.finalize(layer, structs.pop, id(layer))
+        return stack_struct([structs[id(layer)] for layer in layers], caches, shape)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)
