@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from morphserve.configs.schema import SchedulerConfig
 from morphserve.quantize.bundle import Bundle
@@ -39,6 +40,7 @@ LONGEST_S = 0.5  # a pass over the layers that takes longer is the last one: the
 # Every point has its turn in each round, so that other work on the machine does not meet all the
 # runs of one point. Such work only ever adds time: of a point's runs, the lower quartile counts.
 ROUNDS = 5
+LEAST_S = 1e-7  # what a clock tells apart
 TURN_S = 0.03
 MAX_RUNS = 20  # in one turn
 
@@ -134,24 +136,33 @@ def _layers(parts: DeviceParts, tokens: int) -> Iterator[Run]:
 
 @contextmanager
 def _attention(parts: DeviceParts, num_seqs: int, query_tokens: int, context: int) -> Iterator[Run]:
-    """A layer's attention, after other work whose weights take their share of the caches."""
-    model, shape = parts.model, parts.model.shape
+    """A layer's attention, after other work whose weights take their share of the caches.
+
+    What a token needs to look at itself alone, which layers are timed with, is taken off.
+    """
+    model = parts.model
     with _requests(parts, num_seqs, context) as requests:
         meta = _last_tokens(parts, requests, query_tokens)
         alone = _first_tokens(parts, requests)
-        q = torch.ones(num_seqs * query_tokens, shape.num_heads, shape.head_dim)
-        q = q.to(model.kernels.activation_dtype(model.caches[0].dtype))
 
         def run() -> list[float]:
             spent = []
             for layer, cache in zip(model.layers, model.caches, strict=True):
                 _pass_s(replace(model, layers=[layer], caches=[cache]), alone)
-                started = time.perf_counter()
-                model.kernels.attention(q, cache, meta, shape)
-                spent.append(time.perf_counter() - started)
+                whole_s = _attention_s(model, cache, meta)
+                spent.append(max(whole_s - _attention_s(model, cache, alone), LEAST_S))
             return spent
 
         yield run
+
+
+def _attention_s(model: Model, cache: Tensor, meta: BatchMeta) -> float:
+    kernels, shape = model.kernels, model.shape
+    q = torch.ones(len(meta.positions), shape.num_heads, shape.head_dim)
+    q = q.to(kernels.activation_dtype(cache.dtype))
+    started = time.perf_counter()
+    kernels.attention(q, cache, meta, shape)
+    return time.perf_counter() - started
 
 
 @contextmanager

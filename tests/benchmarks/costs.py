@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from morphserve.configs.load import load_policy
-from morphserve.configs.schema import EngineConfig, SchedulerConfig
+from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
@@ -40,9 +40,17 @@ PREFILLS = [(1, 256), (1, 1024), (4, 64)]  # prompts, tokens in each
 
 
 def engine_for(bundle: Path, policy: str, threads: int) -> Engine:
-    limits = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=CHUNK, max_model_len=1100)
     return build_engine(
-        EngineConfig("demo", load_policy(policy), str(bundle), threads=threads, scheduler=limits)
+        EngineConfig(
+            "demo",
+            load_policy(policy),
+            str(bundle),
+            threads=threads,
+            cache=CacheConfig(enable_prefix_caching=False),  # batches repeat their prompts
+            scheduler=SchedulerConfig(
+                max_num_seqs=64, max_num_batched_tokens=CHUNK, max_model_len=1100
+            ),
+        )
     )
 
 
