@@ -41,6 +41,7 @@ LONGEST_S = 0.5  # a pass over the layers that takes longer is the last one: the
 # runs of one point. Such work only ever adds time: of a point's runs, the lower quartile counts.
 ROUNDS = 5
 LEAST_S = 1e-7  # what a clock tells apart
+PROMPT_TOKENS = 128  # from so many on, layers are timed on prompts
 TURN_S = 0.03
 MAX_RUNS = 20  # in one turn
 
@@ -128,10 +129,24 @@ def _points(max_position: int, max_queries: int) -> list[tuple[int, int, int]]:
 
 @contextmanager
 def _layers(parts: DeviceParts, tokens: int) -> Iterator[Run]:
-    """Layers, with nothing for attention to look at but each token itself."""
-    with _requests(parts, tokens, 1) as requests:
-        meta = _last_tokens(parts, requests, 1)
-        yield lambda: [_pass_s(parts.model, meta) / len(parts.model.layers)]
+    """Layers, with nothing for attention to look at but each token itself.
+
+    Many tokens are prompts, whose attention is taken off: as many short sequences would keep it
+    busier than any step does.
+    """
+    model = parts.model
+    longest = 1 << len(model.cos_sin).bit_length() - 1
+    length = min(tokens, longest) if tokens >= PROMPT_TOKENS else 1
+    with _requests(parts, tokens // length, length) as requests:
+        meta = _last_tokens(parts, requests, length)
+
+        def run() -> list[float]:
+            seconds = _pass_s(model, meta)
+            if length > 1:
+                seconds -= sum(_attention_s(model, cache, meta) for cache in model.caches)
+            return [max(seconds, LEAST_S) / len(model.layers)]
+
+        yield run
 
 
 @contextmanager
