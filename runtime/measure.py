@@ -126,7 +126,7 @@ def _points(max_position: int, max_queries: int) -> list[tuple[int, int, int]]:
 
 @contextmanager
 def _layers(parts: DeviceParts, tokens: int) -> Iterator[Run]:
-    """Layers, with nothing for attention to look at but each token itself."""
+    """Layers in which each token sees itself alone."""
     with _requests(parts, tokens, 1) as requests:
         meta = _last_tokens(parts, requests, 1)
         yield lambda: [_pass_s(parts.model, meta) / len(parts.model.layers)]
