@@ -114,7 +114,7 @@ class EngineConfig:
     bundle: str | None = None  # folder made by `morph quantize`; None: full precision only
     kernels: str = "cpu"  # cpu or reference
     dtype: str = "auto"  # of weights and KV: auto, float32, bfloat16
-    threads: int | None = None  # compute threads; None: as torch is set
+    threads: int | None = None  # compute threads; None: OMP_NUM_THREADS, else one per core it gets
     order: str = "bundle"  # bundle (its ranking), front-to-back, back-to-front, random
     seed: int = 0  # of the random order and of unseeded sampling
     log_format: str = "text"  # as the server's

@@ -73,8 +73,10 @@ def main() -> None:
 
     typer itself ends with code 130, without a traceback, on Ctrl-C.
     """
-    # Read when torch loads. Threads that spin while they wait take the cores from other programs,
-    # and from each other where there are fewer cores than threads: tenfold times were measured.
+    # Both are read when torch loads, and the kernels take as many threads as torch: by itself it
+    # counts cores whose time a control group does not grant. Threads that spin while they wait take
+    # the cores from other programs, and from each other where there are fewer cores than threads:
+    # tenfold times were measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(default_threads(cpu_quota())))
     try:

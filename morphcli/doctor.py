@@ -17,18 +17,19 @@ from morphserve.configs.load import DEMO_MODEL
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.cores import cpu_quota, default_threads, own_cores, read
 from morphserve.quantize.machine import device_name, free_memory
-from morphserve.runtime.kernels.native import NativeUnavailable, load_library
+from morphserve.runtime.kernels.native import REMEDY, NativeUnavailable, Opened, open_library
 
 _PYTHON = (3, 11)
 _FILES = 4096  # each connection takes one
 _LITTLE_MEMORY = 2 * 2**30
-_EXTENSIONS = {  # as /proc/cpuinfo names them
+_EXTENSIONS = {  # that the kernels use, as /proc/cpuinfo names them
     "AVX2": ("avx2",),
-    "AVX-512": ("avx512f",),
-    "NEON": ("asimd",),
-    "BF16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "AVX-512": ("avx512bw",),
+    "BF16": ("avx512_bf16",),
     "VNNI": ("avx512_vnni", "avx_vnni"),
+    "NEON": ("asimd",),
 }
+_MADE_FOR = ("AVX-512", "BF16", "VNNI")  # of these
 
 
 class Mark(StrEnum):
@@ -85,21 +86,25 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
     words = {w for line in lines if line.startswith(("flags", "Features")) for w in line.split()}
     has = [name for name, flags in _EXTENSIONS.items() if words.intersection(flags)]
     text = f"{device_name()}: {', '.join(has) or 'no vector extension that helps'}"
-    if "AVX2" in has or "NEON" in has:
+    missing = [name for name in _MADE_FOR if name not in has]
+    if not missing:
         return Finding("cpu", Mark.GOOD, text)
-    return Finding("cpu", Mark.NOTE, text, "kernels run without, several times slower")
+    return Finding("cpu", Mark.NOTE, text, f"kernels run slower without {', '.join(missing)}")
 
 
-def cores(quota: float | None, asked: str) -> Finding:
-    """`asked` are the threads that OMP_NUM_THREADS asks for."""
+def cores(quota: float | None, omp: str) -> Finding:
+    """`omp` is OMP_NUM_THREADS: a count, or one for each depth of nesting."""
     mine, threads = own_cores(), default_threads(quota)
     text = f"{mine} of {os.cpu_count()} may be used"
     if quota is not None and quota < mine:
         text += f", with time for {quota:g}"
-    if asked.isdigit() and int(asked) > threads:
-        remedy = f"more take turns and slow each other down: serve with --threads {threads}"
-        return Finding("cores", Mark.NOTE, f"{text}; OMP_NUM_THREADS is {asked}", remedy)
-    return Finding("cores", Mark.GOOD, f"{text}; threads by default: {asked or threads}")
+    asked = (omp or str(threads)).partition(",")[0].strip()
+    count = int(asked) if asked.isdecimal() else 0
+    if 0 < count <= threads:
+        return Finding("cores", Mark.GOOD, f"{text}; threads by default: {count}")
+    why = "more take turns and slow each other down" if count else "that is no number of threads"
+    remedy = f"{why}: serve with --threads {threads}"
+    return Finding("cores", Mark.NOTE, f"{text}; OMP_NUM_THREADS is {omp}", remedy)
 
 
 def memory(root: Path = Path("/sys/fs/cgroup")) -> Finding:
@@ -120,13 +125,15 @@ def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB"
 
 
-def kernels(load: Callable[[], object] = load_library) -> Finding:
+def kernels(load: Callable[[], Opened] = open_library) -> Finding:
     started = time.monotonic()
     try:
-        load()
+        unkept = load().unkept
     except NativeUnavailable as error:
         remedy = "torch runs instead, several times slower: install a C compiler"
         return Finding("kernels", Mark.NOTE, str(error), remedy)
+    if unkept is not None:
+        return Finding("kernels", Mark.NOTE, f"in C, compiled at every start: {unkept}", REMEDY)
     return Finding("kernels", Mark.GOOD, f"in C, ready in {time.monotonic() - started:.1f} s")
 
 

@@ -11,7 +11,7 @@ class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LayerTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One layer without its attention, over the tokens in the batch."""
+    """One layer in which each token sees itself alone, over the tokens in the batch."""
 
     variant: str  # full, int8 or int4
     num_bytes: int  # of its image in memory

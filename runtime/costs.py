@@ -40,7 +40,8 @@ class CostModel:
     """Measured curves are interpolated; attention, which has two sizes, is fitted.
 
     A decode step reads each token's keys for one query, a prefill for many, so that the two have
-    a fit each. The model predicts greedy sampling; drawing takes a little longer.
+    a fit each. Layers are measured with each token seeing itself alone, so that this small part of
+    attention counts twice. The model predicts greedy sampling; drawing takes a little longer.
     """
 
     layers: dict[Variant, Curve]
@@ -61,11 +62,11 @@ class CostModel:
         )
 
     def layers_seconds(self, variants: Sequence[Variant], tokens: int) -> float:
-        """All layers without their attention."""
+        """All layers, each token seeing itself alone."""
         return sum(variants.count(v) * self.layer_seconds(v, tokens) for v in set(variants))
 
     def layer_seconds(self, variant: Variant, tokens: int) -> float:
-        """One layer without its attention."""
+        """One layer in which each token sees itself alone."""
         return interpolate(self.layers[variant], tokens)
 
     def rest_seconds(self, num_seqs: int) -> float:

@@ -129,7 +129,7 @@ def _points(max_position: int, max_queries: int) -> list[tuple[int, int, int]]:
 
 @contextmanager
 def _layers(parts: DeviceParts, tokens: int) -> Iterator[Run]:
-    """Layers, with nothing for attention to look at but each token itself.
+    """Layers in which each token sees itself alone.
 
     Many tokens are prompts, whose attention is taken off: as many short sequences would keep it
     busier than any step does.

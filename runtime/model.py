@@ -1,4 +1,4 @@
-"""The forward pass of a Llama-family model, as functions over the layers' active images."""
+"""What a forward pass of a Llama-family model reads: static weights, the RoPE table, layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

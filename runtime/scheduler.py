@@ -12,7 +12,7 @@ from morphserve.runtime.request import FinishReason, Request, Status, end_of
 from morphserve.runtime.reuse import Reuse
 
 
-@dataclass(slots=True)
+@dataclass(slots=True)  # not frozen: that takes longer, and each step makes one per request
 class Slice:
     """Tokens start..end of one request in this step."""
 

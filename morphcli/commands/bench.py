@@ -140,7 +140,9 @@ def bench(
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Of --kernels. [default: one per core it gets]", rich_help_panel=_KERNELS
+            min=1,
+            help="Of --kernels. [default: OMP_NUM_THREADS, else one per core it gets]",
+            rich_help_panel=_KERNELS,
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/bench"),

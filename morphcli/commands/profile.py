@@ -49,7 +49,10 @@ def profile(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads that serving will have. [default: one per core it gets]"),
+        typer.Option(
+            min=1,
+            help="Threads that serving has. [default: OMP_NUM_THREADS, else one per core it gets]",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -208,7 +211,7 @@ def _print_costs(console: "Console", costs: "DeviceCosts") -> None:
     from morphserve.runtime.costs import cost_model
 
     threads = f"{costs.threads} thread{'s' if costs.threads > 1 else ''}"
-    title = f"one layer without attention, ms, on {costs.device}, {threads}"
+    title = f"one layer in which each token sees itself alone, ms, on {costs.device}, {threads}"
     console.print(title, style="italic", markup=False)
     console.print(_costs_table(costs))
     model = cost_model(costs)

@@ -33,7 +33,10 @@ def serve(
         str, _MODEL(help="Of weights and KV cache: auto, float32, bfloat16.")
     ] = "auto",
     threads: Annotated[
-        int | None, _MODEL(min=1, help="Compute threads. [default: one per core it gets]")
+        int | None,
+        _MODEL(
+            min=1, help="Compute threads. [default: OMP_NUM_THREADS, else one per core it gets]"
+        ),
     ] = None,
     kernels: Annotated[str, _MODEL(help="cpu, or reference (plain torch).")] = "cpu",
     seed: Annotated[int, _MODEL(min=0, help="Of requests that bring none.")] = 0,

@@ -118,7 +118,7 @@ class SimulatedDevice:
         self.pass_time(self.slowdown * (layers_s + self._rest_s(num_seqs)))
 
     def _linears_s(self, tokens: int) -> float:
-        """All layers without their attention."""
+        """All layers, each token seeing itself alone."""
         if self._known_variants != self._variants:
             self._known_variants = list(self._variants)
             self._known_linears.clear()

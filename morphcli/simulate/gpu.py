@@ -67,7 +67,7 @@ def gpu_costs(
 
 
 class _Layers:
-    """Seconds of a layer without its attention."""
+    """Seconds of a layer, without even a token's look at itself: that is in the attention terms."""
 
     def __init__(
         self, device: Device, arch: Architecture, sizes: ModelSizes, tensor_parallel: int

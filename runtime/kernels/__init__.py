@@ -87,7 +87,7 @@ class BatchMeta:
 class Draw(NamedTuple):
     """How one row's token is drawn, in this order: temperature, min_p, top_k, top_p."""
 
-    temperature: float  # over 0
+    temperature: float  # over 0; to the C sampler 0 is the likeliest token
     min_p: float  # least likelihood, as a share of the likeliest token's
     top_k: int  # 0: all
     top_p: float
@@ -176,7 +176,8 @@ class Kernels(Protocol):
         """What a step's decoder layers make of `residual` [M, hidden], which is overwritten.
 
         caches: of each layer, as in `rope_write_kv`, written in place; rows: int64, ascending, the
-        tokens of the batch whose result is asked for. Returns [len(rows), hidden].
+        tokens of the batch whose result is asked for. Returns [len(rows), hidden], maybe a view of
+        `residual`.
         """
         ...
 

@@ -2,8 +2,8 @@
 
 Each output row of the C kernels is bit for bit the same whatever else is in the batch, however
 a prompt is cut into chunks and however many threads run. Sums are float32. Activations are rounded
-to bfloat16 where they meet bfloat16 weights, and to eight bits, by token and group of 64 features,
-where they meet INT4 and INT8 weights.
+to bfloat16 where they meet bfloat16 weights, and to eight bits where they meet INT4 and INT8 ones,
+by token and group of 64 features at most (32 where the weight's groups are 32).
 """
 
 import ctypes
@@ -65,7 +65,7 @@ def cpu_kernels() -> Kernels:
 class CpuKernels:
     """The C kernels. Raises NativeUnavailable where they cannot be built."""
 
-    name = "native"  # measured times are kept under it, so they end with it
+    name = "native"  # renamed when times change: measured costs are found by it
     max_head_dim = 256  # that the C kernels' scratch holds
 
     def __init__(self) -> None:

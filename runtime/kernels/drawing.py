@@ -1,4 +1,4 @@
-"""The next token of a row of logits in plain torch: what the C sampler is checked against."""
+"""Sampling in plain torch: what serves without a compiler, and what checks the C sampler."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-// The decoder layers of a step, one operation after the other.
+// A forward pass from token ids to logits, one operation after the other.
 
 #include "activations.h"
 #include "attention.h"

@@ -14,6 +14,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
+
+from morphserve.quantize.cores import cpu_quota, default_threads
 
 SOURCES = (
     "pool.c",
@@ -51,11 +54,14 @@ HEADERS = (
 )
 FLAGS = (
     *("-std=gnu11", "-O2", "-march=native", "-pthread", "-fPIC"),
+    # Batch invariance rests on the first of these: a compiler may else contract products and sums
+    # in one tile and not in another.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 # Its own functions are found before those of the same name in another library.
 LINKED = ("-shared", *(("-Wl,-Bsymbolic",) if sys.platform == "linux" else ()))
 KEPT_S = 30 * 24 * 3600.0  # after a library was last loaded
+REMEDY = "set XDG_CACHE_HOME to a folder where libraries can be written and loaded from"
 
 log = logging.getLogger(__name__)
 
@@ -79,32 +85,44 @@ class NativeUnavailable(Exception):
     """The C kernels cannot be built or loaded; the message says why."""
 
 
+class Opened(NamedTuple):
+    library: ctypes.CDLL
+    unkept: str | None  # why the next start has to compile again; None: it does not
+
+
 def load_library() -> ctypes.CDLL:
     """The compiled kernels, from the cache or built now. Raises NativeUnavailable."""
-    library = _load()
+    library, unkept = open_library()
+    if unkept is not None:
+        text = "the C kernels cannot be kept (%s) and are compiled at every start: %s"
+        log.warning(text, unkept, REMEDY)
     for name, argtypes in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = argtypes, None
     return library
 
 
-def _load() -> ctypes.CDLL:
+def open_library() -> Opened:
+    """The library, and whether the cache keeps it. Raises NativeUnavailable."""
     try:
-        return ctypes.CDLL(str(build(cache_folder())))
+        return Opened(_from_cache(cache_folder()), None)
     except (OSError, RuntimeError) as error:  # not writable, not executable; nobody's home
-        why = error
+        unkept = str(error)
     try:
         # Not kept, as others could put a library of theirs where we would look for it.
         with tempfile.TemporaryDirectory(prefix="morphserve-") as folder:
-            library = ctypes.CDLL(str(build(Path(folder))))
+            return Opened(ctypes.CDLL(str(build(Path(folder)))), unkept)
     except OSError as error:
         raise NativeUnavailable(str(error)) from error
-    log.warning(
-        "the C kernels cannot be kept in the user's cache (%s) and are compiled at every start: "
-        "set XDG_CACHE_HOME to a folder that can be written to",
-        why,
-    )
-    return library
+
+
+def _from_cache(folder: Path) -> ctypes.CDLL:
+    library = build(folder)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # a full disk or a crash has cut it off
+        library.unlink(missing_ok=True)
+    return ctypes.CDLL(str(build(folder)))
 
 
 def cache_folder() -> Path:
@@ -146,7 +164,7 @@ def _compile(compiler: str, scratch: Path) -> Path:
     for name in SOURCES + HEADERS:
         (scratch / name).write_bytes(_source(name))
     output = scratch / "kernels.so"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # several compilers at once
+    with ThreadPoolExecutor(default_threads(cpu_quota())) as pool:  # several compilers at once
         objects = list(pool.map(lambda name: _compile_one(compiler, scratch / name), SOURCES))
     _run([compiler, *FLAGS, *LINKED, "-o", str(output), *objects, "-lm"])
     return output

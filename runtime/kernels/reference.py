@@ -1,4 +1,7 @@
-"""Every operation in plain torch, written as the formula: what fast kernels are checked against."""
+"""Every operation in plain torch, written as the formula.
+
+What fast kernels are checked against, and most of what serves without a compiler.
+"""
 
 from collections.abc import Mapping, Sequence
 

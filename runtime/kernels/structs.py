@@ -66,7 +66,7 @@ def optional(tensor: Tensor | None) -> int | None:
 
 
 def linear_struct(weight: Linear, num_inputs: int) -> LinearStruct:
-    """The weight with the features that its activations have."""
+    """`num_inputs` is K: packed weights may have more."""
     if isinstance(weight, FullLinear):
         data, kind = weight.weight, KIND[weight.weight.dtype]
         return LinearStruct(

@@ -58,19 +58,22 @@ def test_an_old_python_and_a_missing_library_are_needed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "mark", "extensions"),
+    ("flags", "extensions", "lacking"),
     [
-        ("flags : fpu sse4_2 avx2 avx512f avx512_bf16 avx512_vnni", Mark.GOOD, "BF16, VNNI"),
-        ("flags : fpu avx2", Mark.GOOD, ": AVX2"),
-        ("flags : fpu sse4_2", Mark.NOTE, "no vector extension that helps"),
-        ("Features : fp asimd asimddp bf16", Mark.GOOD, ": NEON, BF16"),
+        ("flags : avx2 avx512bw avx512_bf16 avx512_vnni", ": AVX2, AVX-512, BF16, VNNI", ""),
+        ("flags : avx2 avx512bw avx512_vnni amx_bf16", ": AVX2, AVX-512, VNNI", "BF16"),
+        ("flags : fpu avx2", ": AVX2", "AVX-512, BF16, VNNI"),
+        ("flags : fpu sse4_2", "no vector extension that helps", "AVX-512, BF16, VNNI"),
+        ("Features : fp asimd asimddp bf16", ": NEON", "AVX-512, BF16, VNNI"),
     ],
 )
-def test_the_cpu_is_judged_by_its_instructions(
-    tmp_path: Path, flags: str, mark: Mark, extensions: str
+def test_the_cpu_is_judged_by_the_instructions_that_kernels_use(
+    tmp_path: Path, flags: str, extensions: str, lacking: str
 ) -> None:
     finding = doctor.cpu(write(tmp_path / "cpuinfo", f"processor : 0\n{flags}\n"))
-    assert finding.mark is mark and finding.found.endswith(extensions)
+    assert finding.found.endswith(extensions)
+    assert finding.mark is (Mark.NOTE if lacking else Mark.GOOD)
+    assert finding.remedy == (f"kernels run slower without {lacking}" if lacking else "")
 
 
 def test_a_limit_on_processor_time_is_told_with_the_threads_that_keep_to_it() -> None:
@@ -84,6 +87,18 @@ def test_more_threads_than_cores_are_a_note_with_the_number_to_use() -> None:
     finding = doctor.cores(1.5, "999")
     assert finding.mark is Mark.NOTE and finding.remedy.endswith("--threads 1")
     assert finding.found.endswith("with time for 1.5; OMP_NUM_THREADS is 999")
+
+
+def test_of_a_list_of_thread_counts_the_outermost_is_meant() -> None:
+    assert doctor.cores(None, "1,4").found.endswith("threads by default: 1")
+    assert doctor.cores(1.0, "4,2").remedy.endswith("slow each other down: serve with --threads 1")
+
+
+@pytest.mark.parametrize("omp", ["0", "many", ",2", "²"])
+def test_what_is_no_count_of_threads_is_told(omp: str) -> None:
+    finding = doctor.cores(1.0, omp)
+    assert finding.mark is Mark.NOTE and finding.found.endswith(f"OMP_NUM_THREADS is {omp}")
+    assert finding.remedy == "that is no number of threads: serve with --threads 1"
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
@@ -105,6 +120,17 @@ def test_kernels_that_do_not_build_say_what_runs_instead(
         raise NativeUnavailable("cc failed: no luck")
 
     assert doctor.kernels(fail).found == "cc failed: no luck"
+
+
+def test_kernels_that_are_compiled_at_every_start_are_a_note_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O0"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(write(tmp_path / "file", "")))
+    finding = doctor.kernels()
+    assert finding.mark is Mark.NOTE and "compiled at every start: " in finding.found
+    assert "set XDG_CACHE_HOME" in finding.remedy
+    assert caplog.text == ""  # it would run across what doctor prints
 
 
 def test_settings_of_the_system_are_judged(tmp_path: Path) -> None:

@@ -3,14 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from morphserve.runtime.kernels import Kernels, load_kernels
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["reference", "cpu"])

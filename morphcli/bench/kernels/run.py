@@ -22,7 +22,10 @@ Show = Callable[[str], None]  # told what goes on
 
 
 def bench_kernels(threads: int | None, show: Show) -> KernelBench:
-    """Machine, kernels and steps with so many threads; None: as many as torch takes."""
+    """Machine, kernels and steps with so many threads.
+
+    None: OMP_NUM_THREADS, else one per core it gets.
+    """
     count = threads or torch.get_num_threads()
     with num_threads(count), torch.inference_mode():
         show("this machine: memory and registers")

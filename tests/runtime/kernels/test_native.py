@@ -1,5 +1,6 @@
 """Compiling, caching and the stated fallback."""
 
+import ctypes
 import logging
 import os
 import resource
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,13 +62,20 @@ def unwritable(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("XDG_CACHE_HOME", str(folder / "file"))
 
 
-def broken(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """A library that a full disk or a crash has cut off."""
-    patch.setenv("XDG_CACHE_HOME", str(folder))
-    build(native.cache_folder()).write_bytes(b"\x7fELF")
+def unloadable(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """A file system from which nothing is run."""
+    cache, load = folder / "noexec", ctypes.CDLL
+
+    def refuse(name: str, *options: Any) -> ctypes.CDLL:
+        if name.startswith(str(cache)):
+            raise OSError("failed to map segment from shared object")
+        return load(name, *options)
+
+    patch.setenv("XDG_CACHE_HOME", str(cache))
+    patch.setattr(ctypes, "CDLL", refuse)
 
 
-@pytest.mark.parametrize("spoil", [homeless, unwritable, broken])
+@pytest.mark.parametrize("spoil", [homeless, unwritable, unloadable])
 def test_without_a_cache_the_kernels_are_compiled_in_a_folder_that_goes_again(
     spoil: Callable[[Path, pytest.MonkeyPatch], None],
     tmp_path: Path,
@@ -81,6 +90,19 @@ def test_without_a_cache_the_kernels_are_compiled_in_a_folder_that_goes_again(
         assert load_library().morph_linear
     assert "compiled at every start: set XDG_CACHE_HOME" in caplog.text
     assert list(scratch.iterdir()) == []
+
+
+def test_a_library_that_was_cut_off_is_built_again_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = build(native.cache_folder())
+    whole = library.stat().st_size
+    library.write_bytes(b"\x7fELF")
+    with caplog.at_level(logging.WARNING):
+        assert load_library().morph_linear
+    assert caplog.text == ""
+    assert library.stat().st_size == whole
 
 
 def test_what_nobody_loads_any_more_leaves_the_cache(tmp_path: Path) -> None:
