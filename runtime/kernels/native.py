@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
+from morphserve.quantize.cores import cpu_quota, default_threads
+
 SOURCES = (
     "pool.c",
     "scratch.c",
@@ -90,7 +92,7 @@ def load_library() -> ctypes.CDLL:
 
 def _load() -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(build(cache_folder())))
+        return _load_kept(cache_folder())
     except (OSError, RuntimeError) as error:  # not writable, not executable; nobody's home
         why = error
     try:
@@ -101,10 +103,19 @@ def _load() -> ctypes.CDLL:
         raise NativeUnavailable(str(error)) from error
     log.warning(
         "the C kernels cannot be kept in the user's cache (%s) and are compiled at every start: "
-        "set XDG_CACHE_HOME to a folder that can be written to",
+        "set XDG_CACHE_HOME to a folder that libraries can be written to and loaded from",
         why,
     )
     return library
+
+
+def _load_kept(folder: Path) -> ctypes.CDLL:
+    library = build(folder)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # cut off by a full disk or a crash
+        library.unlink(missing_ok=True)
+        return ctypes.CDLL(str(build(folder)))
 
 
 def cache_folder() -> Path:
@@ -118,9 +129,7 @@ def build(folder: Path) -> Path:
 
     Raises NativeUnavailable without a working compiler, OSError where `folder` is not writable.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise NativeUnavailable("no C compiler (cc, gcc or clang) was found")
+    compiler = find_compiler()
     library = folder / f"kernels-{_key(compiler)}.so"
     if library.exists():
         with contextlib.suppress(OSError):
@@ -132,6 +141,14 @@ def build(folder: Path) -> Path:
             # Renamed when whole: a process that compiles at the same time sees all or nothing.
             os.replace(_compile(compiler, Path(scratch)), library)
     return library
+
+
+def find_compiler() -> str:
+    """Raises NativeUnavailable where there is none."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise NativeUnavailable("no C compiler (cc, gcc or clang) was found")
+    return compiler
 
 
 def _remove_unused(folder: Path) -> None:
@@ -146,7 +163,7 @@ def _compile(compiler: str, scratch: Path) -> Path:
     for name in SOURCES + HEADERS:
         (scratch / name).write_bytes(_source(name))
     output = scratch / "kernels.so"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # several compilers at once
+    with ThreadPoolExecutor(default_threads(cpu_quota())) as pool:  # several compilers at once
         objects = list(pool.map(lambda name: _compile_one(compiler, scratch / name), SOURCES))
     _run([compiler, *FLAGS, *LINKED, "-o", str(output), *objects, "-lm"])
     return output
