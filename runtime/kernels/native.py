@@ -136,9 +136,7 @@ def build(folder: Path) -> Path:
 
     Raises NativeUnavailable without a working compiler, OSError where `folder` is not writable.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise NativeUnavailable("no C compiler (cc, gcc or clang) was found")
+    compiler = find_compiler()
     library = folder / f"kernels-{_key(compiler)}.so"
     if library.exists():
         with contextlib.suppress(OSError):
@@ -150,6 +148,14 @@ def build(folder: Path) -> Path:
             # Renamed when whole: a process that compiles at the same time sees all or nothing.
             os.replace(_compile(compiler, Path(scratch)), library)
     return library
+
+
+def find_compiler() -> str:
+    """Raises NativeUnavailable where there is none."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise NativeUnavailable("no C compiler (cc, gcc or clang) was found")
+    return compiler
 
 
 def _remove_unused(folder: Path) -> None:

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morphserve.morphcli.bench.kernels.caches import Filled, fill, lay_out
-from morphserve.morphcli.bench.kernels.race import Call, Task, bell
+from morphserve.morphcli.bench.kernels.memory import copies_beyond_caches
+from morphserve.morphcli.bench.kernels.race import Call, Task
+from morphserve.morphcli.bench.kernels.random_values import bell
 from morphserve.morphcli.bench.kernels.result import Work
 from morphserve.runtime.kernels import AttentionShape, Kernels
 
@@ -30,7 +32,7 @@ def attention_tasks(kernels: Kernels) -> Iterator[list[Task]]:
 
 def _decode(kernels: Kernels, filled: Filled, sequences: int) -> Task:
     shape, caches = filled.shape, filled.caches
-    q = bell(sequences, shape.num_heads, shape.head_dim)
+    q = bell(sequences, shape.num_heads, shape.head_dim, seed=2)
     own, meta = _own(kernels, q), lay_out(shape, sequences, filled.context, 1)
     return Task(
         kernel="attention, decode",
@@ -61,7 +63,7 @@ def _decode_routes(q: Tensor, filled: Filled) -> dict[str, Call]:
 
 def _prefill(kernels: Kernels, filled: Filled) -> Task:
     shape, caches, tokens = filled.shape, filled.caches, filled.context
-    q = bell(tokens, shape.num_heads, shape.head_dim)
+    q = bell(tokens, shape.num_heads, shape.head_dim, seed=3)
     own, meta = _own(kernels, q), lay_out(shape, 1, tokens, tokens)
     return Task(
         kernel="attention, prompt",
@@ -76,18 +78,18 @@ def _prefill(kernels: Kernels, filled: Filled) -> Task:
 def _prefill_routes(q: Tensor, filled: Filled) -> dict[str, Call]:
     """Each head with keys of its own, in both dtypes, and heads that share them."""
     shared = filled.shape.num_heads // filled.shape.num_kv_heads
-    k, v = filled.k[0], filled.v[0]
     queries = q.transpose(0, 1).unsqueeze(0)  # [1, H, M, D]
 
     def route(dtype: torch.dtype, repeats: int) -> Call:
-        heads, keys, values = (
-            queries.to(dtype).contiguous(),
-            *(x.repeat_interleave(repeats, dim=1).to(dtype) for x in (k, v)),
+        heads = queries.to(dtype).contiguous()
+        k, v = (
+            copies_beyond_caches(x[0].repeat_interleave(repeats, dim=1).to(dtype))
+            for x in (filled.k, filled.v)
         )
 
-        def attend(_: int) -> Tensor:
+        def attend(i: int) -> Tensor:
             mixed = F.scaled_dot_product_attention(
-                heads, keys, values, is_causal=True, enable_gqa=repeats == 1
+                heads, k[i % len(k)], v[i % len(v)], is_causal=True, enable_gqa=repeats == 1
             )
             return mixed[0].transpose(0, 1).reshape(len(q), -1)
 
@@ -104,8 +106,8 @@ def _write(kernels: Kernels, filled: Filled, sequences: int, new: int) -> Task:
     shape, caches = filled.shape, filled.caches
     meta = lay_out(shape, sequences, filled.context, new)
     width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    qkv = bell(sequences * new, width)
-    own, angles = _own(kernels, qkv), bell(filled.context, shape.head_dim)
+    qkv = bell(sequences * new, width, seed=4)
+    own, angles = _own(kernels, qkv), bell(filled.context, shape.head_dim, seed=5)
     return Task(
         kernel="RoPE, KV write",
         size=_size(filled),

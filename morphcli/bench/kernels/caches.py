@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from morphserve.morphcli.bench.kernels.memory import rotated
-from morphserve.morphcli.bench.kernels.race import bell
+from morphserve.morphcli.bench.kernels.memory import copies_beyond_caches
+from morphserve.morphcli.bench.kernels.random_values import bell
 from morphserve.runtime.kernels import AttentionShape, BatchMeta, Kernels
 
 
@@ -24,7 +24,7 @@ class Filled:
 def fill(kernels: Kernels, shape: AttentionShape, sequences: int, context: int) -> Filled:
     heads, dim = shape.num_kv_heads, shape.head_dim
     dtype = kernels.weight_dtype(torch.bfloat16)
-    k, v = (bell(sequences, context, heads, dim) for _ in range(2))
+    k, v = (bell(sequences, context, heads, dim, seed=seed) for seed in (0, 1))
     meta = lay_out(shape, sequences, context, context)
     page = 2 * heads * dim * shape.block_tokens
     cache = torch.zeros(meta.block_table.numel(), page, dtype=dtype)
@@ -36,9 +36,9 @@ def fill(kernels: Kernels, shape: AttentionShape, sequences: int, context: int) 
     return Filled(
         shape,
         context,
-        caches=rotated(cache),
-        k=rotated(keys),
-        v=rotated(values),
+        caches=copies_beyond_caches(cache),
+        k=copies_beyond_caches(keys),
+        v=copies_beyond_caches(values),
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from morphserve.morphcli.bench.kernels.result import KernelBench
 
 _TAKES = ("time_kernels", "threads", "json")
+_OF_SERVE = ("cpu", "reference")  # what `morph serve --kernels` takes
 
 
 def time_and_print(ctx: typer.Context, threads: int | None, *, as_json: bool) -> None:
@@ -31,6 +32,12 @@ def time_and_print(ctx: typer.Context, threads: int | None, *, as_json: bool) ->
 
 def _refuse_others(ctx: typer.Context) -> None:
     """What is about models, traces or servers means nothing here."""
+    model = ctx.params["model"]
+    if model in _OF_SERVE and is_on_command_line(ctx, "model"):
+        raise ConfigError(
+            f"--kernels takes a value in `morph serve` only: leave out {model}, as `morph bench` "
+            "times the C kernels"
+        )
     for param in ctx.command.params:
         assert param.name is not None
         if param.name not in _TAKES and is_on_command_line(ctx, param.name):

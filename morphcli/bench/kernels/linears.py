@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morphserve.morphcli.bench.kernels.memory import linear_bytes, rotated, rotated_linear
-from morphserve.morphcli.bench.kernels.race import Call, Task, bell
+from morphserve.morphcli.bench.kernels.memory import (
+    copies_beyond_caches,
+    linear_bytes,
+    linears_beyond_caches,
+)
+from morphserve.morphcli.bench.kernels.race import Call, Task
+from morphserve.morphcli.bench.kernels.random_values import bell, random_codes
 from morphserve.morphcli.bench.kernels.result import Work
 from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import Kernels, Linear
@@ -16,6 +21,8 @@ from morphserve.runtime.kernels import Kernels, Linear
 SHAPES = ((2048, 2048), (5632, 2048))  # outputs, inputs
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 GROUP = 128  # inputs that share a scale, INT4
+
+Multiply = Callable[[Tensor, int], Tensor]  # bfloat16 activations, with the weight's i-th copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,56 +36,41 @@ class Weights:
     int4: list[Linear]
     int8: list[Linear]
     torch_full: list[Tensor]
-    torch_int4: list[Tensor]
-    torch_int8: list[Tensor]
-    scales: dict[int, Tensor]  # by bits, as torch takes them
+    torch_int4: Multiply | None  # None: not with this torch
+    torch_int8: Multiply | None
 
 
 def linear_tasks(weights: Weights, kernels: Kernels) -> Iterator[list[Task]]:
     """The tasks of each number of rows."""
     for rows in ROWS:
-        x = bell(rows, weights.inputs)
+        x = bell(rows, weights.inputs, seed=0)
         own = x.to(kernels.activation_dtype(_dtype(kernels)))
         half = x.bfloat16()
+        full = _full(weights, half)
+        int4 = _quantized("int4pack_mm", weights.torch_int4, half)
+        int8 = _quantized("int8pack_mm", weights.torch_int8, half)
         yield [
-            _task("linear bf16", weights, rows, weights.full, kernels, own, _full(weights, half)),
-            _task("linear INT4", weights, rows, weights.int4, kernels, own, _int4(weights, half)),
-            _task("linear INT8", weights, rows, weights.int8, kernels, own, _int8(weights, half)),
+            _task("linear bf16", weights, rows, weights.full, kernels, own, full),
+            _task("linear INT4", weights, rows, weights.int4, kernels, own, int4),
+            _task("linear INT8", weights, rows, weights.int8, kernels, own, int8),
         ]
 
 
 def make_weights(outputs: int, inputs: int, kernels: Kernels) -> Weights:
-    plain = bell(outputs, inputs, dtype=torch.bfloat16)
+    plain = bell(outputs, inputs, seed=1, dtype=torch.bfloat16)
     int4 = random_codes(outputs, inputs, 4, GROUP, spread=1.0)
     int8 = random_codes(outputs, inputs, 8, inputs, spread=1.0)
-    codes4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(int4.codes.int(), 1)
-    scales4 = int4.scales.bfloat16().t().contiguous()  # [groups, N]
     return Weights(
         outputs,
         inputs,
         plain,
-        full=rotated_linear(kernels.pack_full(plain.to(_dtype(kernels)))),
-        int4=rotated_linear(kernels.pack_quantized(int4)),
-        int8=rotated_linear(kernels.pack_quantized(int8)),
-        torch_full=rotated(plain),
-        torch_int4=rotated(codes4),
-        torch_int8=rotated((int8.codes.int() - 128).to(torch.int8)),
-        scales={
-            4: torch.stack((scales4, torch.zeros_like(scales4)), dim=-1),
-            8: int8.scales[:, 0].bfloat16(),
-        },
+        full=linears_beyond_caches(kernels.pack_full(plain.to(_dtype(kernels)))),
+        int4=linears_beyond_caches(kernels.pack_quantized(int4)),
+        int8=linears_beyond_caches(kernels.pack_quantized(int8)),
+        torch_full=copies_beyond_caches(plain),
+        torch_int4=_if_it_works(_torch_int4, int4),
+        torch_int8=_if_it_works(_torch_int8, int8),
     )
-
-
-def random_codes(
-    outputs: int, inputs: int, bits: int, group: int, spread: float
-) -> QuantizedWeight:
-    """A symmetric weight of evenly spread codes whose values have this standard deviation."""
-    seed = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8, generator=seed)
-    scale = spread * 12**0.5 / (1 << bits)
-    scales = torch.full((outputs, inputs // group), scale, dtype=torch.float16)
-    return QuantizedWeight(codes, scales, group, bits)
 
 
 def _dtype(kernels: Kernels) -> torch.dtype:
@@ -127,13 +119,33 @@ def _onednn(rows: int) -> Callable[[Tensor], Tensor] | None:
     return lambda weight: ops._reorder_linear_weight(weight, rows)
 
 
-def _int4(weights: Weights, x: Tensor) -> dict[str, Call]:
-    codes, scales = weights.torch_int4, weights.scales[4]
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return {"int4pack_mm": lambda i: multiply(x, codes[i % len(codes)], GROUP, scales)}
+def _quantized(name: str, multiply: Multiply | None, x: Tensor) -> dict[str, Call]:
+    return {} if multiply is None else {name: lambda i: multiply(x, i)}
 
 
-def _int8(weights: Weights, x: Tensor) -> dict[str, Call]:
-    codes, scales = weights.torch_int8, weights.scales[8]
+def _if_it_works(
+    prepare: Callable[[QuantizedWeight], Multiply], weight: QuantizedWeight
+) -> Multiply | None:
+    """Torch's operations on codes are private: one version has them, another not, or otherwise."""
+    try:
+        multiply = prepare(weight)
+        multiply(torch.zeros(1, weight.codes.shape[1], dtype=torch.bfloat16), 0)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return multiply
+
+
+def _torch_int4(weight: QuantizedWeight) -> Multiply:
+    ops = torch.ops.aten
+    codes = copies_beyond_caches(ops._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1))
+    scales = weight.scales.bfloat16().t().contiguous()  # [groups, N]
+    scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1)
+    multiply, group = ops._weight_int4pack_mm_for_cpu, weight.group_size
+    return lambda x, i: multiply(x, codes[i % len(codes)], group, scales_and_zeros)
+
+
+def _torch_int8(weight: QuantizedWeight) -> Multiply:
+    codes = copies_beyond_caches((weight.codes.int() - 128).to(torch.int8))
+    scales = weight.scales[:, 0].bfloat16()
     multiply = torch.ops.aten._weight_int8pack_mm
-    return {"int8pack_mm": lambda i: multiply(x, codes[i % len(codes)], scales)}
+    return lambda x, i: multiply(x, codes[i % len(codes)], scales)

@@ -33,12 +33,12 @@ def copies(tensor: Tensor, count: int) -> list[Tensor]:
     return [part.view(tensor.dtype).view(tensor.shape).copy_(tensor) for part in parts]
 
 
-def rotated(tensor: Tensor) -> list[Tensor]:
+def copies_beyond_caches(tensor: Tensor) -> list[Tensor]:
     """As many copies as go beyond the caches."""
     return copies(tensor, 1 + beyond_caches() // tensor.nbytes)
 
 
-def rotated_linear(linear: Linear) -> list[Linear]:
+def linears_beyond_caches(linear: Linear) -> list[Linear]:
     """The same of a linear: of every tensor in it."""
     count = 1 + beyond_caches() // linear_bytes(linear)
     columns = {name: copies(tensor, count) for name, tensor in _tensors(linear).items()}

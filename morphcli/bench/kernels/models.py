@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from morphserve.configs.schema import SchedulerConfig
-from morphserve.morphcli.bench.kernels.linears import random_codes
-from morphserve.morphcli.bench.kernels.race import bell
+from morphserve.morphcli.bench.kernels.random_values import bell, random_codes
 from morphserve.quantize.architecture import Architecture, read_architecture
 from morphserve.quantize.build import default_group_size
 from morphserve.quantize.manifest import Variant
@@ -109,7 +108,7 @@ def _linears(arch: Architecture) -> dict[str, tuple[int, int]]:
 
 
 def _full(arch: Architecture) -> LayerTensors[torch.Tensor]:
-    weights = {name: SPREAD * bell(*size) for name, size in _linears(arch).items()}
+    weights = {name: SPREAD * bell(*size, seed=0) for name, size in _linears(arch).items()}
     return LayerTensors(_norms(arch), Biases(), **weights)
 
 
@@ -128,6 +127,6 @@ def _norms(arch: Architecture) -> Norms:
 
 def _statics(arch: Architecture) -> StaticTensors:
     size = arch.vocab_size, arch.hidden_size
-    embedding = bell(*size, dtype=torch.bfloat16)
-    head = embedding if arch.tied_head else SPREAD * bell(*size, dtype=torch.bfloat16)
+    embedding = bell(*size, seed=1, dtype=torch.bfloat16)
+    head = embedding if arch.tied_head else SPREAD * bell(*size, seed=2, dtype=torch.bfloat16)
     return StaticTensors(embedding, torch.ones(arch.hidden_size), head)

@@ -27,32 +27,38 @@ class Task:
     rows: int
     work: Work | None  # None: what it reads is in the caches, as in a step
     ours: Call
-    torch: Mapping[str, Call]
+    torch: Mapping[str, Call]  # none where this torch has no route
     refresh: Callable[[], object] = lambda: None  # before each call, not timed
 
 
 def race(tasks: Sequence[Task], machine: Machine) -> list[KernelTime]:
     """Times of tasks that take turns with each other and with the fastest of torch's routes."""
     rivals = [_fastest(task) for task in tasks]
-    calls = [
-        (call, task.refresh)
-        for task, rival in zip(tasks, rivals, strict=True)
-        for call in (task.ours, task.torch[rival])
-    ]
-    times = in_turns(calls, RACE_S)
+    calls = []
+    for task, rival in zip(tasks, rivals, strict=True):
+        calls.append((task.ours, task.refresh))
+        if rival is not None:
+            calls.append((task.torch[rival], task.refresh))
+    times = iter(in_turns(calls, RACE_S))
     return [
-        KernelTime(
-            kernel=task.kernel,
-            size=task.size,
-            rows=task.rows,
-            work=task.work,
-            seconds=ours,
-            torch_route=rival,
-            torch_seconds=theirs,
-            of_limit=machine.least_seconds(task.work) / ours if task.work else None,
-        )
-        for task, rival, ours, theirs in zip(tasks, rivals, times[::2], times[1::2], strict=True)
+        _told(task, machine, next(times), rival, None if rival is None else next(times))
+        for task, rival in zip(tasks, rivals, strict=True)
     ]
+
+
+def _told(
+    task: Task, machine: Machine, ours: float, rival: str | None, theirs: float | None
+) -> KernelTime:
+    return KernelTime(
+        kernel=task.kernel,
+        size=task.size,
+        rows=task.rows,
+        work=task.work,
+        seconds=ours,
+        torch_route=rival,
+        torch_seconds=theirs,
+        of_limit=machine.least_seconds(task.work) / ours if task.work else None,
+    )
 
 
 def in_turns(
@@ -75,12 +81,13 @@ def _goes_on(turns: int, spent_s: float, seconds: float) -> bool:
     return wanted or not turns
 
 
-def _fastest(task: Task) -> str:
+def _fastest(task: Task) -> str | None:
+    """The name of torch's fastest route; None where it has none."""
     best = {
         route: min(_timed(call, task.refresh, i) for i in range(HEATS))
         for route, call in task.torch.items()
     }
-    return min(best, key=best.__getitem__)
+    return min(best, key=best.__getitem__, default=None)
 
 
 def _timed(call: Callable[[int], object], refresh: Callable[[], object], i: int) -> float:
@@ -89,8 +96,3 @@ def _timed(call: Callable[[int], object], refresh: Callable[[], object], i: int)
     started = clock()
     call(i)
     return clock() - started
-
-
-def bell(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random numbers, the same in every run."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)

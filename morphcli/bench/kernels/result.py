@@ -27,7 +27,10 @@ class Machine:
 
     @property
     def others(self) -> float:
-        """Cores that other work took, by what the load averages let see."""
+        """Cores that other work took, by what the load averages let see.
+
+        They are of the whole machine, of which `cores` may be a part, and of the last minute.
+        """
         return max(self.load_before, self.load_after - self.threads)
 
     @property
@@ -62,13 +65,13 @@ class KernelTime:
     rows: int
     work: Work | None  # None: what it reads is in the caches, as in a step
     seconds: float
-    torch_route: str
-    torch_seconds: float
+    torch_route: str | None  # None: this torch has none
+    torch_seconds: float | None
     of_limit: float | None  # the least time that the work takes, over the time that was measured
 
     @property
-    def speedup(self) -> float:
-        return self.torch_seconds / self.seconds
+    def speedup(self) -> float | None:
+        return None if self.torch_seconds is None else self.torch_seconds / self.seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morphserve.morphcli.bench.kernels.race import Task, bell
+from morphserve.morphcli.bench.kernels.race import Task
+from morphserve.morphcli.bench.kernels.random_values import bell
 from morphserve.runtime.kernels import Kernels
 from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.sampler import Sampler
@@ -26,7 +27,7 @@ def row_tasks(kernels: Kernels) -> Iterator[list[Task]]:
 
 
 def sampler_tasks(kernels: Kernels) -> Iterator[list[Task]]:
-    logits = 4 * bell(SAMPLED_ROWS, VOCAB)  # a nucleus of some hundred tokens
+    logits = 4 * bell(SAMPLED_ROWS, VOCAB, seed=0)  # a nucleus of some hundred tokens
     greedy = SamplingParams(max_tokens=2, temperature=0.0)
     drawn = SamplingParams(max_tokens=2, temperature=TEMPERATURE, top_p=TOP_P, seed=0)
     yield [_sampling("sampler, greedy", kernels, logits, greedy)]
@@ -34,7 +35,7 @@ def sampler_tasks(kernels: Kernels) -> Iterator[list[Task]]:
 
 
 def _norm(kernels: Kernels, rows: int, dtype: torch.dtype) -> Task:
-    x, weight = bell(rows, HIDDEN, dtype=dtype), torch.ones(HIDDEN, dtype=dtype)
+    x, weight = bell(rows, HIDDEN, seed=0, dtype=dtype), torch.ones(HIDDEN, dtype=dtype)
     own, theirs = torch.zeros_like(x), torch.zeros(rows, HIDDEN, dtype=torch.bfloat16)
     half, half_weight = x.bfloat16(), weight.bfloat16()
 
@@ -56,7 +57,7 @@ def _norm(kernels: Kernels, rows: int, dtype: torch.dtype) -> Task:
 
 
 def _silu(kernels: Kernels, rows: int, dtype: torch.dtype) -> Task:
-    x = bell(rows, 2 * INNER, dtype=dtype)
+    x = bell(rows, 2 * INNER, seed=0, dtype=dtype)
     half = x.bfloat16()
 
     def in_torch(_: int) -> Tensor:

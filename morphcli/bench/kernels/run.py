@@ -14,6 +14,7 @@ from morphserve.morphcli.bench.kernels.race import Task, race
 from morphserve.morphcli.bench.kernels.result import KernelBench, Machine
 from morphserve.morphcli.bench.kernels.rows import row_tasks, sampler_tasks
 from morphserve.morphcli.bench.kernels.steps import CONTEXT, MODELS, SEQUENCES, StepTimer
+from morphserve.quantize.cores import own_cores
 from morphserve.quantize.machine import device_name, free_memory
 from morphserve.runtime.kernels import Kernels, load_kernels
 from morphserve.runtime.measure import num_threads
@@ -34,6 +35,7 @@ def bench_kernels(threads: int | None, show: Show) -> KernelBench:
         bench = KernelBench(machine, [], [], [], [])
         for tasks in _tasks(kernels, show):
             bench.kernels.extend(race(tasks, machine))
+        bench.notes.extend(_without_routes(bench))
         for shape in MODELS:
             _time_model(shape, kernels, bench, show)
     return replace(bench, machine=replace(machine, load_after=os.getloadavg()[0]))
@@ -43,7 +45,7 @@ def _measure_machine(threads: int) -> Machine:
     load = os.getloadavg()[0]
     return Machine(
         device=device_name(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=own_cores(),
         threads=threads,
         torch=str(torch.__version__),
         load_before=load,
@@ -66,6 +68,15 @@ def _shown(batches: Iterator[list[Task]], show: Show) -> Iterator[list[Task]]:
     for tasks in batches:
         show(f"kernels: {tasks[0].kernel}, {tasks[0].size}, rows: {tasks[0].rows}")
         yield tasks
+
+
+def _without_routes(bench: KernelBench) -> list[str]:
+    kernels = dict.fromkeys(time.kernel for time in bench.kernels if time.torch_route is None)
+    return [
+        f"torch {bench.machine.torch} was left out of {kernel}: it has no such operation that "
+        "runs here"
+        for kernel in kernels
+    ]
 
 
 def _time_model(shape: Shape, kernels: Kernels, bench: KernelBench, show: Show) -> None:

@@ -56,8 +56,9 @@ def _place(machine: Machine) -> str:
 
 def _busy(machine: Machine) -> str:
     return (
-        f"warning: by the load average, other work wanted {machine.others:.1f} of {machine.cores} "
-        "cores: it took caches, memory bandwidth or processor time from what was measured"
+        "warning: by the load average, which is the whole machine's and of the last minute, other "
+        f"work wanted {machine.others:.1f} cores; {machine.cores} may be used here. Where it went "
+        "on, it took caches, memory bandwidth or processor time from what was measured"
     )
 
 
@@ -81,9 +82,10 @@ def _linear_table(size: str, times: Sequence[KernelTime]) -> Table:
         headings += (f"{name} ms", "vs bf16", "vs torch", "of max")
     table = _table(f"linear, {size} (outputs x inputs)", "rows", *headings)
     for rows, alike in groupby(times, key=lambda time: time.rows):
-        full, *quantized = alike
+        found = {time.kernel: time for time in alike}
+        full = found["linear bf16"]
         cells = [_ms(full.seconds), _ratio(full.speedup), _share(full.of_limit)]
-        for time in quantized:
+        for time in (found["linear INT4"], found["linear INT8"]):
             cells += [_ms(time.seconds), _ratio(full.seconds / time.seconds)]
             cells += [_ratio(time.speedup), _share(time.of_limit)]
         table.add_row(str(rows), *cells)
@@ -98,7 +100,7 @@ def _others_table(times: Sequence[KernelTime]) -> Table:
     for time in sorted(times, key=lambda time: time.kernel):
         milliseconds = _ms(time.seconds), _ms(time.torch_seconds)
         shares = _ratio(time.speedup), _share(time.of_limit)
-        table.add_row(time.kernel, str(time.rows), *milliseconds, *shares, time.torch_route)
+        table.add_row(time.kernel, str(time.rows), *milliseconds, *shares, time.torch_route or "")
     return table
 
 
@@ -125,7 +127,10 @@ def _prefill_table(times: Sequence[StepTime]) -> Table:
 
 
 def _pairs(times: Sequence[StepTime]) -> Iterator[tuple[StepTime, StepTime]]:
-    return zip(times[::2], times[1::2], strict=True)
+    """The steps of each model and size: at full precision, at INT4."""
+    for _, alike in groupby(times, key=lambda time: (time.model, time.sequences)):
+        found = {time.variant: time for time in alike}
+        yield found["full"], found["int4"]
 
 
 def _step_cells(time: StepTime) -> list[str]:
@@ -156,7 +161,9 @@ def _tokens(time: StepTime) -> str:
     return _digits(value) if value < 10_000 else f"{_digits(value / 1000)}k"
 
 
-def _ms(seconds: float) -> str:
+def _ms(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
     return f"{1e3 * seconds:.3f}" if seconds < 1e-3 else _digits(1e3 * seconds)
 
 
@@ -165,8 +172,10 @@ def _digits(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def _ratio(value: float) -> str:
+def _ratio(value: float | None) -> str:
     """Red: slower than what it is compared with."""
+    if value is None:
+        return ""
     text = _digits(value)
     return f"[red]{text}[/]" if value < 1 else text
 

@@ -82,10 +82,6 @@ class Found:
         else:
             self.load_s.append(line["load_s"])
 
-    def latest(self) -> str:
-        rates = [f"{lines[-1]['tokens_per_s']:.0f}" for lines in self.batches.values()]
-        return f"{' '.join(rates)} tokens/s, load average {self.load_averages[-1]:.1f}"
-
     def median(self, what: str, batch: int) -> float | None:
         lines = self.batches.get(batch)
         return statistics.median(line[what] for line in lines) if lines else None
@@ -117,9 +113,15 @@ def compare(pythons: dict[str, str], model: Path, threads: int, rounds: int) -> 
             of = found[engine.name]
             of.load_averages.append(os.getloadavg()[0])
             extra = ["--equality"] if turn == 0 else []
-            for line in run_engine(engine, pythons[engine.peer], model, options + extra):
-                of.add(json.loads(line))
-            print(f"round {turn + 1}: {engine.name} {of.latest()}", file=sys.stderr)
+            printed = run_engine(engine, pythons[engine.peer], model, options + extra)
+            lines = [json.loads(line) for line in printed]
+            for line in lines:
+                of.add(line)
+            if rates := " ".join(
+                f"{line['tokens_per_s']:.0f}" for line in lines if "batch" in line
+            ):
+                told = f"{rates} tokens/s, load average {of.load_averages[-1]:.1f}"
+                print(f"round {turn + 1}: {engine.name} {told}", file=sys.stderr)
     return found
 
 
@@ -173,18 +175,27 @@ def seconds(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.1f}" if values else ""
 
 
+def peer_and_python(given: str) -> tuple[str, str]:
+    peer, _, python = given.partition("=")
+    if not python:
+        raise argparse.ArgumentTypeError(f"no interpreter is named: write {peer}=PYTHON")
+    return peer, python
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument(
+        "--peer", action="append", default=[], type=peer_and_python, metavar="NAME=PYTHON"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="every line of every round")
     args = parser.parse_args()
     known = {engine.peer for engine in ENGINES}
-    pythons = {"morph": sys.executable} | dict(peer.split("=", 1) for peer in args.peer)
+    pythons = {"morph": sys.executable} | dict(args.peer)
     if unknown := pythons.keys() - known:
         parser.error(f"no peer {', '.join(unknown)}: there are {', '.join(sorted(known))}")
     found = compare(pythons, args.model, args.threads, args.rounds)

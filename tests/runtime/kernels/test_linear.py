@@ -20,6 +20,7 @@ from morphserve.runtime.kernels.reference import ReferenceKernels
 EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None)
 QUANTIZED_EXAMPLES = settings(EXAMPLES, max_examples=80)  # of four kinds, ordered or not
 DTYPES = [torch.float32, torch.bfloat16]
+KINDS = ["float32", "bfloat16", "int4", "int4 with zeros", "int8 per row"]
 CPU = CpuKernels()
 
 
@@ -77,7 +78,7 @@ def test_quantised_linear_multiplies_activations_of_eight_bits(
     # A quotient next to one half may be rounded the other way: one step of one feature.
     exact = rounded.double() @ dequantize(weight)[:, columns].double().T
     exact += 0 if bias is None else bias.double()
-    step = x.abs().amax(dim=1, keepdim=True) / 127 if k else 0
+    step = x.abs().amax(dim=1, keepdim=True) / 127
     largest = dequantize(weight).abs().amax()
     assert ((y - exact).abs() <= step * largest + 1e-4 * (1 + exact.abs())).all()
 
@@ -150,7 +151,7 @@ def _linear(kind: str, n: int, k: int) -> Linear:
     return replace(packed, bias=torch.randn(n))
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int4", "int4 with zeros", "int8 per row"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [96, 256, 1536])
 def test_a_row_is_the_same_alone_and_in_any_batch(kind: str, k: int) -> None:
     linear = _linear(kind, 45, k)
@@ -160,8 +161,9 @@ def test_a_row_is_the_same_alone_and_in_any_batch(kind: str, k: int) -> None:
         assert torch.equal(CPU.linear(x[:rows], linear), alone[:rows])
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    x, linear = torch.randn(70, 1056), CPU.pack_full(torch.randn(333, 1056))
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_do_not_change_a_bit(kind: str) -> None:
+    x, linear = torch.randn(70, 1056), _linear(kind, 333, 1056)
     one = CPU.linear(x, linear)
     torch.set_num_threads(3)
     try:

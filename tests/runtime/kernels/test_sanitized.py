@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import morphserve.runtime.kernels
+from morphserve.runtime.kernels import native
 
 HERE = Path(__file__).parent
-SOURCES = Path(morphserve.runtime.kernels.__file__).parent
+SOURCES = Path(native.__file__).parent
 TESTS = sorted(
     set(HERE.glob("test_*.py"))
     - {HERE / f"test_{name}.py" for name in ("native", "other_machines", "sanitized")}
@@ -40,7 +40,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Python with kernels that look where they read and write: torch's memory is malloc's."""
-    command = ["cc", "-print-file-name=libasan.so"]
+    command = [native.find_compiler(), "-print-file-name=libasan.so"]
     found = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     if not found.is_absolute():
         pytest.skip("the compiler has no address sanitiser")
@@ -73,7 +73,7 @@ def test_the_pool_does_each_piece_once_and_has_no_races(tmp_path: Path) -> None:
     sources = [SOURCES / "pool.c", HERE / "pool_stress.c"]
     flags = ["-std=gnu11", "-O1", "-g", "-pthread", "-fsanitize=thread", f"-I{SOURCES}"]
     compiled = subprocess.run(
-        ["cc", *flags, "-o", program, *sources], capture_output=True, text=True
+        [native.find_compiler(), *flags, "-o", program, *sources], capture_output=True, text=True
     )
     if "cannot find" in compiled.stderr:
         pytest.skip("the compiler has no thread sanitiser")
