@@ -40,7 +40,8 @@ class CostModel:
     """Measured curves are interpolated; attention, which has two sizes, is fitted.
 
     A decode step reads each token's keys for one query, a prefill for many, so that the two have
-    a fit each. Layers are measured with each token seeing itself alone, attention without that. The model predicts greedy sampling; drawing takes a little longer.
+    a fit each. Layers are measured with each token seeing itself alone, attention without that.
+    The model predicts greedy sampling; drawing takes a little longer.
     """
 
     layers: dict[Variant, Curve]

@@ -1,7 +1,7 @@
 // The pool: helpers spin for a moment after each piece of work, as the next one mostly follows
 // within microseconds, then sleep until they are woken.
 
-#define _GNU_SOURCE // pthread_atfork and clock_gettime under -std=c11
+#define _GNU_SOURCE // pthread_atfork, clock_gettime and sched_getcpu
 
 #include "pool.h"
 
@@ -20,6 +20,7 @@ static struct {
     void *job;
     int64_t pieces;
     int helpers; // that may take part
+    int cpu;     // that the caller runs on
     _Atomic int64_t next;
 
     _Atomic uint32_t round; // odd while work is open
@@ -46,6 +47,26 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
+#ifdef __linux__
+static cpu_set_t granted; // cores, when the first helper was started
+
+static int this_cpu(void) { return sched_getcpu(); }
+
+// Schedulers may wake a helper on the caller's core and leave it there, beside an idle one, where
+// the two only take turns.
+static void leave(int cpu) {
+    cpu_set_t others = granted;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others)) sched_setaffinity(0, sizeof others, &others);
+}
+
+static void note_cores(void) { sched_getaffinity(0, sizeof granted, &granted); }
+#else
+static int this_cpu(void) { return -1; }
+static void leave(int cpu) { (void)cpu; }
+static void note_cores(void) {}
+#endif
+
 static void claim_pieces(void) {
     for (;;) {
         const int64_t piece = atomic_fetch_add(&pool.next, 1);
@@ -58,7 +79,11 @@ static void claim_pieces(void) {
 // its helpers are counted then, so that one of the two sees the other.
 static void join(uint32_t round, int helper) {
     atomic_fetch_add(&pool.inside, 1);
-    if (atomic_load(&pool.round) == round && helper < pool.helpers) claim_pieces();
+    if (atomic_load(&pool.round) == round && helper < pool.helpers) {
+        const int cpu = this_cpu();
+        if (cpu >= 0 && cpu == pool.cpu) leave(cpu);
+        claim_pieces();
+    }
     atomic_fetch_sub(&pool.inside, 1);
 }
 
@@ -107,6 +132,7 @@ static void forget_helpers(void) {
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(0, 0, forget_helpers); }
 
 static void start_helpers(int count) {
+    if (!pool.started && count) note_cores();
     for (; pool.started < count && pool.started < MAX_HELPERS; pool.started++) {
         pthread_t thread;
         if (pthread_create(&thread, 0, help, (void *)(intptr_t)pool.started)) return;
@@ -119,6 +145,7 @@ static void open_round(work_fn work, void *job, int64_t pieces, int helpers) {
     pool.job = job;
     pool.pieces = pieces;
     pool.helpers = helpers;
+    pool.cpu = this_cpu();
     atomic_store(&pool.next, 0);
     atomic_fetch_add(&pool.round, 1);
     if (!atomic_load(&pool.sleeping)) return;
