@@ -117,7 +117,9 @@ def compare(pythons: dict[str, str], model: Path, threads: int, rounds: int) -> 
             lines = [json.loads(line) for line in printed]
             for line in lines:
                 of.add(line)
-            if rates := " ".join(f"{line['tokens_per_s']:.0f}" for line in lines if "batch" in line):
+            if rates := " ".join(
+                f"{line['tokens_per_s']:.0f}" for line in lines if "batch" in line
+            ):
                 told = f"{rates} tokens/s, load average {of.load_averages[-1]:.1f}"
                 print(f"round {turn + 1}: {engine.name} {told}", file=sys.stderr)
     return found

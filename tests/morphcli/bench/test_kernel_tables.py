@@ -34,7 +34,9 @@ def step(variant: str, tokens: int) -> StepTime:
 LINEARS = [linear("bf16", 9.876), linear("INT4", 0.876), linear("INT8", 1.234)]
 OTHERS = [
     KernelTime("attention, prompt", "heads", 512, WORK, 1.2, "SDPA, own keys, float32", 99.9, 1.0),
-    KernelTime("sampler, top-p", "vocabulary 32000", 32, None, 1.2, "sort, multinomial", 99.9, None),
+    KernelTime(
+        "sampler, top-p", "vocabulary 32000", 32, None, 1.2, "sort, multinomial", 99.9, None
+    ),
 ]
 BENCH = KernelBench(
     MACHINE,
