@@ -81,11 +81,21 @@ def test_a_chat_ends_where_its_input_does(server: tuple[str, Any]) -> None:
     assert morph("chat", server[0], said="hello\n").exit_code == 0
 
 
+def heed_interrupts() -> None:
+    """What shells start in the background ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat(server: tuple[str, Any]) -> None:
     url, fake = server
     command = [sys.executable, "-m", "morphserve.morphcli", "chat", url]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as chat:
         assert chat.stdin is not None and chat.stderr is not None
         chat.stdin.write("stuck\n")
