@@ -116,7 +116,8 @@ def test_what_is_not_finite_stays_so_in_its_row_only(kind: str, bad: float) -> N
 def test_activations_next_to_nothing_make_products_next_to_nothing(size: float) -> None:
     weight, x = random_weight(40, 128, 64, zeros=True), torch.full((3, 128), size)
     y = CPU.linear(x, CPU.pack_quantized(weight))
-    assert (y.abs() <= 1.01 * x.abs() @ dequantize(weight).abs().T).all()
+    # Beside the rounding of what is below float32's normal range.
+    assert (y.abs() <= 1.01 * x.abs() @ dequantize(weight).abs().T + 1e-37).all()
 
 
 @pytest.mark.parametrize("group", [16, 48, 96])
