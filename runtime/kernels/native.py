@@ -144,6 +144,7 @@ def build(folder: Path) -> Path:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_unused(folder)
+        log.info("compiling the CPU kernels for this machine, once")
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
             # Renamed when whole: a process that compiles at the same time sees all or nothing.
             os.replace(_compile(compiler, Path(scratch)), library)
