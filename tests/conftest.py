@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from triton_interpreter import interpret_without_gpu
 
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
+
+interpret_without_gpu()  # before a test imports kernels
 
 SIZES: dict[str, Any] = {
     "vocab_size": 264,
