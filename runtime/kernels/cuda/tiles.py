@@ -20,6 +20,7 @@ class Tiling:
 @triton.jit
 def load_pages(table_row, first, end, TILE: tl.constexpr, B: tl.constexpr):
     """Pages of the tile of tokens from `first` on, which TILE divides; 0 from token `end` on."""
+    tl.static_assert(TILE % B == 0 or B % TILE == 0)
     block = table_row + first // B
     pages = (tl.load(block, mask=first < end, other=0),)
     for i in tl.static_range(1, TILE // B):
