@@ -35,7 +35,7 @@ def dequantise(weight: QuantizedLinear, first_tile: int, out: Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_outputs", "num_groups", "num_runs"])
 def _dequantise(
     codes,
     scales,

@@ -101,7 +101,8 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@triton.jit
+# What differs from batch to batch must not make Triton compile another kernel.
+@triton.jit(do_not_specialize=["num_rows", "num_groups", "num_runs", "splits"])
 def _multiply(
     x,  # [num_rows, num_inputs], rows x_stride apart
     codes,
