@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+import emulated_codes  # noqa: F401
 import pytest
 import torch
 from kernel_batches import make_meta, page_items, scatter_pages
@@ -121,8 +122,8 @@ def _on(device: str, meta: BatchMeta) -> BatchMeta:
 
 
 def _logits(model: Model, device: str) -> Tensor:
-    """Of every token of all steps."""
-    batches = _batches(STEPS, device)
+    """Of every token of all steps, or of some where there are many layers."""
+    batches = _batches(STEPS if len(model.layers) < 4 else STEPS[::2], device)
     with torch.inference_mode():
         return torch.cat(
             [
