@@ -135,7 +135,7 @@ class Client:
 
     def drain(self) -> None:
         for _ in range(3000):
-            if not self.engine.has_work:
+            if not self.engine.has_work and not self.engine.snapshot().held:
                 return
             self.step()
         raise AssertionError("requests did not end")
@@ -199,7 +199,7 @@ params = st.builds(
     logprobs=st.sampled_from([None, 1]),
     min_tokens=st.sampled_from([0, 0, 5]),
     ignore_eos=st.booleans(),
-    stop_token_ids=st.sampled_from([(), (3, 7, 50, 61, 90)]),
+    stop_token_ids=st.sampled_from([(), tuple(range(3, 96, 9))]),
 )
 asks = st.builds(
     Ask,
