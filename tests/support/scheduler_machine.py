@@ -233,4 +233,3 @@ class Machine(RuleBasedStateMachine):
             assert request.output[-1:] == tokens or request.finish_reason is FinishReason.ERROR
             self.ends[request.id] += request.status is Status.FINISHED
         self.ends += Counter()  # without zeros
-
