@@ -2,30 +2,16 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from morphserve.configs.schema import SchedulerConfig
+from morphserve.runtime.batch import Batch as Batch
+from morphserve.runtime.batch import Slice as Slice
 from morphserve.runtime.blocks import BlockPool
+from morphserve.runtime.outcomes import Outcome, Outcomes
 from morphserve.runtime.prefix_cache import Found
 from morphserve.runtime.queue import Queue
-from morphserve.runtime.request import FinishReason, Request, Status, end_of
+from morphserve.runtime.request import FinishReason, Request, Status, needs_history
 from morphserve.runtime.reuse import Reuse
-
-
-@dataclass(slots=True)  # not frozen: that takes longer, and each step makes one per request
-class Slice:
-    """Tokens start..end of one request in this step."""
-
-    request: Request
-    start: int
-    end: int
-    samples: bool = field(init=False)  # it reaches the request's last token: a new one follows
-
-    def __post_init__(self) -> None:
-        self.samples = self.end == self.request.num_tokens
-
-
-Batch = list[Slice]
 
 
 class Scheduler:
@@ -47,9 +33,8 @@ class Scheduler:
         self._config = config
         self._pool = pool
         self._block_tokens = block_tokens
-        self._max_model_len = max_model_len
-        self._eos = frozenset(eos_token_ids)
         self.reuse = Reuse(pool, block_tokens, prefix_caching)
+        self._outcomes = Outcomes(self.reuse, eos_token_ids, max_model_len, end=self._end)
         self._queue = Queue()
         self._rung = 0  # of the latest step
         self._now_s = 0.0  # when it was scheduled
@@ -134,25 +119,45 @@ class Scheduler:
         wanting = (r for r in (*self.running, *self.waiting) if r.gains_below(self._rung))
         return max((last if r.max_rung is None else r.max_rung for r in wanting), default=0)
 
-    def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[tuple[Request, list[int]]]:
-        """Notes what a step computed; `tokens` are those of the sampling slices, in batch order.
+    def must_know(self, rung: int) -> bool:
+        """Whether a step at this rung has to wait for the tokens that are being computed.
 
-        None in place of a token ends the request with an error. Returns the requests that went
-        on or ended, with their new tokens.
+        It has to where a token depends on them beyond what the model sees. And where somebody
+        would lose blocks, or is not to run any more: what ends may leave room for all, and nothing
+        is taken from a request while a token of it is unknown.
         """
-        new = iter(tokens)
-        outputs: list[tuple[Request, list[int]]] = []
-        for piece in batch:
-            request, samples = piece.request, piece.samples
-            request.num_computed = piece.end
-            if request.kv_rung < self._rung:
-                request.kv_rung = self._rung
-            token = next(new) if samples else None
-            if token is not None or not samples:
-                self.reuse.leave(request)
-            if samples:
-                outputs.append((request, self._append(request, token)))
-        return outputs
+        growth = 0
+        for request in self.running:
+            if not request.runs_at(rung):
+                if request.runs_at(self._rung):
+                    return True
+            elif not request.is_ending and request.num_tokens - request.num_computed == 1:
+                if request.is_pending and needs_history(request.params):
+                    return True
+                growth += self._blocks_for(request.num_tokens) > len(request.blocks)
+        return growth > self._pool.num_free
+
+    def launched(self, batch: Batch) -> None:
+        """Notes that a step is being computed, and that the one before it was computed.
+
+        So each request has one unknown token at most, its newest. Those that have ended since the
+        batch was made are passed over.
+        """
+        self._outcomes.launched(batch, self._rung)
+
+    def computed(self, batch: Batch, tokens: Sequence[int | None]) -> list[Outcome]:
+        """Notes what a step computed for requests that have not ended since it was launched.
+
+        `tokens` are those of the sampling slices, in batch order. None in place of a token ends
+        the request with an error. Returns the requests that went on or ended, with their new
+        tokens.
+        """
+        return self._outcomes.computed(batch, tokens)
+
+    def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[Outcome]:
+        """Both at once, for a step that was computed as it was launched."""
+        self.launched(batch)
+        return self.computed(batch, tokens)
 
     def fail(self, batch: Batch) -> list[Request]:
         """Ends the requests of a batch whose step failed."""
@@ -197,7 +202,8 @@ class Scheduler:
         preemptions = self.num_preemptions
         for request in list(self.running):
             end = request.num_tokens
-            if end - request.num_computed == 1 and self._grow(request, end):
+            decodes = end - request.num_computed == 1 and not request.is_ending
+            if decodes and self._grow(request, end):
                 batch.append(self._slice(request, end - 1, end))
         if self.num_preemptions == preemptions:
             return batch
@@ -286,20 +292,12 @@ class Scheduler:
 
     def _take_back(self, request: Request) -> None:
         """Takes a request's blocks away; it waits first in line and is computed again."""
+        assert not request.is_pending, "a token is lost"
         self.running.remove(request)
         self._release(request)
         request.status = Status.WAITING
         request.num_preemptions += 1
         self._queue.put_back(request)
-
-    def _append(self, request: Request, token: int | None) -> list[int]:
-        if token is None:
-            self._end(request, FinishReason.ERROR)
-            return []
-        request.output.append(token)
-        if reason := end_of(request, self._eos, self._max_model_len):
-            self._end(request, reason)
-        return [token]
 
     def _release(self, request: Request) -> None:
         self._pool.free(request.blocks)
@@ -313,6 +311,8 @@ class Scheduler:
             self._queue.remove(request)
         if reason is FinishReason.ERROR:
             self._pool.forget(request.blocks)  # what they hold may be what was wrong
+        if request.is_pending:
+            request.output.pop()
         self._release(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
