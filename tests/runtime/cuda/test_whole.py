@@ -2,6 +2,7 @@
 
 import emulated_codes  # noqa: F401
 import pytest
+import torch
 from graph_driver import graph_driver, runner_of, views_of
 from swap_driver import Driver, prompt_of, tiny_model
 from tape_graphs import TapeGpu
@@ -19,6 +20,7 @@ def outputs(driver: Driver) -> list[list[int]]:
     return [request.output for request in driver.requests.values()]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
 # What a padded sequence attends to is nothing; what comes of that is thrown away.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 def test_graphs_of_the_cuda_kernels_give_the_tokens_of_the_reference() -> None:
