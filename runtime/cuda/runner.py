@@ -4,15 +4,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from morphserve.runtime.cuda.gpu import Gpu, Mark
+from morphserve.configs.schema import SchedulerConfig
+from morphserve.runtime.cuda.gpu import CudaGpu, Gpu, Mark
 from morphserve.runtime.cuda.graphs import StepGraphs, Tally
 from morphserve.runtime.cuda.inputs import Inputs, Limits
 from morphserve.runtime.cuda.kinds import one_of_each
+from morphserve.runtime.cuda.sampler import DeviceSampler
 from morphserve.runtime.cuda.step import ModelStep, StepKernels
 from morphserve.runtime.kernels import LayerWeights
 from morphserve.runtime.model import Model
@@ -33,7 +35,9 @@ _WAYS_TO_SAMPLE = (
 class Drawn(Protocol):
     """What a sampler was asked for."""
 
-    tokens: Tensor  # int32 on the device, of each row; -1 where the row is not finite
+    @property
+    def tokens(self) -> Tensor:
+        """int32 on the device, of each row; -1 where the row is not finite."""
 
     def result(self) -> list[Sampled]:
         """The same on the host, once it is there."""
@@ -170,6 +174,18 @@ class CudaRunner:
             torch.clamp(drawn.tokens, min=0, out=self._inputs.chosen[: len(requests)])
         self._rows = {request: row for row, request in enumerate(requests)}
         return Launched(drawn, self._gpu.mark())
+
+
+def cuda_runner(model: Model, limits: SchedulerConfig, eos_token_ids: Sequence[int]) -> CudaRunner:
+    """On the current GPU, for a model whose tensors lie there. Its graphs come with `warm_up`."""
+    max_model_len = len(model.cos_sin)
+    sizes = Limits(
+        max_tokens=max(limits.max_num_batched_tokens, limits.max_num_seqs),
+        max_seqs=limits.max_num_seqs,
+        max_blocks=-(-max_model_len // model.shape.block_tokens),
+    )
+    kernels = cast(StepKernels, model.kernels)  # those of CUDA have more than the protocol says
+    return CudaRunner(CudaGpu(), kernels, model, DeviceSampler(eos_token_ids), sizes)
 
 
 def _is_decode(batch: Batch) -> bool:
