@@ -1,6 +1,5 @@
 """From an engine's settings to its parts: the one place where they are put together."""
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,6 @@ from morphserve.runtime.scheduler import Scheduler
 from morphserve.runtime.sizing import outline_model
 from morphserve.runtime.swapper import Swapper
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceParts(Parts):
@@ -59,7 +56,6 @@ def build(config: EngineConfig, model: LoadedModel) -> DeviceParts:
     if activation_bytes is not None:
         parts.hello.startup_s["measuring"] = measured - loaded
     parts.hello.startup_s["arena"] = time.monotonic() - measured
-    logger.info("%s computes with the %s kernels", device.name, model.kernels.name)
     return parts
 
 

@@ -76,7 +76,8 @@ def test_the_file_may_name_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_flag_reaches_the_setting_it_names(start: Started) -> None:
     words = (
-        "--dtype float32 --threads 3 --kernels reference --seed 7 --served-model-name nice "
+        "--dtype float32 --threads 3 --device cpu --kernels reference --seed 7 "
+        "--served-model-name nice "
         "--memory-budget 64MiB --max-model-len 128 --no-enable-prefix-caching --block-size 8 "
         "--max-num-seqs 4 --max-num-batched-tokens 99 --max-num-queued-reqs 5 "
         "--max-num-queued-tokens 600 --queue-timeout 2.5 --slo ttft=1s --order back-to-front "
@@ -86,6 +87,7 @@ def test_every_flag_reaches_the_setting_it_names(start: Started) -> None:
     engine, server = start(*words.split(), MORPH_API_KEY="one two", MORPH_ADMIN_KEY="root")
     cache, scheduler = engine.cache, engine.scheduler
     assert (engine.dtype, engine.threads, engine.kernels) == ("float32", 3, "reference")
+    assert (engine.device, engine.unset) == ("cpu", {"min_run_bytes"})
     assert (engine.seed, engine.order, engine.slo) == (7, "back-to-front", Slo(1.0))
     assert (cache.memory_budget, cache.block_tokens) == (64 * 2**20, 8)
     assert not cache.enable_prefix_caching
@@ -155,7 +157,10 @@ def test_a_wrong_value_names_the_variable_it_came_from() -> None:
         ("--overload-status 500", "--overload-status must be 503 or 429, not 500"),
         ("--json", "--json prints the memory plan: add --dry-run"),
         ("--log-format xml", "--log-format must be text or json, not 'xml'"),
-        ("--max-num-seqs 9 --max-num-batched-tokens 8", "--max-num-batched-tokens (8) must be at l"),
+        (
+            "--max-num-seqs 9 --max-num-batched-tokens 8",
+            "--max-num-batched-tokens (8) must be at l",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_with_its_flag(start: Started, words: str, sentence: str) -> None:
