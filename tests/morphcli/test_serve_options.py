@@ -109,6 +109,16 @@ def test_every_flag_reaches_the_setting_it_names(start: Started) -> None:
     )
 
 
+def test_what_is_left_out_is_the_devices_to_choose(start: Started) -> None:
+    engine, _ = start()
+    assert (engine.device, engine.kernels) == ("auto", "auto")
+    names = {"block_tokens", "min_run_bytes", "max_num_seqs", "max_num_batched_tokens"}
+    assert engine.unset == names
+    engine, _ = start("--max-num-seqs", "8", "--gpu-memory-utilization", "0.5")
+    assert engine.unset == names - {"max_num_seqs"}
+    assert engine.cache.gpu_memory_utilization == 0.5
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -155,6 +165,11 @@ def test_a_wrong_value_names_the_variable_it_came_from() -> None:
     [
         ("--queue-timeout 0", "--queue-timeout must be above 0 seconds, not 0: leave it out for"),
         ("--overload-status 500", "--overload-status must be 503 or 429, not 500"),
+        (
+            "--memory-budget 1GiB --gpu-memory-utilization 0.8",
+            "--memory-budget and --gpu-memory-utilization both say how much memory is used",
+        ),
+        ("--gpu-memory-utilization 1.1", "a share above 0 and at most 1, not 1.1"),
         ("--json", "--json prints the memory plan: add --dry-run"),
         ("--log-format xml", "--log-format must be text or json, not 'xml'"),
         (
