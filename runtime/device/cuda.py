@@ -15,6 +15,7 @@ from morphserve.runtime.device.link import Bytes, Event
 from morphserve.runtime.device.pinning import Cudart, pin
 from morphserve.runtime.device.streams import StreamLink
 from morphserve.runtime.device.uploading import Uploading
+from morphserve.runtime.layers import Layers
 from morphserve.runtime.layout import DeviceMemory
 from morphserve.runtime.model import Model
 from morphserve.runtime.parts import Runner
@@ -109,6 +110,9 @@ class CudaDevice:
 
     def runner(self, model: Model, limits: SchedulerConfig, eos_token_ids: Sequence[int]) -> Runner:
         return PlainRunner(Uploading.of(model), eos_token_ids)
+
+    def warm_up(self, runner: Runner, layers: Layers) -> None:
+        """Steps compile what they need as they come."""
 
 
 class CudaStream:
