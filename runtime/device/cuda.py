@@ -128,12 +128,12 @@ class CudaStream:
         return self._own or torch.cuda.current_stream(self._device)
 
     def copy(self, destination: Bytes, source: Bytes) -> None:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._own):
             cast(Tensor, destination).copy_(cast(Tensor, source), non_blocking=True)
 
     def pause(self) -> None:
         """A kernel: a copy of one byte, or a fill, might be given to the engine that copies."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._own):
             self._spacer.add_(1)
 
     def record(self) -> Event:
