@@ -186,6 +186,8 @@ class Layers:
     @property
     def views(self) -> list[list[LayerWeights]]:
         """Of each layer, its weights in each variant that it may come to have."""
+        if not self._plan.staging:
+            return [[weights] for weights in self.active]
         return [list(of_layer) for of_layer in zip(*self._views.values(), strict=True)]
 
     def stage(self, weights: LayerWeights) -> LayerWeights:
