@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.rigs import build_rigs
 from morphserve.runtime.runner import Runner, pack
 from morphserve.runtime.scheduler import Slice
+from morphserve.runtime.stopwatch import Preparation, Work, seconds_alone, stopwatch
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # requests that decode at once
@@ -139,12 +141,14 @@ def _layers(parts: DeviceParts, tokens: int) -> Iterator[Run]:
     length = min(tokens, longest) if tokens >= PROMPT_TOKENS else 1
     with _requests(parts, tokens // length, length) as requests:
         meta = _last_tokens(parts, requests, length)
+        works = [partial(_pass, model, meta)]
+        if length > 1:
+            works += [partial(_attending, model, cache, meta) for cache in model.caches]
+        watch = stopwatch(_device(parts), works)
 
         def run() -> list[float]:
-            seconds = _pass_s(model, meta)
-            if length > 1:
-                seconds -= sum(_attention_s(model, cache, meta) for cache in model.caches)
-            return [max(seconds, LEAST_S) / len(model.layers)]
+            seconds, *attention = watch()
+            return [max(seconds - sum(attention), LEAST_S) / len(model.layers)]
 
         yield run
 
@@ -159,25 +163,25 @@ def _attention(parts: DeviceParts, num_seqs: int, query_tokens: int, context: in
     with _requests(parts, num_seqs, context) as requests:
         meta = _last_tokens(parts, requests, query_tokens)
         alone = _first_tokens(parts, requests)
+        works: list[Preparation] = []
+        for layer, cache in zip(model.layers, model.caches, strict=True):
+            works.append(partial(_pass, replace(model, layers=[layer], caches=[cache]), alone))
+            works += [partial(_attending, model, cache, at) for at in (meta, alone)]
+        watch = stopwatch(_device(parts), works)
 
         def run() -> list[float]:
-            spent = []
-            for layer, cache in zip(model.layers, model.caches, strict=True):
-                _pass_s(replace(model, layers=[layer], caches=[cache]), alone)
-                whole_s = _attention_s(model, cache, meta)
-                spent.append(max(whole_s - _attention_s(model, cache, alone), LEAST_S))
-            return spent
+            spent = watch()
+            return [max(a - b, LEAST_S) for a, b in zip(spent[1::3], spent[2::3], strict=True)]
 
         yield run
 
 
-def _attention_s(model: Model, cache: Tensor, meta: BatchMeta) -> float:
+def _attending(model: Model, cache: Tensor, meta: BatchMeta) -> Work:
+    """A layer's attention."""
     kernels, shape = model.kernels, model.shape
-    q = torch.ones(len(meta.positions), shape.num_heads, shape.head_dim)
+    q = torch.ones(len(meta.positions), shape.num_heads, shape.head_dim, device=cache.device)
     q = q.to(kernels.activation_dtype(cache.dtype))
-    started = time.perf_counter()
-    kernels.attention(q, cache, meta, shape)
-    return time.perf_counter() - started
+    return partial(kernels.attention, q, cache, meta, shape)
 
 
 @contextmanager
@@ -199,9 +203,7 @@ def _rest(parts: DeviceParts, rows: int) -> Iterator[Run]:
 
         def run() -> list[float]:
             run_layers()
-            started = time.perf_counter()
-            step()
-            return [time.perf_counter() - started]
+            return [seconds_alone(_device(parts), step)]
 
         step()  # the prompts
         yield run
@@ -209,16 +211,20 @@ def _rest(parts: DeviceParts, rows: int) -> Iterator[Run]:
         parts.scheduler.abort(str(i))
 
 
-def _pass_s(model: Model, meta: BatchMeta) -> float:
-    """Seconds of the model's layers."""
-    dtype = model.kernels.activation_dtype(model.static.norm.dtype)
-    residual = torch.ones(len(meta.positions), model.static.norm.numel(), dtype=dtype)
-    rows = torch.arange(len(residual))
-    started = time.perf_counter()
-    model.kernels.run_layers(
-        residual, model.layers, model.caches, meta, model.shape, model.cos_sin, rows
+def _pass(model: Model, meta: BatchMeta) -> Work:
+    """The model's layers. Each norms what it reads, so that it may be what the last pass left."""
+    norm = model.static.norm
+    dtype = model.kernels.activation_dtype(norm.dtype)
+    residual = torch.ones(len(meta.positions), norm.numel(), dtype=dtype, device=norm.device)
+    rows = torch.arange(len(residual), device=norm.device)
+    return partial(
+        model.kernels.run_layers,
+        *(residual, model.layers, model.caches, meta, model.shape, model.cos_sin, rows),
     )
-    return time.perf_counter() - started
+
+
+def _device(parts: DeviceParts) -> torch.device:
+    return parts.model.static.norm.device
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Paged attention: decode in TB/s of K and V read, prefill in TFLOP/s, against FlashAttention 3."""
 
+from functools import partial
+
 from bench import Bench, Gate
 from caches import Caches, attention_shape, cut, meta_of, random_bytes
 from sizes import ATTENTION_US, PREFILL_US
@@ -38,8 +40,7 @@ def _decode(bench: Bench, caches: Caches, tokens: int, batch: int, context: int,
     q = bench.random(batch, shape.num_heads, shape.head_dim)
     plan = plan_splits(meta, shape)
     works = [
-        (lambda cache=caches.layer(i): attention(q, cache, meta, plan, shape))
-        for i in range(caches.num_layers)
+        partial(attention, q, caches.layer(i), meta, plan, shape) for i in range(caches.num_layers)
     ]
     spent_s = bench.seconds(works)
     num_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim * batch * context
@@ -64,7 +65,7 @@ def _prefill(bench: Bench, caches: Caches, tokens: int, prompt: int) -> None:
     q = bench.random(prompt, shape.num_heads, shape.head_dim)
     plan = plan_splits(meta, shape)
     works = [
-        (lambda cache=caches.layer(i): attention(q, cache, meta, plan, shape))
+        partial(attention, q, caches.layer(i), meta, plan, shape)
         for i in range(min(4, caches.num_layers))
     ]
     spent_s = bench.seconds(works)

@@ -1,11 +1,11 @@
 """A layer's four linears together: cuBLAS against published times, INT4 and INT8 against cuBLAS."""
 
-from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from bench import Bench, Gate
 from sizes import LINEARS_US
-from torch import Tensor
 from weights import linear_shapes, packed, random_quantised
 
 from morphserve.runtime.kernels import Linear
@@ -57,9 +57,7 @@ def _one(
 ) -> float:
     """Microseconds of one linear, its weight read from memory."""
     x = bench.random(rows, inputs)
-    works: list[Callable[[], Tensor]] = [
-        (lambda weight=weight: kernels.linear(x, weight)) for weight in copies
-    ]
+    works = [partial(kernels.linear, x, weight) for weight in copies]
     spent_us = bench.seconds(works, 0.02) * 1e6
     bench.figures.add(line, f"M{rows} us", spent_us, in_table=False)
     return spent_us
@@ -73,8 +71,6 @@ def _random(bench: Bench, kernels: CudaKernels, outputs: int, inputs: int, bits:
 
 def _copies(weight: Linear) -> list[Linear]:
     """The same in other places, until no cache holds them all."""
-    from dataclasses import fields, replace
-
     tensors = {
         field.name: getattr(weight, field.name)
         for field in fields(weight)

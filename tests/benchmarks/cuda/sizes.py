@@ -77,10 +77,17 @@ TINY = Sizes(
 
 # Published measurements of vLLM 0.24's kernels (FlashAttention 3) on an H200, 8B shape, from
 # ai-dynamo/aiconfigurator, systems/data/h200_sxm: microseconds of one layer's decode attention.
-ATTENTION_US = {
-    **{(1, 1024): 13.6, (8, 1024): 17.4, (32, 1024): 46.8, (64, 1024): 80.7},
-    **{(128, 1024): 148.6, (256, 1024): 272.5},
-    **{(1, 4096): 16.6, (8, 4096): 49.4, (32, 4096): 135.5, (64, 4096): 270.9},
+ATTENTION_US = {  # by (batch, context)
+    (1, 1024): 13.6,
+    (8, 1024): 17.4,
+    (32, 1024): 46.8,
+    (64, 1024): 80.7,
+    (128, 1024): 148.6,
+    (256, 1024): 272.5,
+    (1, 4096): 16.6,
+    (8, 4096): 49.4,
+    (32, 4096): 135.5,
+    (64, 4096): 270.9,
     (128, 4096): 492.6,
 }
 PREFILL_US = {1024: 35.0, 4096: 268.0, 16384: 3370.0}  # one layer's attention over one prompt

@@ -1,4 +1,4 @@
-"""Copies from pinned host memory: how fast, and what they do to small ones of a step beside them."""
+"""Copies from pinned host memory: how fast, and how long a step's small ones wait for them."""
 
 import statistics
 import time
