@@ -8,6 +8,7 @@ A KV page holds one block of one layer in 2 * G * D * B items, in a layout of th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
@@ -206,16 +207,30 @@ class Kernels(Protocol):
 
 
 def load_kernels(device: str) -> Kernels:
-    """The kernels for `cpu`, or `reference` for the plain torch ones. Imports only that module.
+    """The kernels for `cpu` or `cuda`, or `reference` for the plain torch ones.
 
-    Raises ConfigError for any other name.
+    Imports only that module. Raises ConfigError for any other name, and where what the kernels
+    are written in is not installed.
     """
-    if device not in ("cpu", "reference"):
-        raise ConfigError(f"there are no kernels {device!r}: use cpu or reference")
     if device == "reference":
         from morphserve.runtime.kernels.reference import ReferenceKernels
 
         return ReferenceKernels()
-    from morphserve.runtime.kernels.cpu import cpu_kernels
+    if device == "cpu":
+        from morphserve.runtime.kernels.cpu import cpu_kernels
 
-    return cpu_kernels()
+        return cpu_kernels()
+    if device == "cuda":
+        return _cuda_kernels()
+    raise ConfigError(f"there are no kernels {device!r}: use cpu, cuda or reference")
+
+
+def _cuda_kernels() -> Kernels:
+    if find_spec("triton") is None:
+        raise ConfigError(
+            "the kernels for cuda need Triton, which is not installed: install torch for CUDA "
+            "(it brings Triton), or serve with the cpu kernels"
+        )
+    from morphserve.runtime.kernels.cuda.kernels import CudaKernels
+
+    return CudaKernels()

@@ -53,6 +53,12 @@ def cpu_pages(cache: Tensor, shape: AttentionShape) -> Tensor:
     return torch.cat([pairs.flatten(1), values.flatten(1)], dim=1)
 
 
+def cuda_pages(cache: Tensor, shape: AttentionShape) -> Tensor:
+    """The reference's pages in the layout of the CUDA kernels: K [G, B, D], then V [G, B, D]."""
+    k, v = split_pages(cache, shape)
+    return torch.cat([k.transpose(2, 3).flatten(1), v.flatten(1)], dim=1)
+
+
 def rotations(num_positions: int, head_dim: int) -> Tensor:
     """[num_positions, head_dim]: cosines, then sines, of random angles."""
     angles = torch.rand(num_positions, head_dim // 2) * 6.28

@@ -1,0 +1,50 @@
+"""What both attention kernels do with a tile of tokens: find it in its pages, and weigh it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_pages(table_row, first, end, TILE: tl.constexpr, B: tl.constexpr):
+    """Pages of the tile of tokens from `first` on, which TILE divides; 0 from token `end` on."""
+    block = table_row + first // B
+    pages = (tl.load(block, mask=first < end, other=0),)
+    for i in tl.static_range(1, TILE // B):
+        pages = pages + (tl.load(block + i, mask=first + i * B < end, other=0),)
+    return pages
+
+
+@triton.jit
+def token_offsets(
+    pages,
+    first,
+    page_stride,
+    TILE: tl.constexpr,
+    B: tl.constexpr,
+    D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Where K of the tile's tokens lies from a head's K in page 0: int64 [TILE].
+
+    ALIGNED divides D and page_stride: what the compiler can't prove, and wide loads need.
+    """
+    row = tl.arange(0, TILE)
+    if TILE <= B:
+        slot = first % B + row
+        offsets = (slot * D).to(tl.int64) + pages[0].to(tl.int64) * page_stride
+    else:
+        offsets = (row % B * D).to(tl.int64)
+        for i in tl.static_range(TILE // B):
+            offsets += tl.where(row // B == i, pages[i].to(tl.int64) * page_stride, 0)
+    return tl.multiple_of(offsets, ALIGNED)
+
+
+@triton.jit
+def weigh(scores, highest, scale):
+    """Softmax weights 2^(scale * scores) of [M, TILE], relative to their rows' highest so far.
+
+    `highest` [M] is that of former tiles, scaled. Returns the weights, the new highest, and the
+    factor [M] that makes of sums under the former highest sums under the new one.
+    """
+    raised = tl.maximum(highest, tl.max(scores, 1) * scale)
+    return tl.exp2(scores * scale - raised[:, None]), raised, tl.exp2(highest - raised)
