@@ -18,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +63,22 @@ class Compiled:
     shared_bytes: int  # per program; Triton asks for all of it at launch
     programs_per_sm: int  # that fit at once
     counts: dict[str, int]  # instructions by kind, see sass.py
-    loop: dict[str, int]  # the same of the innermost loop with the most arithmetic
+    loop: dict[str, int]  # of the innermost loop with the most arithmetic; {}: none
 
 
 def compile_launches(target: str, archs: Sequence[int] = (90,)) -> list[Compiled]:
-    """Every kernel that `target`, "file.py:function" or "module:function", launches."""
+    """Every kernel that `target`, "file.py:function" or "module:function", launches.
+
+    A process for each architecture, side by side.
+    """
+    with ThreadPoolExecutor() as pool:
+        return [kernel for of in pool.map(partial(_compile, target), archs) for kernel in of]
+
+
+def _compile(target: str, arch: int) -> list[Compiled]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "kernels.json"
-        command = [sys.executable, __file__, target, "--arch", *map(str, archs)]
+        command = [sys.executable, __file__, target, "--arch", str(arch)]
         done = subprocess.run(
             [*command, "--json", str(result)],
             env=_environment(),
@@ -177,7 +187,7 @@ def _examined(kernel: Any, grids: list[tuple[int, ...]], arch: int) -> Compiled:
         shared_bytes=shared,
         programs_per_sm=_programs(ARCHITECTURES[arch], code.registers, warps, shared),
         counts=sass.count(code.instructions),
-        loop=sass.count(sass.hottest_loop(code.instructions)),
+        loop=sass.count(loop) if (loop := sass.hottest_loop(code.instructions)) else {},
     )
 
 
@@ -216,18 +226,19 @@ def _compile_only() -> None:
 
 def table(kernels: Sequence[Compiled]) -> str:
     head = (
-        f"{'kernel':28} {'sm':>3} {'grid':>14} {'warps':>5} {'regs':>5} {'spill':>5} {'KiB':>6} "
-        f"{'/SM':>4} {'instr':>6}  all | innermost loop"
+        f"{'kernel':20} {'sm':>3} {'grid':>12} {'warps':>5} {'regs':>4} {'spill':>5} {'KiB':>5} "
+        f"{'/SM':>3} {'instr':>5}  innermost loop, or all where there is none; constants"
     )
     return "\n".join([head, *map(_row, kernels)])
 
 
 def _row(kernel: Compiled) -> str:
     grid = "x".join(map(str, kernel.grid)) + (f" *{kernel.launches}" if kernel.launches > 1 else "")
+    constants = " ".join(f"{name}={value}" for name, value in kernel.constants.items())
     return (
-        f"{kernel.name[:28]:28} {kernel.arch:3} {grid:>14} {kernel.warps:5} {kernel.registers:5} "
-        f"{kernel.spilled_bytes:5} {kernel.shared_bytes / 1024:6.1f} {kernel.programs_per_sm:4} "
-        f"{kernel.counts['all']:6}  {_kinds(kernel.counts)} | {_kinds(kernel.loop)}"
+        f"{kernel.name[:20]:20} {kernel.arch:3} {grid:>12} {kernel.warps:5} {kernel.registers:4} "
+        f"{kernel.spilled_bytes:5} {kernel.shared_bytes / 1024:5.1f} {kernel.programs_per_sm:3} "
+        f"{kernel.counts['all']:5}  {_kinds(kernel.loop or kernel.counts)}; {constants}"
     )
 
 
