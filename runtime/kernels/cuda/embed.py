@@ -32,7 +32,7 @@ def _embedded(tokens: Tensor, table: FullLinear, zeros: Tensor | None) -> Tensor
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def _embed_kernel(
     tokens,  # [M]
     table,  # [vocab, HIDDEN]

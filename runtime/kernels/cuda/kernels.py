@@ -21,9 +21,10 @@ from morphserve.runtime.kernels import (
     QuantizedLinear,
 )
 from morphserve.runtime.kernels.cuda import embed, packing, pointwise, rope, sampling
-from morphserve.runtime.kernels.cuda.attention import SplitPlan, attention, plan_splits
+from morphserve.runtime.kernels.cuda.attention import attention
 from morphserve.runtime.kernels.cuda.linear import linear
 from morphserve.runtime.kernels.cuda.sampling import DeviceDraws
+from morphserve.runtime.kernels.cuda.splits import SplitPlan, plan_splits
 
 _GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
 

@@ -55,7 +55,8 @@ def _normed(
     return out
 
 
-@triton.jit
+# Neither the number of rows nor where their list starts is worth compiling anew for.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows"])
 def _norm_kernel(
     x,  # [M, HIDDEN]
     residual,  # [M, HIDDEN]; None: nothing is added

@@ -44,7 +44,8 @@ def rope_write_kv(
     return q
 
 
-@triton.jit
+# Where a batch's numbers start changes nothing: else each other place would be compiled for anew.
+@triton.jit(do_not_specialize_on_alignment=["positions", "token_page", "token_slot"])
 def _rope_kernel(
     qkv,  # [M, (Q_HEADS + 2 * KV_HEADS) * 2 * HALF]
     q,  # [M, Q_HEADS, 2 * HALF]
@@ -77,17 +78,17 @@ def _rope_kernel(
     source = qkv + token * ((Q_HEADS + 2 * KV_HEADS) * 2 * HALF) + place
     first = tl.load(source, mask=known, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=known, other=0.0).to(tl.float32)
-    # Loaded for each head again, from cache: so each thread gets what belongs to its channels.
-    turn = cos_sin + position * (2 * HALF) + head * 0 + i
+    # Of all heads the same, but loaded for each: so a thread gets what belongs to its channels.
+    column = head * 0 + i
+    turn = cos_sin + position * (2 * HALF) + column
     cos = tl.load(turn, mask=known, other=0.0)
     sin = tl.load(turn + HALF, mask=known, other=0.0)
     x, y = first, second
     if q_weight is not None:
         square = tl.sum(first * first + second * second, axis=1) / (2 * HALF)
         scale = tl.rsqrt(square + eps)[:, None]
-        gain = tl.where(is_q, q_weight, k_weight) + i
-        x *= scale * tl.load(gain, mask=known, other=0.0).to(tl.float32)
-        y *= scale * tl.load(gain + HALF, mask=known, other=0.0).to(tl.float32)
+        x *= scale * _gain(q_weight + column, k_weight + column, is_q, known)
+        y *= scale * _gain(q_weight + HALF + column, k_weight + HALF + column, is_q, known)
     left = tl.where(is_v, first, x * cos - y * sin)
     right = tl.where(is_v, second, y * cos + x * sin)
 
@@ -100,3 +101,11 @@ def _rope_kernel(
     written = (head >= first_written) & known
     tl.store(kv_row, left.to(cache.dtype.element_ty), mask=written)
     tl.store(kv_row + HALF, right.to(cache.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _gain(q_weight, k_weight, is_q, known):
+    """Of the norm of each head, from pointers [HEADS, BLOCK] to both norms' weights."""
+    of_q = tl.load(q_weight, mask=known & is_q, other=0.0)
+    of_k = tl.load(k_weight, mask=known & (is_q == 0), other=0.0)
+    return tl.where(is_q, of_q, of_k).to(tl.float32)
