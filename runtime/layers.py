@@ -9,6 +9,7 @@ from torch import Tensor
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 from morphserve.runtime.arena import Arena
+from morphserve.runtime.device.pinning import PAGE_BYTES
 from morphserve.runtime.kernels import (
     FullLinear,
     Kernels,
@@ -111,11 +112,18 @@ def _pack(tensors: Mapping[str, Tensor], num_outputs: Mapping[str, int], bits: i
     for name, tensor in tensors.items():
         specs[name] = TensorSpec(end, tuple(tensor.shape), tensor.dtype)
         end = align(end + tensor.numel() * tensor.element_size())
-    host = torch.zeros(end, dtype=torch.uint8)
+    host = _whole_pages(end)
     for name, tensor in tensors.items():
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         host[specs[name].offset : specs[name].offset + raw.numel()] = raw
     return Image(specs, num_outputs, bits, host)
+
+
+def _whole_pages(num_bytes: int) -> Tensor:
+    """Zeros in pages of their own, so that these can be locked for a device to read."""
+    memory = torch.zeros(align(num_bytes, PAGE_BYTES) + PAGE_BYTES, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE_BYTES
+    return memory[start : start + num_bytes]
 
 
 def weights_at(arena: Arena, offset: int, image: Image) -> LayerWeights:

@@ -86,7 +86,7 @@ async def live(
 def _serving(
     engine: EngineClient, tokenizer: Tokenizer, config: EngineConfig, server: ServerConfig
 ) -> Serving:
-    max_requests = config.scheduler.max_num_seqs + server.max_queued
+    max_requests = engine.hello.max_num_seqs + server.max_queued
     # Morph first, refuse last: what may wait is measured by the cache of the deepest rung.
     cache_tokens = engine.hello.capacities[-1] * engine.hello.block_tokens
     admission = Admission(

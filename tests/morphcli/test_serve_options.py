@@ -155,7 +155,7 @@ def test_a_wrong_value_names_the_variable_it_came_from() -> None:
         ("--overload-status 500", "--overload-status must be 503 or 429, not 500"),
         ("--json", "--json prints the memory plan: add --dry-run"),
         ("--log-format xml", "--log-format must be text or json, not 'xml'"),
-        ("--max-num-batched-tokens 8", "--max-num-batched-tokens (8) must be at least --max-num-"),
+        ("--max-num-seqs 9 --max-num-batched-tokens 8", "--max-num-batched-tokens (8) must be at l"),
     ],
 )
 def test_a_wrong_value_is_told_with_its_flag(start: Started, words: str, sentence: str) -> None:
