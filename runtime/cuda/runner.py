@@ -1,0 +1,149 @@
+"""Starts one step after the other on the GPU; what they chose is read one step late."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from morphserve.runtime.cuda.gpu import Gpu, Mark
+from morphserve.runtime.cuda.graphs import StepGraphs, Tally
+from morphserve.runtime.cuda.inputs import Inputs, Limits
+from morphserve.runtime.cuda.step import ModelStep, StepKernels
+from morphserve.runtime.kernels import LayerWeights
+from morphserve.runtime.model import Model
+from morphserve.runtime.parts import Sampled
+from morphserve.runtime.request import Request, SamplingParams
+from morphserve.runtime.scheduler import Batch, Slice
+
+logger = logging.getLogger(__name__)
+
+
+class Drawn(Protocol):
+    """What a sampler was asked for."""
+
+    tokens: Tensor  # int32 on the device, of each row; -1 where the row is not finite
+
+    def result(self) -> list[Sampled]:
+        """The same on the host, once it is there."""
+
+
+class Sampler(Protocol):
+    def launch(self, logits: Tensor, requests: Sequence[Request]) -> Drawn:
+        """Draws the next token of each request from its row of float32 logits, overwriting them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that the device is at."""
+
+    drawn: Drawn | None  # None: nothing is sampled
+    end: Mark
+
+    def result(self) -> list[Sampled]:
+        """Waits for the step: what each sampling slice got, in batch order."""
+        if self.drawn is not None:
+            return self.drawn.result()
+        self.end.synchronize()
+        return []
+
+
+class CudaRunner:
+    """Everything is asked of the compute stream, in order; the host waits in `result` alone."""
+
+    overlaps = True  # `launch` returns before the step has been computed
+
+    def __init__(
+        self, gpu: Gpu, kernels: StepKernels, model: Model, sampler: Sampler, limits: Limits
+    ) -> None:
+        assert limits.max_tokens >= limits.max_seqs
+        self._limits, self._block_tokens = limits, model.shape.block_tokens
+        self._gpu, self._sampler = gpu, sampler
+        self._inputs = Inputs(gpu, limits, self._block_tokens)
+        self._step = ModelStep(kernels, model, self._inputs, limits.max_seqs)
+        self._graphs = StepGraphs(gpu, self._step, self._inputs.blank, limits.max_seqs)
+        self._rows: dict[Request, int] = {}  # whose token the latest step chose, and where it lies
+
+    @property
+    def tally(self) -> Tally:
+        """What was captured, and how steps were run."""
+        return self._graphs.tally
+
+    def launch(self, batch: Batch) -> Launched:
+        """Starts one forward pass. The result of the last but one must have been read."""
+        graphs = self._graphs.find(len(batch)) if _is_decode(batch) else None
+        if graphs is not None:
+            packed = self._inputs.load(batch, self._rows, graphs.size)
+            graphs.run()
+        else:
+            packed = self._inputs.load(batch, self._rows, len(batch))
+            self._step.whole(self._step.active, packed.num_tokens, packed.num_seqs, packed.num_rows)
+        self._graphs.count("eager" if graphs is None else graphs.how)
+        return self._choose([piece.request for piece in batch if piece.samples])
+
+    def idle(self) -> bool:
+        """Does some work that spares later steps time; False if there is none. 20 to 40 ms."""
+        return self._graphs.capture_wanted()
+
+    def warm_up(
+        self, views: Sequence[Sequence[LayerWeights]], samples: Sequence[LayerWeights]
+    ) -> None:
+        """Compiles what steps may need, and captures decode steps.
+
+        views: of each layer, the weights in each variant that it may come to have.
+        samples: weights of each kind among these that are in place now, wherever they lie.
+        """
+        began = time.monotonic()
+        for num_tokens in _prompt_lengths(self._longest):
+            self.rehearse(num_tokens, samples)
+        logger.info("kernels compiled in %.1f s", time.monotonic() - began)
+        self._graphs.capture_first()
+        self._graphs.capture_pieces(views, samples)
+        tally = self.tally
+        captured, mib = tally.whole + tally.pieces, tally.num_bytes / 2**20
+        logger.info("captured %d graphs in %.1f s, %.0f MiB", captured, tally.seconds, mib)
+
+    def rehearse(self, num_tokens: int, samples: Sequence[LayerWeights] = ()) -> None:
+        """Runs a step of so many tokens that leaves nothing behind; with each sample, too.
+
+        All but one of the tokens are a prompt.
+        """
+        batch = [self._made_up(count) for count in (num_tokens - 1, 1) if count]
+        self._inputs.load(batch, {}, len(batch))
+        self._inputs.meta(num_tokens, len(batch)).token_page.fill_(-1)
+        for layers in (self._step.active, *([weights] for weights in samples)):
+            whole = partial(self._step.whole, layers, num_tokens, len(batch), len(batch))
+            self._gpu.rehearse(whole)
+
+    def _made_up(self, num_tokens: int) -> Slice:
+        blocks = [0] * -(-num_tokens // self._block_tokens)
+        request = Request("", [0] * num_tokens, SamplingParams(1), 0.0, blocks=blocks)
+        return Slice(request, 0, num_tokens)
+
+    @property
+    def _longest(self) -> int:
+        return min(self._limits.max_tokens, self._limits.max_blocks * self._block_tokens)
+
+    def _choose(self, requests: Sequence[Request]) -> Launched:
+        """Has the next tokens drawn from the logits, and keeps them for the next step."""
+        self._rows = {request: row for row, request in enumerate(requests)}
+        if not requests:
+            return Launched(None, self._gpu.mark())
+        drawn = self._sampler.launch(self._step.logits[: len(requests)], requests)
+        # A row that is not finite has token -1: its request ends, but a step may be under way.
+        torch.clamp(drawn.tokens, min=0, out=self._inputs.chosen[: len(requests)])
+        return Launched(drawn, self._gpu.mark())
+
+
+def _is_decode(batch: Batch) -> bool:
+    return all(piece.end - piece.start == 1 for piece in batch)
+
+
+def _prompt_lengths(longest: int) -> list[int]:
+    """Lengths whose kernels are compiled at the start: powers of two, and one more than each."""
+    powers = [2**i for i in range(1, longest.bit_length())]
+    return sorted({*powers, *(power + 1 for power in powers if power < longest), longest})

@@ -1,0 +1,1 @@
+from plain_unpack import fast_unpack as fast_unpack
