@@ -1,6 +1,5 @@
 """Turns the step loop over parts that it is given."""
 
-import logging
 import random
 
 import msgspec
@@ -9,6 +8,7 @@ from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.control import Control
 from morphserve.runtime.forecast import forecaster
+from morphserve.runtime.in_flight import Steps
 from morphserve.runtime.ladder import DEPTH, lowest
 from morphserve.runtime.messages import (
     Event,
@@ -17,16 +17,11 @@ from morphserve.runtime.messages import (
     Snapshot,
     Step,
     Submit,
-    TokenLogprobs,
-    TokenOutput,
 )
 from morphserve.runtime.monitor import Facts, Monitor
-from morphserve.runtime.parts import SYSTEM_CLOCK, Clock, Parts, Sampled
-from morphserve.runtime.request import FinishReason, Request, SamplingParams
-from morphserve.runtime.scheduler import Batch
+from morphserve.runtime.parts import SYSTEM_CLOCK, Clock, Parts
+from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.signals import numbers
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -40,6 +35,7 @@ class Engine:
         self._parts = parts
         self._clock = clock
         self._monitor = _monitor(config, parts, clock)
+        self._steps = Steps(parts, self._monitor, clock)
         self._seeds = random.Random(config.seed)  # for requests that bring none
         self._control = Control(self._policy, target=self._rung)
         self._computing_rung = parts.ladder.rung_of(parts.layers.variants)
@@ -85,23 +81,28 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do more than look whether the rung must change."""
-        return self._parts.scheduler.has_work or bool(self._parts.swapper.in_flight)
+        has_requests = self._parts.scheduler.has_work or self._steps.is_one_in_flight
+        return has_requests or bool(self._parts.swapper.in_flight)
 
     def step(self) -> Step | None:
-        """One token for every running request; None if nothing ran. Call it when idle too."""
+        """One token for every running request; None if there is nothing to tell.
+
+        Call it when idle too. Where the runner overlaps, what is told is the step before the one
+        that is launched.
+        """
         started = self._clock.now_s()
         self._commit_swaps()
         self._decide(started)
         if self._control.may_swap(started):
             self._start_swaps()
         self._limit_admission()
-        outputs = [_output(r, []) for r in self._parts.scheduler.expire(started)]
+        self._steps.tell_ends(self._parts.scheduler.expire(started))
+        self._steps.settle_before(self._computing_rung)
         batch = self._parts.scheduler.schedule(self._computing_rung, started)
         self._monitor.scheduled(self._parts.scheduler, started)
         self._parts.swapper.advance()
-        if batch:
-            outputs += self._run(batch, started)
-        return Step(self._precision, outputs) if batch or outputs else None
+        self._steps.go_on(batch, self._precision, started)
+        return self._steps.take(self._precision)
 
     def snapshot(self) -> Snapshot:
         parts, monitor, scheduler = self._parts, self._monitor, self._parts.scheduler
@@ -239,43 +240,6 @@ class Engine:
                 if swapper.in_flight or not self._parts.scheduler.yield_paused():
                     return
 
-    def _run(self, batch: Batch, started: float) -> list[TokenOutput]:
-        done, sampled, lost = self._forward(batch)
-        outputs = [_output(request, []) for request in self._parts.scheduler.fail(lost)]
-        if done:
-            ended = self._clock.now_s()
-            variants = self._parts.layers.variants
-            self._monitor.stepped(done, variants, self._precision, ended, ended - started)
-            ran = self._parts.scheduler.update(done, [got.token for got in sampled])
-            told = zip(ran, sampled, strict=True)
-            outputs += [_output(request, new, got.logprobs) for (request, new), got in told]
-        return outputs
-
-    def _forward(self, batch: Batch) -> tuple[Batch, list[Sampled], Batch]:
-        """(the slices that could be computed, what the runner gave for them, the other slices)
-
-        Of a step that fails each slice is run alone, so that only those at fault are lost. A step
-        writes nothing but KV, the same each time.
-        """
-        try:
-            return batch, self._parts.runner.run(batch), []
-        except Exception as error:
-            logger.exception("a step of %d requests failed; each is run alone", len(batch))
-            cause = f"{type(error).__name__}: {error}"
-        done: Batch = []
-        lost: Batch = []
-        sampled: list[Sampled] = []
-        for piece in batch:
-            try:
-                sampled += self._parts.runner.run([piece])
-                done.append(piece)
-            except Exception as error:
-                logger.error("request %s ends with an error: %s", piece.request.id, error)
-                lost.append(piece)
-        text = f"a step failed ({cause}): {len(lost)} of {len(batch)} requests ended with an error"
-        self._monitor.event("error", text, {"requests": len(batch), "lost": len(lost)})
-        return done, sampled, lost
-
 
 def _monitor(config: EngineConfig, parts: Parts, clock: Clock) -> Monitor:
     capacities, ladder = parts.hello.capacities, parts.ladder
@@ -295,21 +259,3 @@ def _monitor(config: EngineConfig, parts: Parts, clock: Clock) -> Monitor:
             f"`morph profile {config.model} --bundle {config.bundle}`",
         )
     return monitor
-
-
-def _output(
-    request: Request, tokens: list[int], logprobs: TokenLogprobs | None = None
-) -> TokenOutput:
-    reason: FinishReason | None = request.finish_reason
-    is_first = bool(tokens) and len(request.output) == len(tokens)
-    queued_s = 0.0
-    if is_first and request.scheduled_s is not None:
-        queued_s = request.scheduled_s - request.arrival_s
-    return TokenOutput(
-        request.id,
-        tokens,
-        None if reason is None else reason.value,
-        None if logprobs is None else [logprobs],
-        cached_tokens=request.num_cached_tokens if is_first else 0,
-        queued_s=queued_s,
-    )

@@ -197,7 +197,8 @@ def _rest(parts: DeviceParts, rows: int) -> Iterator[Run]:
 
     def step() -> None:
         batch = parts.scheduler.schedule()
-        parts.scheduler.update(batch, [got.token for got in runner.run(batch)])
+        sampled = runner.launch(batch).result()
+        parts.scheduler.update(batch, [got.token for got in sampled])
 
     with _layers(parts, rows) as run_layers:
 

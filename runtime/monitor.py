@@ -104,13 +104,16 @@ class Monitor:
     def stepped(
         self,
         batch: Batch,
+        generated: int,
         variants: Sequence[Variant],
         precision: Variant,
         now_s: float,
         step_s: float,
     ) -> None:
-        """Notes a step through layers of these variants, the lowest of which is `precision`."""
-        generated = sum([piece.samples for piece in batch])
+        """Notes a step through layers of these variants, the lowest of which is `precision`.
+
+        `generated` tokens of it were wanted; the others' requests ended while they were computed.
+        """
         self.generated_tokens[precision] += generated
         self._note_share(generated, precision, now_s)
         prefills = [piece for piece in batch if piece.start < len(piece.request.prompt)]

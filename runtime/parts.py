@@ -44,9 +44,39 @@ class SystemClock:
 SYSTEM_CLOCK = SystemClock()
 
 
+class DeviceLost(Exception):
+    """The device computes nothing any more in this process: the engine has to end."""
+
+
+class Launched(Protocol):
+    """A step that is being computed."""
+
+    def result(self) -> list[Sampled]:
+        """Waits for the step; what each sampling slice got, in batch order.
+
+        Nobody catches what it raises: steps that were launched since build on this one.
+        """
+
+
+class Computed(msgspec.Struct, frozen=True):
+    """A step that was computed as it was launched."""
+
+    sampled: list[Sampled]
+
+    def result(self) -> list[Sampled]:
+        return self.sampled
+
+
 class Runner(Protocol):
-    def run(self, batch: Batch) -> list[Sampled]:
-        """One forward pass; what each sampling slice gets from it, in batch order."""
+    overlaps: bool  # `launch` returns before the step has been computed
+
+    def launch(self, batch: Batch) -> Launched:
+        """Starts one forward pass.
+
+        A request whose newest token is PENDING had a slice in the launch before this one, and goes
+        on from what that slice gets. What is raised concerns this batch alone, and nothing of it
+        counts then; a DeviceLost concerns everything.
+        """
 
 
 class Layers(Protocol):

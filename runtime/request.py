@@ -9,6 +9,8 @@ import msgspec
 from morphserve.configs.schema import Slo as Slo
 from morphserve.quantize.manifest import Variant
 
+PENDING = -1  # in place of a token that is being computed
+
 
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen and when to stop."""
@@ -27,6 +29,13 @@ class SamplingParams(msgspec.Struct, frozen=True):
     min_tokens: int = 0  # end-of-sequence is not allowed before
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+
+
+def needs_history(params: SamplingParams) -> bool:
+    """Whether a token depends on all tokens before it beyond what the model sees of them."""
+    return bool(
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    )
 
 
 class Demands(msgspec.Struct, frozen=True):
@@ -61,7 +70,8 @@ class Request:
     arrival_s: float  # monotonic clock
     demands: Demands = Demands()
     max_rung: int | None = None  # the deepest at which it may be computed; None: any
-    output: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)  # the last one may be PENDING
+    is_ending: bool = False  # its last token is being computed: no more steps follow
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_computed: int = 0  # tokens whose K and V are in the cache
@@ -72,6 +82,11 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
     num_preemptions: int = 0
     scheduled_s: float | None = None  # when it first ran, monotonic clock
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether its newest token is being computed."""
+        return bool(self.output) and self.output[-1] == PENDING
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +128,9 @@ def end_of(request: Request, eos: Collection[int], max_model_len: int) -> Finish
             return FinishReason.STOP
         if token in eos and not params.ignore_eos:
             return FinishReason.STOP
-    if count >= params.max_tokens or request.num_tokens >= max_model_len:
-        return FinishReason.LENGTH
-    return None
+    return FinishReason.LENGTH if is_full(request, max_model_len) else None
+
+
+def is_full(request: Request, max_model_len: int) -> bool:
+    """Whether no token may follow the request's latest one."""
+    return len(request.output) >= request.params.max_tokens or request.num_tokens >= max_model_len

@@ -9,22 +9,24 @@ from torch import Tensor
 
 from morphserve.runtime.kernels import BatchMeta
 from morphserve.runtime.model import Model
-from morphserve.runtime.parts import Sampled
+from morphserve.runtime.parts import Computed
 from morphserve.runtime.sampler import Sampler
 from morphserve.runtime.scheduler import Batch
 
 
 class Runner:
+    overlaps = False
+
     def __init__(self, model: Model, eos_token_ids: Sequence[int]) -> None:
         self._model = model
         self._sampler = Sampler(model.kernels, eos_token_ids)
 
-    def run(self, batch: Batch) -> list[Sampled]:
+    def launch(self, batch: Batch) -> Computed:
         """One forward pass; what each sampling slice gets from it, in batch order."""
         tokens, meta, rows = pack(batch, self._model.shape.block_tokens)
         logits = self._model.forward(tokens, meta, rows)
         requests = [piece.request for piece in batch if piece.samples]
-        return self._sampler.sample(logits, requests) if requests else []
+        return Computed(self._sampler.sample(logits, requests) if requests else [])
 
 
 def pack(batch: Batch, block_tokens: int) -> tuple[Tensor, BatchMeta, Tensor]:

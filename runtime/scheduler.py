@@ -8,7 +8,15 @@ from morphserve.configs.schema import SchedulerConfig
 from morphserve.runtime.blocks import BlockPool
 from morphserve.runtime.prefix_cache import Found
 from morphserve.runtime.queue import Queue
-from morphserve.runtime.request import FinishReason, Request, Status, end_of
+from morphserve.runtime.request import (
+    PENDING,
+    FinishReason,
+    Request,
+    Status,
+    end_of,
+    is_full,
+    needs_history,
+)
 from morphserve.runtime.reuse import Reuse
 
 
@@ -134,24 +142,65 @@ class Scheduler:
         wanting = (r for r in (*self.running, *self.waiting) if r.gains_below(self._rung))
         return max((last if r.max_rung is None else r.max_rung for r in wanting), default=0)
 
-    def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[tuple[Request, list[int]]]:
-        """Notes what a step computed; `tokens` are those of the sampling slices, in batch order.
+    def must_know(self, rung: int) -> bool:
+        """Whether a step at this rung has to wait for the tokens that are being computed.
 
-        None in place of a token ends the request with an error. Returns the requests that went
-        on or ended, with their new tokens.
+        It has to where a token depends on them beyond what the model sees. And where somebody
+        would lose blocks, or is not to run any more: what ends may leave room for all, and nothing
+        is taken from a request while a token of it is unknown.
+        """
+        growth = 0
+        for request in self.running:
+            if not request.runs_at(rung):
+                if request.runs_at(self._rung):
+                    return True
+            elif not request.is_ending and request.num_tokens - request.num_computed == 1:
+                if request.is_pending and needs_history(request.params):
+                    return True
+                growth += self._blocks_for(request.num_tokens) > len(request.blocks)
+        return growth > self._pool.num_free
+
+    def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[tuple[Request, list[int]]]:
+        """Notes a step that was computed; as `launched` and `computed` together."""
+        self.launched(batch)
+        return self.computed(batch, tokens)
+
+    def launched(self, batch: Batch) -> None:
+        """Notes that a step is being computed, and that the one before it was computed.
+
+        So each request has one unknown token at most, its newest. Those that have ended since the
+        batch was made are passed over.
+        """
+        for piece in batch:
+            request = piece.request
+            if request.status is Status.FINISHED:
+                continue
+            request.num_computed = piece.end
+            if request.kv_rung < self._rung:
+                request.kv_rung = self._rung
+            if piece.samples:
+                request.output.append(PENDING)
+                if is_full(request, self._max_model_len):
+                    request.is_ending = True
+
+    def computed(
+        self, batch: Batch, tokens: Sequence[int | None]
+    ) -> list[tuple[Request, list[int]]]:
+        """Notes what a step computed for requests that have not ended since it was launched.
+
+        `tokens` are those of the sampling slices, in batch order. None in place of a token ends
+        the request with an error. Returns the requests that went on or ended, with their new
+        tokens.
         """
         new = iter(tokens)
         outputs: list[tuple[Request, list[int]]] = []
         for piece in batch:
             request, samples = piece.request, piece.samples
-            request.num_computed = piece.end
-            if request.kv_rung < self._rung:
-                request.kv_rung = self._rung
             token = next(new) if samples else None
             if token is not None or not samples:
                 self.reuse.leave(request)
             if samples:
-                outputs.append((request, self._append(request, token)))
+                outputs.append((request, self._tell(request, token)))
         return outputs
 
     def fail(self, batch: Batch) -> list[Request]:
@@ -197,7 +246,8 @@ class Scheduler:
         preemptions = self.num_preemptions
         for request in list(self.running):
             end = request.num_tokens
-            if end - request.num_computed == 1 and self._grow(request, end):
+            goes_on = end - request.num_computed == 1 and not request.is_ending
+            if goes_on and self._grow(request, end):
                 batch.append(self._slice(request, end - 1, end))
         if self.num_preemptions == preemptions:
             return batch
@@ -286,17 +336,18 @@ class Scheduler:
 
     def _take_back(self, request: Request) -> None:
         """Takes a request's blocks away; it waits first in line and is computed again."""
+        assert not request.is_pending, "a token is lost"
         self.running.remove(request)
         self._release(request)
         request.status = Status.WAITING
         request.num_preemptions += 1
         self._queue.put_back(request)
 
-    def _append(self, request: Request, token: int | None) -> list[int]:
+    def _tell(self, request: Request, token: int | None) -> list[int]:
         if token is None:
             self._end(request, FinishReason.ERROR)
             return []
-        request.output.append(token)
+        request.output[-1] = token
         if reason := end_of(request, self._eos, self._max_model_len):
             self._end(request, reason)
         return [token]
@@ -313,6 +364,8 @@ class Scheduler:
             self._queue.remove(request)
         if reason is FinishReason.ERROR:
             self._pool.forget(request.blocks)  # what they hold may be what was wrong
+        if request.is_pending:
+            request.output.pop()
         self._release(request)
         request.status = Status.FINISHED
         request.finish_reason = reason

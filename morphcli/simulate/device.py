@@ -8,7 +8,7 @@ from morphserve.morphcli.simulate.target import Target
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.device.link import BYTES_PER_STEP, Bytes
 from morphserve.runtime.memory import MemoryPlan
-from morphserve.runtime.parts import Sampled
+from morphserve.runtime.parts import Computed, Sampled
 from morphserve.runtime.scheduler import Batch
 
 _TOKEN = Sampled(0)
@@ -66,6 +66,8 @@ class SimulatedLayers:
 class SimulatedDevice:
     """Arena, copy engine and runner in one: all that takes time on the clock."""
 
+    overlaps = False
+
     def __init__(
         self, target: Target, plan: MemoryPlan, layers: SimulatedLayers, clock: SimulatedClock
     ) -> None:
@@ -101,10 +103,10 @@ class SimulatedDevice:
         beside_s = max(self._latest_s, self._target.idle_step_s)
         return int(beside_s * self._target.copy_bytes_per_s)
 
-    def run(self, batch: Batch) -> list[Sampled]:
+    def launch(self, batch: Batch) -> Computed:
         spans = [(piece.start, piece.end) for piece in batch]
         self.pass_time(self.slowdown * self._target.costs.step_seconds(self._variants, spans))
-        return [_TOKEN for piece in batch if piece.samples]
+        return Computed([_TOKEN for piece in batch if piece.samples])
 
     def run_counted(self, batch: CountedBatch) -> None:
         """The step of a batch whose decodes are counted."""

@@ -118,20 +118,22 @@ def test_seeded_sampling_repeats_alone_and_in_company(bundle: str) -> None:
 class Breaking:
     """A runner that fails in one step, whenever it is given one of these requests."""
 
+    overlaps = False
+
     def __init__(self, runner: Runner, nth: int, guilty: set[str]) -> None:
         self._runner, self._nth, self._guilty = runner, nth, guilty
         self.steps = 0
 
-    def run(self, batch: Batch) -> Any:
+    def launch(self, batch: Batch) -> Any:
         self.steps += self.steps < self._nth
         if self.steps == self._nth and self._guilty & {piece.request.id for piece in batch}:
             raise RuntimeError("injected")
-        return self._runner.run(batch)
+        return self._runner.launch(batch)
 
 
 def break_step(engine: Engine, nth: int, guilty: set[str]) -> None:
     runner = Breaking(engine._parts.runner, nth, guilty)
-    engine._parts = replace(engine._parts, runner=runner)  # type: ignore[arg-type]
+    engine._steps._parts = replace(engine._parts, runner=runner)
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on() -> None:
@@ -149,7 +151,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on() -> None:
         (event,) = [e for e in engine.take_events() if e.kind == "error"]
         assert "injected" in event.text
         assert event.numbers == {"requests": 2, "lost": 2}
-        engine._parts = parts
+        engine._steps._parts = parts
     submit(engine, 1, max_tokens=4, temperature=0.0)
     assert len(drain(engine)["r0"]) == 4
 
@@ -172,7 +174,7 @@ def test_of_a_step_that_fails_for_one_request_the_others_get_their_tokens(
         assert tokens["r1"] == undisturbed["r1"][: nth - 1]
         assert len([record for record in caplog.records if record.exc_info]) == 1
         parts.pool.check([])
-        engine._parts = parts
+        engine._steps._parts = parts
 
 
 def test_a_failure_that_does_not_repeat_costs_nobody_anything() -> None:
@@ -183,12 +185,14 @@ def test_a_failure_that_does_not_repeat_costs_nobody_anything() -> None:
     runner, failures = engine._parts.runner, [RuntimeError("once")]
 
     class Once:
-        def run(self, batch: Batch) -> Any:
+        overlaps = False
+
+        def launch(self, batch: Batch) -> Any:
             if failures:
                 raise failures.pop()
-            return runner.run(batch)
+            return runner.launch(batch)
 
-    engine._parts = replace(engine._parts, runner=Once())  # type: ignore[arg-type]
+    engine._steps._parts = replace(engine._parts, runner=Once())
     assert drain(engine) == undisturbed
 
 

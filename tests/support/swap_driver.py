@@ -241,7 +241,8 @@ class Driver:
                 if piece.start == 0:
                     self.precisions[piece.request.id].clear()
                 self.precisions[piece.request.id].append((piece.start, piece.end, variants))
-            parts.scheduler.update(batch, [got.token for got in parts.runner.run(batch)])
+            sampled = parts.runner.launch(batch).result()
+            parts.scheduler.update(batch, [got.token for got in sampled])
         self.check()
         return batch
 

@@ -90,7 +90,7 @@ def _steps(
     }
 
     def step(variant: Variant) -> Callable[[int], object]:
-        return lambda _: variants[variant].runner.run(batches[variant])
+        return lambda _: variants[variant].runner.launch(batches[variant]).result()
 
     yield [step(variant) for variant in variants]
     for variant, batch in batches.items():
