@@ -27,6 +27,6 @@ def _run(parts: Parts, lengths: list[int]) -> None:
         request = Request(str(i), [0] * length, _PARAMS, 0.0)
         request.blocks = parts.pool.allocate(-(-length // parts.hello.block_tokens))
         batch.append(Slice(request, 0, length))
-    parts.runner.run(batch)
+    parts.runner.launch(batch).result()
     for piece in batch:
         parts.pool.free(piece.request.blocks)

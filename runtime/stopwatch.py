@@ -24,9 +24,9 @@ def stopwatch(device: torch.device, preparations: Sequence[Preparation]) -> Watc
         return lambda: [_host_seconds(prepare()) for prepare in preparations]
     works = [prepare() for prepare in preparations]
     compute = torch.cuda.current_stream(device)
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(compute)
-    stamps = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(len(works) + 1)]
+    stamps = [_stamp(external=True) for _ in range(len(works) + 1)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
         for _ in range(_REHEARSALS):
@@ -43,7 +43,7 @@ def stopwatch(device: torch.device, preparations: Sequence[Preparation]) -> Watc
     def watch(_in_use: Sequence[Work] = works) -> list[float]:
         graph.replay()
         torch.cuda.synchronize(device)
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(stamps, stamps[1:], strict=False)]
+        return [float(a.elapsed_time(b)) / 1e3 for a, b in zip(stamps, stamps[1:], strict=False)]
 
     return watch
 
@@ -55,14 +55,18 @@ def seconds_alone(device: torch.device, work: Work) -> float:
     """
     if device.type != "cuda":
         return _host_seconds(work)
-    begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begins, ends = _stamp(), _stamp()
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(_HEAD_START_CYCLES)
+    torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
     begins.record()
     work()
     ends.record()
     torch.cuda.synchronize(device)
-    return begins.elapsed_time(ends) / 1e3
+    return float(begins.elapsed_time(ends)) / 1e3
+
+
+def _stamp(external: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
 
 
 def _host_seconds(work: Work) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import operator
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -72,8 +73,8 @@ class Figures:
         self.tell(figure)
 
 
-def table(figures: Iterable[Figure], width: int = 170) -> str:
-    """A line per line; MISS after what does not hold."""
+def table(figures: Iterable[Figure], width: int = 150) -> str:
+    """A line per line, or more where it is long; MISS after what does not hold."""
     lines: dict[tuple[str, str], list[Figure]] = {}
     for figure in figures:
         if figure.in_table:
@@ -83,8 +84,14 @@ def table(figures: Iterable[Figure], width: int = 170) -> str:
         if of != section:
             section = of
             rows.append(f"-- {section}")
-        text = f"{name:26} " + " | ".join(map(_cell, cells)) + _gates(cells)
-        rows.append(text if len(text) <= width else text[: width - 1] + "…")
+        texts = [*map(_cell, cells), *_gates(cells)]
+        rows += textwrap.wrap(
+            f"{name:24} " + " | ".join(texts),
+            width,
+            subsequent_indent=" " * 27,
+            break_long_words=False,
+            drop_whitespace=True,
+        )
     return "\n".join(rows)
 
 
@@ -94,6 +101,6 @@ def _cell(figure: Figure) -> str:
     return " ".join(filter(None, (figure.label, value, figure.unit))) + missed
 
 
-def _gates(cells: Sequence[Figure]) -> str:
+def _gates(cells: Sequence[Figure]) -> list[str]:
     gates = dict.fromkeys(str(cell.gate) for cell in cells if cell.gate is not None)
-    return f"   [{', '.join(gates)}]" if gates else ""
+    return [f"[{', '.join(gates)}]"] if gates else []

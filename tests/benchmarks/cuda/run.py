@@ -66,6 +66,7 @@ def main() -> None:
     started = time.monotonic()
     figures = _run_all(names, arguments.dry_run, started + 60 * arguments.minutes)
     result = {
+        "commit": arguments.commit,
         "seconds": round(time.monotonic() - started, 1),
         "dry_run": arguments.dry_run,
         "figures": [asdict(figure) | {"holds": figure.holds} for figure in figures],
@@ -87,6 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("cuda.json"))
     parser.add_argument("--sections", nargs="+", choices=SECTIONS)
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; default 8")
+    parser.add_argument("--commit", default="", help="what is measured, if git is not at hand")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -132,10 +134,10 @@ def _run_one(name: str, worker: "subprocess.Popen[str]", limit_s: float) -> list
         worker.stdin.write(f"{limit_s}\n")
         worker.stdin.close()
         code = worker.wait(limit_s)
-        trouble = f"exit code {code}: {' / '.join(says[-3:])}" if code else ""
+        trouble = f"exit code {code}: {' / '.join(says[:-3:-1])}" if code else ""
     except (subprocess.TimeoutExpired, OSError):
         worker.kill()
-        trouble = f"stopped after {limit_s:.0f} s: {' / '.join(says[-2:])}"
+        trouble = f"stopped after {limit_s:.0f} s: {' / '.join(says[:-3:-1])}"
     reader.join(5)
     figures.append(
         Figure(name, "took", "", time.monotonic() - started, "s", in_table=bool(trouble))

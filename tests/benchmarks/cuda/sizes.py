@@ -62,7 +62,7 @@ EIGHT_B = Sizes(
     copy_bytes=4 << 30,
 )
 TINY = Sizes(
-    architecture=_architecture(2, 64, 96, 4, 2, 16, 128, 256),
+    architecture=_architecture(2, 64, 96, 4, 2, 16, 128, 8192),
     group=32,
     block_tokens=16,
     batches=(1, 2),
