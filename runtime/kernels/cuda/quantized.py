@@ -50,7 +50,7 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
     num_groups = weight.scales.shape[1]
     run = 16 // weight.bits * words
     group = run if num_groups == 1 else num_inputs // num_groups
-    block = next((b for b in BLOCKS if b.rows >= num_rows), BLOCKS[-1])
+    block = _block_for(num_rows, sums_per_run=run // math.gcd(group, run))
     grid = (triton.cdiv(num_rows, block.rows), triton.cdiv(num_tiles * TILE, block.outputs))
     slots = block.per_processor * _multiprocessors(x.device)
     splits = max(1, min(slots // (grid[0] * grid[1]), num_runs // LEAST_RUNS))
@@ -84,6 +84,11 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
         SPLIT=splits > 1,
         num_warps=block.num_warps,
     )
+
+
+def _block_for(num_rows: int, sums_per_run: int) -> Block:
+    blocks = BLOCKS if sums_per_run == 1 else BLOCKS[:-1]  # its registers hold no second sum
+    return next((b for b in blocks if b.rows >= num_rows), blocks[-1])
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # A slice of a dequantised weight, or partial products of all programs that a device has room for:
-# 132 multiprocessors take 17 MiB at most. 64 MiB are 8192 outputs of 4096 inputs: enough for
+# those of 132 multiprocessors take 9 MiB. 64 MiB are 8192 outputs of 4096 inputs: enough for
 # cuBLAS to fill a GPU with a slice, and most of its reads then come from the L2 cache.
 NUM_BYTES = 64 * 2**20
 MOST_BLOCKS = 4096  # whose inputs are shared by several programs at once
