@@ -48,19 +48,21 @@ def stopwatch(device: torch.device, preparations: Sequence[Preparation]) -> Watc
     return watch
 
 
-def seconds_alone(device: torch.device, work: Work) -> float:
-    """What this work takes of the device; on a GPU the host's part in it is not counted.
+def seconds_alone(device: torch.device, launch: Callable[[], Work]) -> float:
+    """What takes the device from the launch to when the work that it returns has waited for it.
 
-    For what cannot be captured: the GPU is kept busy until the host has launched all of it.
+    For what cannot be captured. On a GPU the host's part is not counted: the GPU is kept busy until
+    all has been launched.
     """
     if device.type != "cuda":
-        return _host_seconds(work)
+        return _host_seconds(lambda: launch()())
     begins, ends = _stamp(), _stamp()
     torch.cuda.synchronize(device)
     torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
     begins.record()
-    work()
+    wait = launch()
     ends.record()
+    wait()
     torch.cuda.synchronize(device)
     return float(begins.elapsed_time(ends)) / 1e3
 
