@@ -1,9 +1,9 @@
 """From an engine's settings to its parts: the one place where they are put together."""
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -30,8 +30,6 @@ from morphserve.runtime.scheduler import Scheduler
 from morphserve.runtime.sizing import outline_model
 from morphserve.runtime.swapper import Swapper
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceParts(Parts):
@@ -51,15 +49,14 @@ def build_engine(config: EngineConfig) -> Engine:
 
 def build(config: EngineConfig, model: LoadedModel) -> DeviceParts:
     """Lays out the model's memory and fills it. Raises MorphError with what to change."""
-    device, loaded = model.device, time.monotonic()
-    activation_bytes = device.measure(lambda: _rehearse(config, model))
+    loaded = time.monotonic()
+    activation_bytes = _measure(config, model)
     measured = time.monotonic()
     parts = assemble(config, model, layout_of(config, model, activation_bytes))
     parts.hello.startup_s.update(model.load_s)
     if activation_bytes is not None:
         parts.hello.startup_s["measuring"] = measured - loaded
     parts.hello.startup_s["arena"] = time.monotonic() - measured
-    logger.info("%s computes with the %s kernels", device.name, model.kernels.name)
     return parts
 
 
@@ -89,25 +86,34 @@ def layout_of(
     return lay_out(config, sizes, model.ladder, max_position, memory, activation_bytes)
 
 
-def _rehearse(config: EngineConfig, model: LoadedModel) -> None:
-    """Runs the largest step there can be, through the first layer alone, in each variant of it."""
+def _measure(config: EngineConfig, model: LoadedModel) -> int | None:
+    """Bytes beside the arena that the largest steps take; None: the device need not know."""
+    measured = [
+        model.device.measure(partial(_rehearse, config, model, variant)) for variant in model.images
+    ]
+    known = [taken for taken in measured if taken is not None]
+    return max(known) if known else None
+
+
+def _rehearse(config: EngineConfig, model: LoadedModel, variant: Variant) -> None:
+    """Runs the largest steps there can be, through the first layer alone, in this variant."""
     cache, limits = config.cache, config.scheduler
-    for variant in model.images:
-        held = replace(
-            model,
-            architecture=replace(model.architecture, num_layers=1),
-            images={v: model.images[v][:1] for v in {Variant.FULL, variant}},
-            ladder=Ladder(steps_of([0], [variant] if variant is not Variant.FULL else []), 1),
-        )
-        sizes, max_position = held.sizes(cache.block_tokens), model.architecture.max_position
-        max_model_len = limits.max_model_len or max_position
-        # Room for every request's last block, which need not be full.
-        tokens = limits.max_num_batched_tokens + limits.max_num_seqs * cache.block_tokens
-        budget = budget_for(sizes, 0, cache.min_run_bytes, tokens)
-        plan = plan_memory(sizes, budget, 0, cache.min_run_bytes)
-        variants = held.ladder.variants_at(len(held.ladder.steps))
-        layout = Layout(plan, held.ladder, max_model_len, [plan.capacity(variants)], variants)
-        largest_step(assemble(config, held, layout), limits)
+    held = replace(
+        model,
+        architecture=replace(model.architecture, num_layers=1),
+        images={v: model.images[v][:1] for v in {Variant.FULL, variant}},
+        ladder=Ladder(steps_of([0], [variant] if variant is not Variant.FULL else []), 1),
+    )
+    sizes = held.sizes(cache.block_tokens)
+    # Room for every request's last block, which need not be full.
+    tokens = limits.max_num_batched_tokens + limits.max_num_seqs * cache.block_tokens
+    plan = plan_memory(
+        sizes, budget_for(sizes, 0, cache.min_run_bytes, tokens), 0, cache.min_run_bytes
+    )
+    variants = held.ladder.variants_at(len(held.ladder.steps))
+    max_model_len = limits.max_model_len or model.architecture.max_position
+    layout = Layout(plan, held.ladder, max_model_len, [plan.capacity(variants)], variants)
+    largest_step(assemble(config, held, layout), limits)
 
 
 def assemble(config: EngineConfig, model: LoadedModel, layout: Layout) -> DeviceParts:
@@ -117,6 +123,8 @@ def assemble(config: EngineConfig, model: LoadedModel, layout: Layout) -> Device
     arena = Arena(plan, device)
     if plan.staging:
         device.pin(image.host for images in model.images.values() for image in images)
+        old, new = plan.base_blocks[0], plan.base_blocks[-1]
+        arena.copy_blocks({old: new} if old != new else {})  # loads the code while nobody waits
     pool = BlockPool(plan.base_blocks)
     for layer, slab in enumerate(plan.slabs):
         for part in slab.freed_between(Variant.FULL, variants[layer]):

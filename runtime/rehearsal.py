@@ -5,8 +5,8 @@ from morphserve.runtime.parts import Parts
 from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.scheduler import Slice
 
-# Every request draws from what top-p leaves: more than the likeliest token takes.
-_PARAMS = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, seed=0)
+# Every request draws from what top-p leaves and wants log-probabilities, which takes the most.
+_PARAMS = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, seed=0, logprobs=1)
 
 
 def largest_step(parts: Parts, limits: SchedulerConfig) -> None:

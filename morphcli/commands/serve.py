@@ -48,8 +48,8 @@ def serve(
     memory_budget: Annotated[
         str | None,
         _MEMORY(
-            help="For weights and KV cache, as 96MiB. [default: enough for --max-num-seqs; on a GPU "
-            "what --gpu-memory-utilization leaves]"
+            help="For weights and KV cache, as 96MiB. [default: enough for --max-num-seqs; on a "
+            "GPU what --gpu-memory-utilization leaves]"
         ),
     ] = None,
     gpu_memory_utilization: Annotated[

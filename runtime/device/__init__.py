@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from morphserve.runtime.model import Model
     from morphserve.runtime.parts import Runner
 
+LEAST_CAPABILITY = (8, 0)  # of a GPU: tensor cores that multiply bfloat16
+
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +66,8 @@ def open_device(name: str) -> Device:
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
     if match is None:
         raise ConfigError(f"there is no device {name!r}: use auto, cpu, cuda, or cuda:1")
-    lack = None if name == "cpu" else _lack_of_cuda()
+    index = int(match[1] or 0)
+    lack = None if name == "cpu" else _lack_of_cuda(index)
     if name == "cpu" or (name == "auto" and lack is not None):
         from morphserve.runtime.device.host import HostDevice
 
@@ -73,11 +76,6 @@ def open_device(name: str) -> Device:
         return HostDevice()
     if lack is not None:
         raise ConfigError(f"--device {name} cannot be used: {lack}; or serve with --device cpu")
-    index, count = int(match[1] or 0), num_gpus()
-    if index >= count:
-        raise ConfigError(
-            f"there is no GPU {index}: torch sees {count}, the first is --device cuda:0"
-        )
     from morphserve.runtime.device.cuda import CudaDevice
 
     return CudaDevice(index)
@@ -90,14 +88,20 @@ def num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _lack_of_cuda() -> str | None:
-    """What is missing for any GPU, and what to do; None: nothing."""
+def _lack_of_cuda(index: int) -> str | None:
+    """What is missing for this GPU, and what to do; None: nothing."""
     import torch
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is made without CUDA: install one that is made with it"
     if not num_gpus():
         return "torch sees no GPU: look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES"
+    if index >= num_gpus():
+        return f"torch sees {num_gpus()} GPUs, and the first is cuda:0"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        has, needs = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
+        return f"its compute capability is {has}, and the kernels need {needs}"
     if importlib.util.find_spec("triton") is None:
         return "its kernels need triton: `pip install triton`"
     return None

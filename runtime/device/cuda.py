@@ -117,6 +117,7 @@ class CudaStream:
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._device, self._own = device, stream
         self._spacer = torch.zeros(1, device=device)
+        self.pause()  # loads its code while nobody waits
 
     @property
     def _stream(self) -> torch.cuda.Stream:
