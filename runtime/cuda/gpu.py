@@ -44,6 +44,9 @@ class Gpu(Protocol):
     def free_bytes(self) -> int:
         """Device memory that nobody uses, torch's own reserves aside."""
 
+    def is_lost(self) -> bool:
+        """Whether the device computes nothing any more; waits for what it is at."""
+
 
 class CudaGpu:
     """The current device. Its compute stream is torch's current one where this is called."""
@@ -87,6 +90,13 @@ class CudaGpu:
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def is_lost(self) -> bool:
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
 
 
 @contextmanager

@@ -103,21 +103,22 @@ class StepGraphs:
                 self.tally.whole += 1
                 replay()  # the first launch takes longer, and should fail here if it does
 
-    def capture_pieces(
-        self, views: Sequence[Sequence[LayerWeights]], samples: Sequence[LayerWeights]
-    ) -> None:
+    def rehearse(self, weights: LayerWeights) -> None:
+        """Runs a layer in every size, so that captures of its kind find its kernels compiled."""
+        for size in sorted({*self._fine, *self._coarse}):
+            self._blank(size)
+            self._gpu.rehearse(self._whole((weights,), size))
+
+    def capture_pieces(self, views: Sequence[Sequence[LayerWeights]]) -> None:
         """Pieces of every layer in every variant.
 
-        views: of each layer, the weights in each variant; most of them are not in place.
-        samples: weights of each kind that are in place, to be run before.
+        views: of each layer, the weights in each variant; they need not be in place.
         """
         for size in reversed(self._coarse):
             self._blank(size)
             if (pieces := self._capture_ends(size)) is None:
                 return
             self._pieces[size] = pieces
-            for weights in samples:
-                self._gpu.rehearse(self._layer(0, weights, size, pieces.plan))
             for i, variants in enumerate(views):
                 for weights in variants:
                     run = self._layer(i, weights, size, pieces.plan)
@@ -183,7 +184,6 @@ class StepGraphs:
         if enter is None or leave is None:
             return None
         self.tally.pieces += 2
-        enter()  # layers are rehearsed with what it leaves
         return _Pieces(enter, leave, plans[-1])
 
     def _whole(self, mix: Mix, size: int) -> Run:

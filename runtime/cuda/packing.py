@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from morphserve.runtime.request import Request
+from morphserve.runtime.request import PENDING, Request
 from morphserve.runtime.scheduler import Batch, Slice
 
 Ints = NDArray[np.int32]
@@ -94,7 +94,7 @@ def _tokens(batch: Batch, rows: Mapping[Request, int]) -> list[int]:
             tokens.append(request.output[-1])  # as in most steps
         else:
             tokens += request.tokens(piece.start, piece.end)
-        if tokens[-1] < 0:
+        if tokens[-1] == PENDING:
             tokens[-1] = _late(piece, rows)
     return tokens
 

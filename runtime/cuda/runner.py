@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor
 from morphserve.runtime.cuda.gpu import Gpu, Mark
 from morphserve.runtime.cuda.graphs import StepGraphs, Tally
 from morphserve.runtime.cuda.inputs import Inputs, Limits
+from morphserve.runtime.cuda.kinds import one_of_each
 from morphserve.runtime.cuda.step import ModelStep, StepKernels
 from morphserve.runtime.kernels import LayerWeights
 from morphserve.runtime.model import Model
-from morphserve.runtime.parts import Sampled
+from morphserve.runtime.parts import DeviceLost, Sampled
 from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.scheduler import Batch, Slice
 
@@ -75,6 +75,60 @@ class CudaRunner:
 
     def launch(self, batch: Batch) -> Launched:
         """Starts one forward pass. The result of the last but one must have been read."""
+        try:
+            return self._launch(batch)
+        except Exception as error:
+            if self._gpu.is_lost():
+                raise DeviceLost(f"{type(error).__name__}: {error}") from error
+            raise
+
+    def idle(self) -> bool:
+        """Does some work that spares later steps time; False if there is none. 20 to 40 ms."""
+        return self._graphs.capture_wanted()
+
+    def warm_up(
+        self,
+        views: Sequence[Sequence[LayerWeights]],
+        stage: Callable[[LayerWeights], LayerWeights],
+    ) -> None:
+        """Compiles what steps may need, and captures decode steps.
+
+        views: of each layer, the weights in each variant that it may come to have.
+        stage: puts the content of such weights somewhere, until it is called again.
+        """
+        began = time.monotonic()
+        self._compile(None)
+        for weights in one_of_each(views, but=self._step.active):
+            staged = stage(weights)
+            self._compile([staged])
+            self._graphs.rehearse(staged)
+        logger.info("kernels compiled in %.1f s", time.monotonic() - began)
+        self._graphs.capture_first()
+        self._graphs.capture_pieces(views)
+        tally = self.tally
+        captured, mib = tally.whole + tally.pieces, tally.num_bytes / 2**20
+        logger.info("captured %d graphs in %.1f s, %.0f MiB", captured, tally.seconds, mib)
+
+    def rehearse(self, num_tokens: int, layers: Sequence[LayerWeights] | None = None) -> None:
+        """Runs a step of so many tokens through these layers that leaves nothing behind.
+
+        All but one of the tokens are a prompt. layers: None for all of the model.
+        """
+        batch = [self._made_up(count) for count in (num_tokens - 1, 1) if count]
+        self._inputs.load(batch, {}, len(batch))
+        self._inputs.meta(num_tokens, len(batch)).token_page.fill_(-1)
+        self._step.whole(layers or self._step.active, num_tokens, len(batch), len(batch))
+
+    def _compile(self, layers: Sequence[LayerWeights] | None) -> None:
+        for num_tokens in _prompt_lengths(self._longest):
+            self.rehearse(num_tokens, layers)
+
+    def _made_up(self, num_tokens: int) -> Slice:
+        blocks = [0] * -(-num_tokens // self._block_tokens)
+        request = Request("", [0] * num_tokens, SamplingParams(1), 0.0, blocks=blocks)
+        return Slice(request, 0, num_tokens)
+
+    def _launch(self, batch: Batch) -> Launched:
         graphs = self._graphs.find(len(batch)) if _is_decode(batch) else None
         if graphs is not None:
             packed = self._inputs.load(batch, self._rows, graphs.size)
@@ -84,45 +138,6 @@ class CudaRunner:
             self._step.whole(self._step.active, packed.num_tokens, packed.num_seqs, packed.num_rows)
         self._graphs.count("eager" if graphs is None else graphs.how)
         return self._choose([piece.request for piece in batch if piece.samples])
-
-    def idle(self) -> bool:
-        """Does some work that spares later steps time; False if there is none. 20 to 40 ms."""
-        return self._graphs.capture_wanted()
-
-    def warm_up(
-        self, views: Sequence[Sequence[LayerWeights]], samples: Sequence[LayerWeights]
-    ) -> None:
-        """Compiles what steps may need, and captures decode steps.
-
-        views: of each layer, the weights in each variant that it may come to have.
-        samples: weights of each kind among these that are in place now, wherever they lie.
-        """
-        began = time.monotonic()
-        for num_tokens in _prompt_lengths(self._longest):
-            self.rehearse(num_tokens, samples)
-        logger.info("kernels compiled in %.1f s", time.monotonic() - began)
-        self._graphs.capture_first()
-        self._graphs.capture_pieces(views, samples)
-        tally = self.tally
-        captured, mib = tally.whole + tally.pieces, tally.num_bytes / 2**20
-        logger.info("captured %d graphs in %.1f s, %.0f MiB", captured, tally.seconds, mib)
-
-    def rehearse(self, num_tokens: int, samples: Sequence[LayerWeights] = ()) -> None:
-        """Runs a step of so many tokens that leaves nothing behind; with each sample, too.
-
-        All but one of the tokens are a prompt.
-        """
-        batch = [self._made_up(count) for count in (num_tokens - 1, 1) if count]
-        self._inputs.load(batch, {}, len(batch))
-        self._inputs.meta(num_tokens, len(batch)).token_page.fill_(-1)
-        for layers in (self._step.active, *([weights] for weights in samples)):
-            whole = partial(self._step.whole, layers, num_tokens, len(batch), len(batch))
-            self._gpu.rehearse(whole)
-
-    def _made_up(self, num_tokens: int) -> Slice:
-        blocks = [0] * -(-num_tokens // self._block_tokens)
-        request = Request("", [0] * num_tokens, SamplingParams(1), 0.0, blocks=blocks)
-        return Slice(request, 0, num_tokens)
 
     @property
     def _longest(self) -> int:

@@ -10,9 +10,11 @@ from tape_graphs import TapeGpu
 from torch import Tensor
 
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.arena import Arena
 from morphserve.runtime.cuda.inputs import Limits
 from morphserve.runtime.cuda.runner import CudaRunner, Launched
 from morphserve.runtime.kernels import LayerWeights
+from morphserve.runtime.layers import weights_at
 from morphserve.runtime.parts import Sampled
 from morphserve.runtime.request import Request
 from morphserve.runtime.scheduler import Batch
@@ -52,9 +54,6 @@ class Spoiling:
             tensor.fill_(GARBAGE)
         return self.runner.launch(batch)
 
-    def run(self, batch: Batch) -> list[Sampled]:
-        return self.launch(batch).result()
-
 
 def graph_driver(
     gpu: TapeGpu, kv_tokens: int = 400, max_num_seqs: int = 12, warm: bool = True
@@ -65,7 +64,7 @@ def graph_driver(
     limits = Limits(max_tokens=24, max_seqs=max_num_seqs, max_blocks=-(-256 // BLOCK_TOKENS))
     runner = CudaRunner(gpu, kernels, driver.parts.model, GreedySampler(), limits)
     if warm:
-        runner.warm_up(views_of(driver), driver.parts.layers.active)
+        runner.warm_up(views_of(driver), staging(driver))
     driver.parts = replace(driver.parts, runner=Spoiling(runner))
     return driver
 
@@ -73,6 +72,29 @@ def graph_driver(
 def views_of(driver: Driver) -> list[list[LayerWeights]]:
     by_variant = driver.parts.layers._views
     return [[of[i] for of in by_variant.values()] for i in range(ARCHITECTURE.num_layers)]
+
+
+def staging(driver: Driver) -> Callable[[LayerWeights], LayerWeights]:
+    """Puts a layer's image into memory of its own."""
+    layers = driver.parts.layers
+    images = {
+        view: image
+        for variant, views in layers._views.items()
+        for view, image in zip(views, layers.images[variant], strict=True)
+    }
+
+    def stage(weights: LayerWeights) -> LayerWeights:
+        return weights_at(_Bytes(images[weights].host.clone()), 0, images[weights])
+
+    return stage
+
+
+@dataclass
+class _Bytes:
+    bytes: Tensor
+
+    span = Arena.span
+    view = Arena.view
 
 
 def runner_of(driver: Driver) -> CudaRunner:

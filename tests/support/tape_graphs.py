@@ -34,8 +34,8 @@ class TapeGpu:
     fails: Callable[[int], bool] = lambda count: False  # whether the capture after so many fails
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     captures: int = 0
-    replays: int = 0
     waits: int = 0  # for a mark
+    lost: bool = False
 
     def pinned(self, count: int) -> Tensor:
         return torch.full((count,), 0x3FFFFFFF, dtype=torch.int32)
@@ -55,7 +55,8 @@ class TapeGpu:
             run()
 
         def replay() -> None:
-            self.replays += 1
+            for launched in _counting:
+                launched.append("replay")
             with _disable_current_modes():  # to the host it is one launch
                 for launch in tape:
                     launch()
@@ -64,6 +65,9 @@ class TapeGpu:
 
     def free_bytes(self) -> int:
         return 2**30 - 2**16 * self.captures
+
+    def is_lost(self) -> bool:
+        return self.lost
 
 
 @dataclass
@@ -85,7 +89,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        assert func not in FORBIDDEN, f"{func} in a capture"
+        assert not _waits(func, args), f"{func} in a capture"
         if func.is_view:
             return func(*args, **kwargs)
         if written := _written(func, args, kwargs):
@@ -95,6 +99,13 @@ class _Recorder(TorchDispatchMode):
         if func not in EMPTY:
             self._tape.append(partial(_run_again, func, args, kwargs, _tensors(made)))
         return made
+
+
+def _waits(func: Any, args: Any) -> bool:
+    """Whether the host would have to know what is in a tensor."""
+    if func in (aten.index.Tensor, aten.index_put_.default):
+        return any(index is not None and index.dtype is torch.bool for index in args[1])
+    return func in FORBIDDEN
 
 
 def _zeros_like(value: Any) -> Any:
@@ -151,6 +162,9 @@ def _kernels_noted(note: Callable[[Any, Callable[[], None]], None]) -> Iterator[
         interpreter.InterpretedFunction.run = run
 
 
+_counting: list[list[str]] = []  # lists that launches are noted in
+
+
 class _Counter(TorchDispatchMode):
     def __init__(self, launched: list[str]) -> None:
         super().__init__()
@@ -174,5 +188,9 @@ def counted_launches() -> Iterator[list[str]]:
         with _disable_current_modes():
             launch()
 
-    with _kernels_noted(note), _Counter(launched):
-        yield launched
+    _counting.append(launched)
+    try:
+        with _kernels_noted(note), _Counter(launched):
+            yield launched
+    finally:
+        _counting.remove(launched)
