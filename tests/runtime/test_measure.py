@@ -183,6 +183,7 @@ def test_measured_costs_are_kept_in_the_bundle_one_entry_per_set_up(
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_timed_at_more_sizes(made: tuple[Checkpoint, Bundle]) -> None:
     costs = measure_costs(*made, "cuda", threads=1)
     assert (costs.device, costs.threads) == (device_name("cuda:0"), 0)

@@ -6,7 +6,8 @@ from bench import Bench, Gate
 from caches import Caches, attention_shape, cut, meta_of, random_bytes
 from sizes import ATTENTION_US, PREFILL_US
 
-from morphserve.runtime.kernels.cuda.attention import attention, plan_splits
+from morphserve.runtime.kernels.cuda.attention import attention
+from morphserve.runtime.kernels.cuda.splits import plan_splits
 
 # TB/s that decode must reach at (batch, context)
 GATES = {(64, 1024): Gate(">=", 3.0), (64, 4096): Gate(">=", 3.6)}
