@@ -35,6 +35,7 @@ from morphserve.runtime.swapper import Swapper
 class DeviceParts(Parts):
     """Parts on this machine's device."""
 
+    layers: Layers
     model: Model
 
 
@@ -53,6 +54,7 @@ def build(config: EngineConfig, model: LoadedModel) -> DeviceParts:
     activation_bytes = _measure(config, model)
     measured = time.monotonic()
     parts = assemble(config, model, layout_of(config, model, activation_bytes))
+    model.device.warm_up(parts.runner, parts.layers)
     parts.hello.startup_s.update(model.load_s)
     if activation_bytes is not None:
         parts.hello.startup_s["measuring"] = measured - loaded

@@ -16,6 +16,7 @@ from morphserve.runtime.device.link import Link
 if TYPE_CHECKING:
     import torch
 
+    from morphserve.runtime.layers import Layers
     from morphserve.runtime.layout import DeviceMemory
     from morphserve.runtime.model import Model
     from morphserve.runtime.parts import Runner
@@ -59,6 +60,9 @@ class Device(Protocol):
         self, model: "Model", limits: SchedulerConfig, eos_token_ids: Sequence[int]
     ) -> "Runner":
         """What runs steps of a model whose tensors lie on the device."""
+
+    def warm_up(self, runner: "Runner", layers: "Layers") -> None:
+        """Has a runner of `runner` compile and note what steps will need, in any variant."""
 
 
 def open_device(name: str) -> Device:

@@ -15,6 +15,7 @@ from morphserve.runtime.device.link import Bytes, Event
 from morphserve.runtime.device.pinning import Cudart, pin
 from morphserve.runtime.device.streams import StreamLink
 from morphserve.runtime.device.uploading import Uploading
+from morphserve.runtime.layers import Layers
 from morphserve.runtime.layout import DeviceMemory
 from morphserve.runtime.model import Model
 from morphserve.runtime.parts import Runner
@@ -110,6 +111,9 @@ class CudaDevice:
     def runner(self, model: Model, limits: SchedulerConfig, eos_token_ids: Sequence[int]) -> Runner:
         return PlainRunner(Uploading.of(model), eos_token_ids)
 
+    def warm_up(self, runner: Runner, layers: Layers) -> None:
+        """Steps compile what they need as they come."""
+
 
 class CudaStream:
     """A stream of torch's; None: whichever is the current one when it is given work."""
@@ -124,12 +128,12 @@ class CudaStream:
         return self._own or torch.cuda.current_stream(self._device)
 
     def copy(self, destination: Bytes, source: Bytes) -> None:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._own):
             cast(Tensor, destination).copy_(cast(Tensor, source), non_blocking=True)
 
     def pause(self) -> None:
         """A kernel: a copy of one byte, or a fill, might be given to the engine that copies."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._own):
             self._spacer.add_(1)
 
     def record(self) -> Event:

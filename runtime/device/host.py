@@ -10,7 +10,9 @@ from torch import Tensor
 from morphserve.configs.errors import ConfigError
 from morphserve.configs.schema import CPU_DEFAULTS, CacheConfig, SchedulerConfig
 from morphserve.quantize.machine import device_name, free_memory
+from morphserve.runtime import parts
 from morphserve.runtime.device.link import PieceLink
+from morphserve.runtime.layers import Layers
 from morphserve.runtime.layout import DeviceMemory
 from morphserve.runtime.model import Model
 from morphserve.runtime.runner import Runner
@@ -56,3 +58,6 @@ class HostDevice:
 
     def runner(self, model: Model, limits: SchedulerConfig, eos_token_ids: Sequence[int]) -> Runner:
         return Runner(model, eos_token_ids)
+
+    def warm_up(self, runner: parts.Runner, layers: Layers) -> None:
+        """Its kernels are compiled as they are loaded."""

@@ -16,6 +16,8 @@ PAGE_BYTES = (
     4096  # of the host; images begin at a page's start and share their last one with nobody
 )
 
+_ALREADY = 712  # cudaErrorHostMemoryAlreadyRegistered: for another engine of the same model
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +41,9 @@ def pin(images: Iterable[Tensor], cudart: Cudart, forget_error: Callable[[], Non
         code = int(cudart.cudaHostRegister(image.data_ptr(), size, 0))
         if code:
             forget_error()
+        if code == _ALREADY:
+            continue
+        if code:
             _warn(num_bytes, size, code)
             return False
         finish = weakref.finalize(image, _unpin, cudart, image.data_ptr())

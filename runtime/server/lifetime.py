@@ -103,7 +103,8 @@ def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> s
     """What the engine has come to: device, policy, memory, room for tokens; the time it took."""
     budget = "automatic" if memory_budget is None else f"{memory_budget / 2**20:.0f} MiB"
     if hello.memory.activations is not None:
-        budget += f" beside {hello.memory.activations / 2**20:.0f} MiB for activations and graphs"
+        beside = hello.memory.activations / 2**20
+        budget = f"{hello.memory.budget / 2**20:.0f} MiB beside {beside:.0f} MiB for activations"
     threads = f"{hello.threads} thread{'' if hello.threads == 1 else 's'}, "
     full, most = (n * snapshot.block_tokens for n in (snapshot.blocks_full, snapshot.blocks_max))
     room = (

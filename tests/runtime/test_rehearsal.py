@@ -13,6 +13,7 @@ from morphserve.runtime.build import build, layout_of
 from morphserve.runtime.layout import DeviceMemory
 from morphserve.runtime.loader import load_model
 from morphserve.runtime.model import Model
+from morphserve.runtime.parts import Computed
 from morphserve.runtime.runner import Runner
 from morphserve.runtime.scheduler import Batch
 from morphserve.runtime.sizing import outline_model
@@ -42,10 +43,10 @@ class Measuring(EagerDevice):
         device = self
 
         class Noting(Runner):
-            def run(self, batch: Batch) -> list[object]:  # type: ignore[override]
+            def launch(self, batch: Batch) -> Computed:
                 tokens = sum(piece.end - piece.start for piece in batch)
                 device.steps.append((len(model.layers), tokens, len(batch)))
-                return super().run(batch)  # type: ignore[return-value]
+                return super().launch(batch)
 
         return Noting(model, eos)
 

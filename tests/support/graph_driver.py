@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from step_kernels import StepKernels
@@ -56,10 +57,14 @@ class Spoiling:
 
 
 def graph_driver(
-    gpu: TapeGpu, kv_tokens: int = 400, max_num_seqs: int = 12, warm: bool = True
+    gpu: TapeGpu,
+    kv_tokens: int = 400,
+    max_num_seqs: int = 12,
+    warm: bool = True,
+    kernels: Any = None,
 ) -> Driver:
-    """A driver with graphs over the reference's operations."""
-    kernels = StepKernels()
+    """A driver with graphs, over the reference's operations unless told otherwise."""
+    kernels = kernels or StepKernels()
     driver = Driver(tiny_model(kernels), kv_tokens, max_num_seqs=max_num_seqs)
     limits = Limits(max_tokens=24, max_seqs=max_num_seqs, max_blocks=-(-256 // BLOCK_TOKENS))
     runner = CudaRunner(gpu, kernels, driver.parts.model, GreedySampler(), limits)

@@ -36,6 +36,7 @@ class TapeGpu:
     captures: int = 0
     waits: int = 0  # for a mark
     lost: bool = False
+    rehearses: bool = True  # else the kernels are compiled as they are, and slow to run
 
     def pinned(self, count: int) -> Tensor:
         return torch.full((count,), 0x3FFFFFFF, dtype=torch.int32)
@@ -44,7 +45,8 @@ class TapeGpu:
         return Mark(self)
 
     def rehearse(self, run: Callable[[], object]) -> None:
-        run()
+        if self.rehearses:
+            run()
 
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
         if self.fails(self.captures):

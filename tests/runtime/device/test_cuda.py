@@ -66,8 +66,8 @@ def test_images_are_pinned_where_they_are_and_as_long_as_they_live(device: CudaD
 def test_an_error_that_was_handled_is_not_raised_again(device: CudaDevice) -> None:
     host = tiny_model(load_kernels("reference")).images[Variant.FULL][0].host
     device.pin([host])
-    device.pin([host])  # it is already
-    assert not device._is_pinned
+    device.pin([host])  # it is already, which is an error to CUDA
+    assert device._is_pinned
     assert torch.ones(2, device=device.location).sum().item() == 2
 
 

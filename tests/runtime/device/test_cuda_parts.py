@@ -114,6 +114,8 @@ class Cudart:
         self.locked: dict[int, int] = {}
 
     def cudaHostRegister(self, pointer: int, num_bytes: int, flags: int, /) -> int:
+        if pointer in self.locked:
+            return 712
         if len(self.locked) == self.room:
             return 2
         self.locked[pointer] = num_bytes
@@ -129,6 +131,7 @@ def test_images_are_locked_in_whole_pages_for_as_long_as_they_live() -> None:
     hosts = [image.host for image in model.images[Variant.FULL]]
     cudart = Cudart(room=100)
     assert pin(hosts, cudart, lambda: None)
+    assert pin(hosts, cudart, lambda: None), "for another engine, too"
     assert sorted(cudart.locked) == sorted(host.data_ptr() for host in hosts)
     for host in hosts:
         size = cudart.locked[host.data_ptr()]

@@ -1,0 +1,31 @@
+"""The CUDA kernels under the step runner, in graphs: the tokens of the reference."""
+
+import emulated_codes  # noqa: F401
+import pytest
+from graph_driver import graph_driver, runner_of, views_of
+from swap_driver import Driver, prompt_of, tiny_model
+from tape_graphs import TapeGpu
+
+from morphserve.quantize.manifest import Variant
+from morphserve.runtime.kernels.cuda.kernels import CudaKernels
+from morphserve.runtime.kernels.reference import ReferenceKernels
+
+
+def outputs(driver: Driver) -> list[list[int]]:
+    driver.add("a", prompt_of(1, 9), max_tokens=5)
+    driver.add("b", prompt_of(2, 4), max_tokens=3)
+    swaps = {2: [(1, Variant.INT4)]}
+    driver.run(lambda turn: swaps.get(turn, []))
+    return [request.output for request in driver.requests.values()]
+
+
+# What a padded sequence attends to is nothing; what comes of that is thrown away.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_graphs_of_the_cuda_kernels_give_the_tokens_of_the_reference() -> None:
+    driver = graph_driver(TapeGpu(rehearses=False), 200, 2, warm=False, kernels=CudaKernels())
+    graphs = runner_of(driver)._graphs
+    graphs.capture_first()
+    graphs.capture_pieces(views_of(driver))
+    assert outputs(driver) == outputs(Driver(tiny_model(ReferenceKernels()), 200, max_num_seqs=2))
+    steps = runner_of(driver).tally.steps
+    assert steps["whole"] and steps["pieces"] and steps["eager"]
