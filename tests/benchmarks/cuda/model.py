@@ -11,7 +11,7 @@ from weights import linear_shapes, random_quantised
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.weights import Biases, LayerTensors, Norms, QuantizedWeight, StaticTensors
 from morphserve.runtime.device import open_device
-from morphserve.runtime.kernels import load_kernels
+from morphserve.runtime.kernels import Kernels, load_kernels
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import full_image, quantized_image
 from morphserve.runtime.loader import LoadedModel
@@ -37,8 +37,7 @@ class SharedImages:
 
 def random_model(bench: Bench) -> LoadedModel:
     """Swaps go from full precision to INT4, front to back."""
-    device: Any = SharedImages(open_device(bench.device))
-    kernels = load_kernels(device.kind)
+    device, kernels = _device(bench)
     layers = bench.sizes.architecture.num_layers
     images = {
         Variant.FULL: [full_image(_full_layer(bench), kernels, torch.bfloat16)] * layers,
@@ -53,6 +52,14 @@ def random_model(bench: Bench) -> LoadedModel:
         ladder=Ladder(steps_of(range(layers), [Variant.INT4]), layers),
         device=device,
     )
+
+
+def _device(bench: Bench) -> tuple[Any, Kernels]:
+    if bench.dry:
+        from dry_gpu import KERNELS, DryGpu
+
+        return DryGpu(), KERNELS
+    return SharedImages(open_device("cuda")), load_kernels("cuda")
 
 
 def _norms(bench: Bench) -> Norms:

@@ -75,6 +75,8 @@ def main() -> None:
     print(table(figures))
     missed = sum(figure.holds is False for figure in figures)
     print(f"{len(figures)} figures in {result['seconds']} s, {missed} gates missed")
+    if arguments.dry_run:
+        print("a dry run: all times are the interpreter's, and no gate means anything")
 
 
 def _arguments() -> argparse.Namespace:
@@ -163,19 +165,26 @@ def _work(name: str, dry: bool) -> None:
     import torch
     from bench import Bench
     from sizes import EIGHT_B, TINY
-    from triton_interpreter import interpret_without_gpu
 
     if dry:
-        interpret_without_gpu()
-        torch.set_num_threads(1)
+        _interpret()
     run: Callable[[Bench], None] = importlib.import_module(SECTIONS[name].module).run
     limit_s = float(sys.stdin.readline())
     figures = Figures(name, lambda figure: print(MARK + figure.encode(), flush=True))
     torch.manual_seed(0)
     sizes = TINY if dry else EIGHT_B
     bench = Bench("cpu" if dry else "cuda", sizes, figures, time.monotonic() + limit_s)
-    with torch.inference_mode():
+    with torch.no_grad():
         run(bench)
+
+
+def _interpret() -> None:
+    import torch
+    from triton_interpreter import interpret_without_gpu
+
+    interpret_without_gpu()
+    torch.set_num_threads(1)
+    import emulated_codes  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ def _startup(served: Served) -> None:
 
 def _decode(served: Served, batch: int, name: str) -> None:
     requests = served.decode(batch, served.bench.sizes.context)
-    served.time_steps(WARM)
+    served.time_steps(1 if served.bench.dry else WARM)
     capture_wanted(served)
     served.time_steps(2)
     served.runner.waited_s = 0.0
-    spent = served.time_steps(STEPS)
+    spent = served.time_steps(2 if served.bench.dry else STEPS)
     waited_s = served.runner.waited_s / len(spent)
     step_s = statistics.median(spent)
     served.end(requests)

@@ -35,7 +35,7 @@ def run(bench: Bench) -> None:
 
 
 def _measure(served: Served, swaps: int) -> None:
-    steady = STEADY if not served.bench.dry else 10
+    steady = STEADY if not served.bench.dry else 3
     before = _counts(served)
     blocks = served.parts.pool.capacity
     full = served.time_steps(steady)
