@@ -61,6 +61,7 @@ def cpu_serves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Engines of tests that are not about GPUs run on the CPU, whatever the machine has."""
     if torch.cuda.is_available() and request.node.get_closest_marker("cuda") is None:
         monkeypatch.setattr("morphserve.runtime.device.num_gpus", lambda: 0)
+        monkeypatch.setenv("MORPH_DEVICE", "cpu")  # of servers in processes of their own
 
 
 @pytest.fixture(params=list(FAMILIES))

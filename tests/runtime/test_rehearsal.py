@@ -2,18 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from eager_device import EagerDevice
+from graph_driver import GreedySampler
+from step_kernels import StepKernels
+from tape_graphs import TapeGpu
 
 from morphserve.configs.errors import OutOfBudget
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
 from morphserve.runtime.build import build, layout_of
+from morphserve.runtime.cuda.inputs import Limits
+from morphserve.runtime.cuda.runner import CudaRunner
+from morphserve.runtime.device.host import HostDevice
+from morphserve.runtime.engine import Engine
+from morphserve.runtime.layers import Layers
 from morphserve.runtime.layout import DeviceMemory
 from morphserve.runtime.loader import load_model
+from morphserve.runtime.messages import Submit
 from morphserve.runtime.model import Model
 from morphserve.runtime.parts import Computed
+from morphserve.runtime.request import SamplingParams
 from morphserve.runtime.runner import Runner
 from morphserve.runtime.scheduler import Batch
 from morphserve.runtime.sizing import outline_model
@@ -81,3 +92,40 @@ def test_a_model_that_does_not_fit_beside_its_activations_is_refused() -> None:
         OutOfBudget, match=r"take \d+ MiB, more than it has \(4 MiB\): lower --max-mo"
     ):
         layout_of(config, model, 96 * MIB)
+
+
+class Taped(EagerDevice):
+    """Computes with the GPU's runner and graphs that are no graphs."""
+
+    def measure(self, run: Callable[[], None]) -> int | None:
+        run()
+        return 0
+
+    def runner(self, model: Model, limits: SchedulerConfig, eos: Sequence[int]) -> Any:
+        blocks = -(-len(model.cos_sin) // model.shape.block_tokens)
+        most = Limits(limits.max_num_batched_tokens, limits.max_num_seqs, blocks)
+        return CudaRunner(TapeGpu(), model.kernels, model, GreedySampler(), most)
+
+    def warm_up(self, runner: Any, layers: Layers) -> None:
+        runner.warm_up(layers.views, layers.stage)
+
+
+def test_the_graph_runner_is_rehearsed_warmed_up_and_served_with(bundle: str) -> None:
+    limits = SchedulerConfig(2, 16, 64)
+    policy, kernels = load_policy("balanced"), StepKernels()
+    config = EngineConfig(
+        "demo", policy, bundle, device="cpu", kernels="reference", scheduler=limits
+    )
+    outputs = []
+    for device in (HostDevice(), Taped()):
+        model = replace(load_model(config), device=device, kernels=kernels)
+        engine = Engine(config, build(config, model))
+        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+        engine.submit(Submit("r", [5, 6, 7], params))
+        tokens: list[int] = []
+        while engine.has_work:
+            step = engine.step()
+            tokens += [t for output in (step.outputs if step else []) for t in output.tokens]
+        outputs.append(tokens)
+    assert len(outputs[0]) == 6
+    assert outputs[0] == outputs[1]
