@@ -6,16 +6,13 @@ In vLLM's order: bias, min_tokens and penalties; temperature; min_p; top_k; top_
 from collections.abc import Sequence
 from hashlib import blake2b
 
-import torch
 from torch import Tensor
 
-from morphserve.runtime.adjustments import Adjustments, changes_logits
+from morphserve.runtime.adjustments import Adjustments
 from morphserve.runtime.kernels import Draw, Kernels
 from morphserve.runtime.messages import TokenLogprobs
 from morphserve.runtime.parts import Sampled
-from morphserve.runtime.request import Request, SamplingParams
-
-LOWEST = torch.finfo(torch.float32).min  # never the greatest, yet finite
+from morphserve.runtime.request import Request
 
 
 class Sampler:
@@ -23,8 +20,7 @@ class Sampler:
 
     def __init__(self, kernels: Kernels, eos_token_ids: Sequence[int]) -> None:
         self._kernels = kernels
-        self._eos = eos_token_ids
-        self._adjustments = Adjustments()
+        self._adjustments = Adjustments(eos_token_ids)
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
         """The next token of each request from its row of `logits` [len(requests), vocab].
@@ -34,8 +30,8 @@ class Sampler:
         """
         logits = logits.float()
         raw = _raw_logprobs(logits, requests)
-        self._adjust(logits, requests)
-        draws = {i: _draw(r) for i, r in enumerate(requests) if r.params.temperature > 0}
+        self._adjustments.adjust(logits, requests)
+        draws = {i: next_draw(r) for i, r in enumerate(requests) if r.params.temperature > 0}
         tokens = self._kernels.sample(logits, draws)
         if not raw:
             return [Sampled(token) for token in tokens]
@@ -44,25 +40,15 @@ class Sampler:
             for i, (token, request) in enumerate(zip(tokens, requests, strict=True))
         ]
 
-    def _adjust(self, logits: Tensor, requests: Sequence[Request]) -> None:
-        self._adjustments.drop_finished()
-        for i, request in enumerate(requests):
-            if changes_logits(request.params):
-                self._adjustments.apply(logits[i], request)
-            if len(request.output) < request.params.min_tokens:
-                logits[i, self._endings(request.params)] += LOWEST  # what is not finite stays so
 
-    def _endings(self, params: SamplingParams) -> list[int]:
-        return [*params.stop_token_ids, *(() if params.ignore_eos else self._eos)]
-
-
-def _draw(request: Request) -> Draw:
+def next_draw(request: Request) -> Draw:
+    """How the token after its output is drawn; tokens not known yet count as places."""
     params = request.params
-    uniform = _uniform(params.seed, len(request.output))
+    uniform = uniform_at(params.seed, len(request.output))
     return Draw(params.temperature, params.min_p, params.top_k, params.top_p, uniform)
 
 
-def _uniform(seed: int | None, place: int) -> float:
+def uniform_at(seed: int | None, place: int) -> float:
     """A number in [0, 1) that depends on the seed and the token's place in the output alone.
 
     So a seeded request repeats whatever the batch is and however often it is preempted. A hash, as

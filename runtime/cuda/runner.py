@@ -4,15 +4,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from morphserve.runtime.cuda.gpu import Gpu, Mark
+from morphserve.configs.schema import SchedulerConfig
+from morphserve.runtime.cuda.gpu import CudaGpu, Gpu, Mark
 from morphserve.runtime.cuda.graphs import StepGraphs, Tally
 from morphserve.runtime.cuda.inputs import Inputs, Limits
 from morphserve.runtime.cuda.kinds import one_of_each
+from morphserve.runtime.cuda.sampler import DeviceSampler
 from morphserve.runtime.cuda.step import ModelStep, StepKernels
 from morphserve.runtime.kernels import LayerWeights
 from morphserve.runtime.model import Model
@@ -22,11 +24,20 @@ from morphserve.runtime.scheduler import Batch, Slice
 
 logger = logging.getLogger(__name__)
 
+_WAYS_TO_SAMPLE = (
+    SamplingParams(1, temperature=0.0),
+    SamplingParams(1),
+    SamplingParams(1, top_p=0.9, top_k=40),
+    SamplingParams(1, temperature=0.0, logprobs=5),
+)
+
 
 class Drawn(Protocol):
     """What a sampler was asked for."""
 
-    tokens: Tensor  # int32 on the device, of each row; -1 where the row is not finite
+    @property
+    def tokens(self) -> Tensor:
+        """int32 on the device, of each row; -1 where the row is not finite."""
 
     def result(self) -> list[Sampled]:
         """The same on the host, once it is there."""
@@ -102,6 +113,7 @@ class CudaRunner:
             staged = stage(weights)
             self._compile([staged])
             self._graphs.rehearse(staged)
+        self._compile_sampling()
         logger.info("kernels compiled in %.1f s", time.monotonic() - began)
         self._graphs.capture_first()
         self._graphs.capture_pieces(views)
@@ -112,9 +124,12 @@ class CudaRunner:
     def rehearse(self, num_tokens: int, layers: Sequence[LayerWeights] | None = None) -> None:
         """Runs a step of so many tokens through these layers that leaves nothing behind.
 
-        All but one of the tokens are a prompt. layers: None for all of the model.
+        All but one of the tokens are a prompt, and that is another sequence if there may be two.
+        layers: None for all of the model.
         """
-        batch = [self._made_up(count) for count in (num_tokens - 1, 1) if count]
+        is_alone = num_tokens == 1 or self._limits.max_seqs == 1
+        counts = [num_tokens] if is_alone else [num_tokens - 1, 1]
+        batch = [self._made_up(count) for count in counts]
         self._inputs.load(batch, {}, len(batch))
         self._inputs.meta(num_tokens, len(batch)).token_page.fill_(-1)
         self._step.whole(layers or self._step.active, num_tokens, len(batch), len(batch))
@@ -122,6 +137,13 @@ class CudaRunner:
     def _compile(self, layers: Sequence[LayerWeights] | None) -> None:
         for num_tokens in _prompt_lengths(self._longest):
             self.rehearse(num_tokens, layers)
+
+    def _compile_sampling(self) -> None:
+        logits = self._step.logits.zero_()
+        for params in _WAYS_TO_SAMPLE:
+            for count in {1, self._limits.max_seqs}:
+                requests = [Request("", [0], params, 0.0) for _ in range(count)]
+                self._sampler.launch(logits[:count], requests).result()
 
     def _made_up(self, num_tokens: int) -> Slice:
         blocks = [0] * -(-num_tokens // self._block_tokens)
@@ -145,13 +167,25 @@ class CudaRunner:
 
     def _choose(self, requests: Sequence[Request]) -> Launched:
         """Has the next tokens drawn from the logits, and keeps them for the next step."""
+        drawn = None
+        if requests:
+            drawn = self._sampler.launch(self._step.logits[: len(requests)], requests)
+            # A row that is not finite has token -1: its request ends, but not before another step.
+            torch.clamp(drawn.tokens, min=0, out=self._inputs.chosen[: len(requests)])
         self._rows = {request: row for row, request in enumerate(requests)}
-        if not requests:
-            return Launched(None, self._gpu.mark())
-        drawn = self._sampler.launch(self._step.logits[: len(requests)], requests)
-        # A row that is not finite has token -1: its request ends, but a step may be under way.
-        torch.clamp(drawn.tokens, min=0, out=self._inputs.chosen[: len(requests)])
         return Launched(drawn, self._gpu.mark())
+
+
+def cuda_runner(model: Model, limits: SchedulerConfig, eos_token_ids: Sequence[int]) -> CudaRunner:
+    """On the current GPU, for a model whose tensors lie there. Its graphs come with `warm_up`."""
+    max_model_len = len(model.cos_sin)
+    sizes = Limits(
+        max_tokens=max(limits.max_num_batched_tokens, limits.max_num_seqs),
+        max_seqs=limits.max_num_seqs,
+        max_blocks=-(-max_model_len // model.shape.block_tokens),
+    )
+    kernels = cast(StepKernels, model.kernels)  # those of CUDA have more than the protocol says
+    return CudaRunner(CudaGpu(), kernels, model, DeviceSampler(eos_token_ids), sizes)
 
 
 def _is_decode(batch: Batch) -> bool:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from morphserve.runtime.adjustments import Adjustments
+from morphserve.runtime.adjustments import Adjustments, needs_history
 from morphserve.runtime.request import Request, SamplingParams, Status
 
 VOCAB = 300
@@ -89,3 +89,31 @@ def test_what_a_finished_request_has_seen_is_dropped() -> None:
     asked.status = Status.FINISHED
     adjustments.drop_finished()
     assert len(adjustments) == 0
+
+
+def test_nothing_ends_an_output_before_min_tokens() -> None:
+    asked = request(min_tokens=2, stop_token_ids=(5,))
+    adjustments = Adjustments([9])
+    for count in range(3):
+        got = adjusted(adjustments, logits(0), asked)
+        assert adjustments.concern(asked) is (count < 2)
+        ruled_out = (got < -1e38).nonzero().flatten().tolist()
+        assert ruled_out == ([5, 9] if count < 2 else [])
+        asked.output.append(0)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, False),
+        ({"logit_bias": {1: 2.0}, "min_tokens": 3}, False),
+        ({"presence_penalty": 0.1}, True),
+        ({"frequency_penalty": -0.1}, True),
+        ({"repetition_penalty": 1.1}, True),
+    ],
+)
+def test_only_penalties_need_to_know_the_output(params: dict[str, object], expected: bool) -> None:
+    asked = request(**params)
+    assert needs_history(asked.params) is expected
+    asked.output += [3] if expected else [-1]  # one that is not known yet
+    adjusted(Adjustments(), logits(0), asked)

@@ -13,7 +13,7 @@ from torch import Tensor
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.arena import Arena
 from morphserve.runtime.cuda.inputs import Limits
-from morphserve.runtime.cuda.runner import CudaRunner, Launched
+from morphserve.runtime.cuda.runner import CudaRunner, Launched, Sampler
 from morphserve.runtime.kernels import LayerWeights
 from morphserve.runtime.layers import weights_at
 from morphserve.runtime.parts import Sampled
@@ -62,12 +62,13 @@ def graph_driver(
     max_num_seqs: int = 12,
     warm: bool = True,
     kernels: Any = None,
+    sampler: Sampler | None = None,
 ) -> Driver:
     """A driver with graphs, over the reference's operations unless told otherwise."""
     kernels = kernels or StepKernels()
     driver = Driver(tiny_model(kernels), kv_tokens, max_num_seqs=max_num_seqs)
     limits = Limits(max_tokens=24, max_seqs=max_num_seqs, max_blocks=-(-256 // BLOCK_TOKENS))
-    runner = CudaRunner(gpu, kernels, driver.parts.model, GreedySampler(), limits)
+    runner = CudaRunner(gpu, kernels, driver.parts.model, sampler or GreedySampler(), limits)
     if warm:
         runner.warm_up(views_of(driver), staging(driver))
     driver.parts = replace(driver.parts, runner=Spoiling(runner))

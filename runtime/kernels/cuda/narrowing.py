@@ -25,13 +25,13 @@ from morphserve.runtime.kernels.cuda.likelihood import (
 )
 
 NUM_PIVOTS = 16  # each pass finds 4 bits of the border's image
-NUM_MARKS, NUM_MASSES = 6, 2  # integers and floats of a state
-_PIVOTS, _MARKS, _MASSES = tl.constexpr(NUM_PIVOTS), tl.constexpr(6), tl.constexpr(2)
+NUM_MARKS, NUM_MASSES = 8, 4  # integers and floats of a state, padded to 16 bytes
+_PIVOTS, _MARKS, _MASSES = tl.constexpr(NUM_PIVOTS), tl.constexpr(NUM_MARKS), tl.constexpr(NUM_MASSES)
 _DONE, _COUNTING, _WEIGHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # phases
 _UNKNOWN = tl.constexpr(-1.0)  # goal: the mass is not measured yet
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program"])
 def narrow(
     logits, row_stride, vocab, temperatures, min_ps, top_ps, top_ks, greatest_of,
     old_marks, old_masses, old_sums, marks, masses, sums, num_blocks, per_program,
@@ -166,10 +166,11 @@ def _above_pivots(image, weight, lo, stride, base, LINES: tl.constexpr):
     """Weight at or above each pivot [NUM_PIVOTS]; the first pivot lies right above the base."""
     which = tl.arange(0, _PIVOTS)[:, None]
     sums = tl.zeros((_PIVOTS, LINES), tl.float32)
+    pivot = base + 1
     for k in tl.static_range(_PIVOTS):
-        pivot = lo + stride * k if k else base + 1
         over = tl.sum(tl.where(image >= pivot, weight, 0.0), 1)
         sums = tl.where(which == k, over[None, :], sums)
+        pivot = stride + (pivot if k else lo)
     return tl.sum(sums, 1)
 
 

@@ -129,7 +129,7 @@ def take_greatest(found, tokens, num_blocks, BLOCKS: tl.constexpr):
     tl.store(tokens + row, tl.where(image == BROKEN, -1, token))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program"])
 def weigh_blocks(
     logits, row_stride, vocab, temperatures, min_ps, top_ps, top_ks, found,
     old_marks, old_masses, old_sums, marks, masses, shares, counts, num_blocks, per_program,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from graph_driver import GARBAGE
-from plain_unpack import plain_unpack
 from tape_graphs import TapeGpu
 from torch import Tensor
 
@@ -98,8 +97,8 @@ def test_a_blank_step_is_padding_alone(gpu: Gpu) -> None:
     assert inputs.tokens[:3].tolist() == inputs.rows[:3].tolist() == [0] * 3
 
 
-def test_the_plain_unpacking_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("morphserve.runtime.cuda.inputs.unpack", plain_unpack)
+@pytest.mark.usefixtures("fast_unpack")
+def test_packing_is_that_of_the_cpu_with_padding_after_it() -> None:
     rng = random.Random(2)
     inputs = Inputs(TapeGpu(), LIMITS, BLOCK_TOKENS)
     for _ in range(60):
@@ -159,6 +158,7 @@ def test_blocks_are_packed_as_they_are_after_growth_and_moves() -> None:
         assert packed.longest == max(map(len, blocks))
 
 
+@pytest.mark.usefixtures("fast_unpack")
 def test_a_buffer_is_written_again_only_after_the_device_has_read_it() -> None:
     gpu = TapeGpu()
     inputs = Inputs(gpu, LIMITS, BLOCK_TOKENS)
@@ -168,6 +168,7 @@ def test_a_buffer_is_written_again_only_after_the_device_has_read_it() -> None:
         assert gpu.waits == waits
 
 
+@pytest.mark.usefixtures("fast_unpack")
 def test_the_views_of_a_size_are_the_same_memory_in_every_step() -> None:
     inputs = Inputs(TapeGpu(), LIMITS, BLOCK_TOKENS)
 

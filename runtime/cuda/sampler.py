@@ -1,0 +1,130 @@
+"""The GPU's sampler: tokens on the device at once, and what requests get of them when it is done.
+
+Everything is queued on the current stream and nothing waits for it: what goes up and comes down is
+one copy each, from and to pinned memory. Drawn tokens are those of runtime/sampler.py.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from morphserve.runtime.adjustments import Adjustments
+from morphserve.runtime.kernels import Draw
+from morphserve.runtime.kernels.cuda.sampling import DeviceDraws, choose
+from morphserve.runtime.messages import TokenLogprobs
+from morphserve.runtime.parts import Sampled
+from morphserve.runtime.request import Request
+from morphserve.runtime.sampler import next_draw
+from morphserve.runtime.uploads import on_device
+
+_GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
+_COLDEST, _HOTTEST = 1e-30, 1e30  # temperatures beyond act alike, and may not fit a float32
+_LAST = 1 - 2.0**-24  # the greatest float32 less than 1
+_ALIGNED = 4  # numbers in 16 bytes; kernels are compiled anew for tensors that start elsewhere
+
+
+class DeviceSampler:
+    """Keeps what penalties need from step to step, and nothing else."""
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._adjustments = Adjustments(eos_token_ids)
+
+    def launch(self, logits: Tensor, requests: Sequence[Request]) -> "Choice":
+        """Queues the choice of each request's next token from its row of `logits` [n, vocab].
+
+        logits: bfloat16 or float32; overwritten. To be called before the placeholder of the token
+        chosen now is appended to an output: the place of a token, which its number is drawn for, is
+        the output's length. Placeholders of steps before may be there, except where the request
+        `needs_history`.
+        """
+        asking = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        # One row after the other: an index would have to be uploaded.
+        raw = torch.stack([logits[i] for i in asking]).float().log_softmax(-1) if asking else None
+        if any(self._adjustments.concern(request) for request in requests):
+            logits = logits.float()
+        self._adjustments.adjust(logits, requests)
+        tokens = choose(logits, _pack_draws(requests, logits.shape[1], logits.device))
+        if raw is None:
+            return Choice(tokens, _Readback(tokens), {}, 0)
+        width = min(max(requests[i].params.logprobs or 0 for i in asking), raw.shape[1])
+        readback = _Readback(torch.cat((tokens, _pack_logprobs(raw, tokens, asking, width))))
+        counts = {i: min(requests[i].params.logprobs or 0, width) for i in asking}
+        return Choice(tokens, readback, counts, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one launch gives."""
+
+    tokens: Tensor  # int32 [n] on the device, in order of its stream; -1: the row is not finite
+    _readback: "_Readback"
+    _counts: dict[int, int]  # of likely tokens to tell, of each row that asks for logprobs
+    _width: int  # the greatest of them
+
+    def result(self) -> list[Sampled]:
+        """What each request gets; waits for the device."""
+        numbers = self._readback.wait()
+        count, asking = len(self.tokens), len(self._counts)
+        tokens = [None if token < 0 else token for token in numbers[:count].tolist()]
+        values = numbers[count : count + asking * (self._width + 1)].view(torch.float32)
+        values = values.view(asking, self._width + 1)
+        ids = numbers[count + values.numel() :].view(asking, self._width)
+        told: list[TokenLogprobs | None] = [None] * count
+        for place, (row, wanted) in enumerate(self._counts.items()):
+            if tokens[row] is not None:
+                own, *likely = values[place, : wanted + 1].tolist()
+                told[row] = TokenLogprobs(own, list(zip(ids[place].tolist(), likely, strict=False)))
+        return [Sampled(*pair) for pair in zip(tokens, told, strict=True)]
+
+
+class _Readback:
+    """int32 numbers [n] on their way to the host."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._host = numbers
+        if numbers.is_cuda:
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
+
+
+def _pack_draws(
+    requests: Sequence[Request], vocab: int, device: torch.device
+) -> DeviceDraws | None:
+    """None if all are greedy. One upload of five rows, each padded to 16 bytes."""
+    if all(request.params.temperature == 0 for request in requests):
+        return None
+    draws = [next_draw(r) if r.params.temperature > 0 else _GREEDY for r in requests]
+    draws += [_GREEDY] * (-len(draws) % _ALIGNED)
+    numbers = array("f", [_float32_temperature(d.temperature) for d in draws])
+    numbers.extend(d.min_p for d in draws)
+    numbers.extend(d.top_p for d in draws)
+    numbers.extend(min(d.uniform, _LAST) for d in draws)
+    top_k = array("i", [d.top_k if 0 < d.top_k < vocab else 0 for d in draws])
+    host = torch.frombuffer(bytearray(numbers.tobytes() + top_k.tobytes()), dtype=torch.int32)
+    rows = on_device(host, device).view(5, len(draws))[:, : len(requests)]
+    temperature, min_p, top_p, uniform, _ = rows.view(torch.float32)
+    narrows = any(top_k) or any(draw.top_p < 1 for draw in draws)
+    return DeviceDraws(temperature, min_p, top_p, uniform, rows[4], narrows)
+
+
+def _float32_temperature(temperature: float) -> float:
+    return min(max(temperature, _COLDEST), _HOTTEST) if temperature else 0.0
+
+
+def _pack_logprobs(raw: Tensor, tokens: Tensor, asking: Sequence[int], width: int) -> Tensor:
+    """As int32: values [len(asking), 1 + width], the token's own first; ids [len(asking), width]"""
+    own = torch.stack([tokens[i] for i in asking]).clamp(min=0).long().unsqueeze(1)
+    values, ids = raw.topk(width)
+    values = torch.cat((raw.gather(1, own), values), dim=1)
+    return torch.cat((values.view(torch.int32).flatten(), ids.int().flatten()))
