@@ -20,7 +20,7 @@ from morphserve.runtime.scheduler import Batch
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes longer, and each step makes one
 class _InFlight:
     """A step that was launched and is not settled."""
 

@@ -14,7 +14,6 @@ from morphserve.runtime.request import (
     Request,
     Status,
     end_of,
-    is_full,
     needs_history,
 )
 from morphserve.runtime.reuse import Reuse
@@ -179,8 +178,9 @@ class Scheduler:
             if request.kv_rung < self._rung:
                 request.kv_rung = self._rung
             if piece.samples:
-                request.output.append(PENDING)
-                if is_full(request, self._max_model_len):
+                output, num_tokens = request.output, piece.end + 1
+                output.append(PENDING)
+                if len(output) >= request.params.max_tokens or num_tokens >= self._max_model_len:
                     request.is_ending = True
 
     def computed(
@@ -246,8 +246,8 @@ class Scheduler:
         preemptions = self.num_preemptions
         for request in list(self.running):
             end = request.num_tokens
-            goes_on = end - request.num_computed == 1 and not request.is_ending
-            if goes_on and self._grow(request, end):
+            decodes = end - request.num_computed == 1 and not request.is_ending
+            if decodes and self._grow(request, end):
                 batch.append(self._slice(request, end - 1, end))
         if self.num_preemptions == preemptions:
             return batch
@@ -348,7 +348,7 @@ class Scheduler:
             self._end(request, FinishReason.ERROR)
             return []
         request.output[-1] = token
-        if reason := end_of(request, self._eos, self._max_model_len):
+        if reason := end_of(request, self._eos):
             self._end(request, reason)
         return [token]
 
