@@ -7,35 +7,30 @@ each other as in a step, so that weights come from where they come from there, c
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from morphserve.configs.schema import SchedulerConfig
 from morphserve.quantize.bundle import Bundle
 from morphserve.quantize.checkpoint import Checkpoint
 from morphserve.quantize.costs import AttentionTime, Curve, DeviceCosts, LayerTimes
-from morphserve.quantize.machine import device_name
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.modules import linear_shapes
 from morphserve.runtime.build import DeviceParts
+from morphserve.runtime.device import open_device
 from morphserve.runtime.kernels import BatchMeta, load_kernels
 from morphserve.runtime.loader import choose_dtype
 from morphserve.runtime.model import Model
+from morphserve.runtime.parts import Runner
+from morphserve.runtime.points import points_of
 from morphserve.runtime.request import Request, SamplingParams
 from morphserve.runtime.rigs import build_rigs
-from morphserve.runtime.runner import Runner, pack
-from morphserve.runtime.scheduler import Slice
+from morphserve.runtime.runner import pack
+from morphserve.runtime.scheduler import Batch, Slice
+from morphserve.runtime.stopwatch import Preparation, Work, seconds_alone, stopwatch
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-ROWS = (1, 2, 4, 8, 16, 32, 64)  # requests that decode at once
-# (sequences, query tokens, context tokens); what goes beyond the model's context is cut to it
-ATTENTION = (
-    *((1, 1, 64), (1, 1, 1024), (8, 1, 256), (32, 1, 64), (8, 1, 512), (32, 1, 128)),
-    *((8, 1, 1024), (32, 1, 256), (16, 1, 1024), (32, 1, 512)),
-    *((1, 32, 64), (1, 64, 256), (1, 64, 1024), (4, 64, 256), (1, 256, 1024), (1, 512, 512)),
-)
 LONGEST_S = 0.5  # a pass over the layers that takes longer is the last one: the rest extrapolates
 # Every point has its turn in each round, so that other work on the machine does not meet all the
 # runs of one point. Such work only ever adds time: of a point's runs, the lower quartile counts.
@@ -57,35 +52,37 @@ def measure_costs(
 ) -> DeviceCosts:
     """What the cost model needs. `show` is told what goes on.
 
-    Takes about ten seconds for a small model; a large one is loaded in part, and a turn is then as
-    long as its run.
+    kernels_name: as `load_kernels` knows them; those for cuda are timed on the first GPU, where
+    `threads` do not matter. Takes about ten seconds for a small model; a large one is loaded in
+    part, and a turn is then as long as its run.
     """
     arch = checkpoint.architecture
-    kernels = load_kernels(kernels_name)
+    device = open_device("cuda" if kernels_name == "cuda" else "cpu")
+    kernels, points = load_kernels(kernels_name), points_of(device.kind)
     dtype = choose_dtype("auto", arch.dtype, kernels)
     with num_threads(threads), torch.inference_mode():
         show("loading layers of every variant")
-        most = max(num_seqs * context for num_seqs, _, context in ATTENTION)
-        longest = max(context for *_, context in ATTENTION)
-        limits = SchedulerConfig(max(ROWS), max(TOKENS), min(longest, arch.max_position))
-        rigs = build_rigs(checkpoint, bundle, kernels, dtype, limits, most)
+        limits = points.limits(arch.max_position)
+        rigs = build_rigs(checkpoint, bundle, kernels, dtype, limits, points.kv_tokens, device)
         full = rigs[Variant.FULL].parts
-        counts = _affordable(full)
-        points = _points(arch.max_position, max(64, counts[-1]))
+        bare = device.runner(replace(full.model, layers=(), caches=()), limits, ())
+        counts = _affordable(full, points.tokens)
+        attention = points.attention_of(arch.max_position, max(64, counts[-1]))
         times = _Times()
         for i in range(ROUNDS):
             show(f"timing layers, attention and the rest of a step, {i + 1} of {ROUNDS}")
             for tokens in counts:
                 for variant, rig in rigs.items():
                     times.measure((variant, tokens), _layers(rig.parts, tokens))
-            for point in points:
+            for point in attention:
                 times.measure(point, _attention(full, *point))
-            for rows in ROWS:
-                times.measure(rows, _rest(full, rows))
+            for rows in points.rows:
+                times.measure(rows, _rest(full, bare, rows))
+        num_cores = device.num_threads
     return DeviceCosts(
-        device=device_name(),
+        device=device.name,
         kernels=kernels.name,
-        threads=threads,
+        threads=num_cores,
         dtype=str(dtype).removeprefix("torch."),
         layer_weights=sum(n * k for n, k in linear_shapes(arch).values()),
         layers=[
@@ -96,8 +93,8 @@ def measure_costs(
             )
             for variant, rig in rigs.items()
         ],
-        attention=[AttentionTime(*point, times.seconds(point)) for point in points],
-        rest=Curve(list(ROWS), [times.seconds(rows) for rows in ROWS]),
+        attention=[AttentionTime(*point, times.seconds(point)) for point in attention],
+        rest=Curve(list(points.rows), [times.seconds(rows) for rows in points.rows]),
     )
 
 
@@ -112,19 +109,13 @@ def num_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _affordable(parts: DeviceParts) -> list[int]:
+def _affordable(parts: DeviceParts, counts: Sequence[int]) -> list[int]:
     """Token counts up to the first, but the second, whose pass takes longer than LONGEST_S."""
-    for i, tokens in enumerate(TOKENS):
+    for i, tokens in enumerate(counts):
         with _layers(parts, tokens) as run:
             if sum(run()) > LONGEST_S and i:
-                return list(TOKENS[: i + 1])
-    return list(TOKENS)
-
-
-def _points(max_position: int, max_queries: int) -> list[tuple[int, int, int]]:
-    """Those of ATTENTION, in the model's context, with at most so many queries in the batch."""
-    cut = [(n, min(q, max_position), min(c, max_position)) for n, q, c in ATTENTION]
-    return [(n, q, c) for n, q, c in dict.fromkeys(cut) if n * q <= max_queries]
+                return list(counts[: i + 1])
+    return list(counts)
 
 
 @contextmanager
@@ -139,12 +130,14 @@ def _layers(parts: DeviceParts, tokens: int) -> Iterator[Run]:
     length = min(tokens, longest) if tokens >= PROMPT_TOKENS else 1
     with _requests(parts, tokens // length, length) as requests:
         meta = _last_tokens(parts, requests, length)
+        works = [partial(_pass, model, meta)]
+        if length > 1:
+            works += [partial(_attending, model, cache, meta) for cache in model.caches]
+        watch = stopwatch(_device(parts), works)
 
         def run() -> list[float]:
-            seconds = _pass_s(model, meta)
-            if length > 1:
-                seconds -= sum(_attention_s(model, cache, meta) for cache in model.caches)
-            return [max(seconds, LEAST_S) / len(model.layers)]
+            seconds, *attention = watch()
+            return [max(seconds - sum(attention), LEAST_S) / len(model.layers)]
 
         yield run
 
@@ -159,67 +152,69 @@ def _attention(parts: DeviceParts, num_seqs: int, query_tokens: int, context: in
     with _requests(parts, num_seqs, context) as requests:
         meta = _last_tokens(parts, requests, query_tokens)
         alone = _first_tokens(parts, requests)
+        works: list[Preparation] = []
+        for layer, cache in zip(model.layers, model.caches, strict=True):
+            works.append(partial(_pass, replace(model, layers=[layer], caches=[cache]), alone))
+            works += [partial(_attending, model, cache, at) for at in (meta, alone)]
+        watch = stopwatch(_device(parts), works)
 
         def run() -> list[float]:
-            spent = []
-            for layer, cache in zip(model.layers, model.caches, strict=True):
-                _pass_s(replace(model, layers=[layer], caches=[cache]), alone)
-                whole_s = _attention_s(model, cache, meta)
-                spent.append(max(whole_s - _attention_s(model, cache, alone), LEAST_S))
-            return spent
+            spent = watch()
+            return [max(a - b, LEAST_S) for a, b in zip(spent[1::3], spent[2::3], strict=True)]
 
         yield run
 
 
-def _attention_s(model: Model, cache: Tensor, meta: BatchMeta) -> float:
+def _attending(model: Model, cache: Tensor, meta: BatchMeta) -> Work:
+    """A layer's attention."""
     kernels, shape = model.kernels, model.shape
-    q = torch.ones(len(meta.positions), shape.num_heads, shape.head_dim)
+    q = torch.ones(len(meta.positions), shape.num_heads, shape.head_dim, device=cache.device)
     q = q.to(kernels.activation_dtype(cache.dtype))
-    started = time.perf_counter()
-    kernels.attention(q, cache, meta, shape)
-    return time.perf_counter() - started
+    return partial(kernels.attention, q, cache, meta, shape)
 
 
 @contextmanager
-def _rest(parts: DeviceParts, rows: int) -> Iterator[Run]:
+def _rest(parts: DeviceParts, runner: Runner, rows: int) -> Iterator[Run]:
     """A step of so many decoding requests without layers, from the scheduler back to it.
 
-    Layers run before each, uncounted: what they leave in the caches is what a step finds there.
+    runner: of the model without its layers. Layers run before each step, uncounted: what they leave
+    in the caches is what a step finds there.
     """
-    runner = Runner(replace(parts.model, layers=(), caches=()), ())
     params = SamplingParams(max_tokens=MAX_RUNS + 2, temperature=0.0, ignore_eos=True)
     for i in range(rows):
         parts.scheduler.add(Request(str(i), [0], params, 0.0))
 
-    def step() -> None:
+    def launch() -> Work:
         batch = parts.scheduler.schedule()
-        sampled = runner.launch(batch).result()
-        parts.scheduler.update(batch, [got.token for got in sampled])
+        launched = runner.launch(batch)
+        return lambda: parts.scheduler.update(batch, [got.token for got in launched.result()])
 
     with _layers(parts, rows) as run_layers:
 
         def run() -> list[float]:
             run_layers()
-            started = time.perf_counter()
-            step()
-            return [time.perf_counter() - started]
+            return [seconds_alone(_device(parts), launch)]
 
-        step()  # the prompts
+        launch()()  # the prompts
         yield run
     for i in range(rows):
         parts.scheduler.abort(str(i))
 
 
-def _pass_s(model: Model, meta: BatchMeta) -> float:
-    """Seconds of the model's layers."""
-    dtype = model.kernels.activation_dtype(model.static.norm.dtype)
-    residual = torch.ones(len(meta.positions), model.static.norm.numel(), dtype=dtype)
-    rows = torch.arange(len(residual))
-    started = time.perf_counter()
-    model.kernels.run_layers(
-        residual, model.layers, model.caches, meta, model.shape, model.cos_sin, rows
+def _pass(model: Model, meta: BatchMeta) -> Work:
+    """The model's layers. Each norms what it reads, so that it may be what the last pass left."""
+    norm = model.static.norm
+    dtype = model.kernels.activation_dtype(norm.dtype)
+    residual = torch.ones(len(meta.positions), norm.numel(), dtype=dtype, device=norm.device)
+    rows = torch.arange(len(residual), device=norm.device)
+    return partial(
+        model.kernels.run_layers,
+        *(residual, model.layers, model.caches, meta, model.shape, model.cos_sin, rows),
     )
-    return time.perf_counter() - started
+
+
+def _device(parts: DeviceParts) -> torch.device:
+    return parts.model.static.norm.device
 
 
 @contextmanager
@@ -236,12 +231,16 @@ def _requests(parts: DeviceParts, num_seqs: int, context: int) -> Iterator[list[
 
 def _last_tokens(parts: DeviceParts, requests: Sequence[Request], count: int) -> BatchMeta:
     """Where the last `count` tokens of each lie."""
-    batch = [Slice(r, r.num_tokens - count, r.num_tokens) for r in requests]
-    return pack(batch, parts.model.shape.block_tokens)[1]
+    return _meta_of(parts, [Slice(r, r.num_tokens - count, r.num_tokens) for r in requests])
 
 
 def _first_tokens(parts: DeviceParts, requests: Sequence[Request]) -> BatchMeta:
-    return pack([Slice(r, 0, 1) for r in requests], parts.model.shape.block_tokens)[1]
+    return _meta_of(parts, [Slice(r, 0, 1) for r in requests])
+
+
+def _meta_of(parts: DeviceParts, batch: Batch) -> BatchMeta:
+    meta, device = pack(batch, parts.model.shape.block_tokens)[1], _device(parts)
+    return replace(meta, **{f.name: getattr(meta, f.name).to(device) for f in fields(meta)})
 
 
 class _Times:

@@ -10,6 +10,7 @@ from morphserve.quantize.bundle import Bundle
 from morphserve.quantize.checkpoint import Checkpoint
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import DeviceParts, assemble
+from morphserve.runtime.device import Device
 from morphserve.runtime.kernels import Kernels
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import full_image, quantized_image
@@ -36,6 +37,7 @@ def build_rigs(
     dtype: torch.dtype,
     limits: SchedulerConfig,
     num_tokens: int,
+    device: Device,
 ) -> dict[Variant, Rig]:
     """Full precision and each variant of the bundle, with a KV cache of at least `num_tokens`."""
     arch = checkpoint.architecture
@@ -49,6 +51,7 @@ def build_rigs(
         statics=pack_statics(checkpoint.static(), kernels, dtype),
         images={Variant.FULL: full},
         ladder=Ladder((), count),
+        device=device,
     )
     rigs = {Variant.FULL: Rig(assemble_filled(model, "off", limits, num_tokens), full[0].num_bytes)}
     for variant in bundle.manifest.variants:
@@ -68,7 +71,9 @@ def assemble_filled(
     model: LoadedModel, policy: str, limits: SchedulerConfig, num_tokens: int
 ) -> DeviceParts:
     """An engine's parts that hold so many tokens of KV cache, every page of it written."""
-    config = EngineConfig("", load_policy(policy), scheduler=limits)
+    left_to_device = frozenset({"block_tokens", "min_run_bytes"})
+    config = EngineConfig("", load_policy(policy), scheduler=limits, unset=left_to_device)
+    config = config.settled(model.device.defaults)
     cache, sizes = config.cache, model.sizes(config.cache.block_tokens)
     budget = budget_for(sizes, 0, cache.min_run_bytes, num_tokens)
     plan = plan_memory(sizes, budget, 0, cache.min_run_bytes)
@@ -79,6 +84,6 @@ def assemble_filled(
     # Pages that nobody wrote would all be read from one page of zeros.
     blocks = parts.pool.allocate(parts.pool.num_free)
     for layer in parts.model.caches:
-        layer[blocks] = torch.randn(layer.shape[1]).to(layer.dtype)
+        layer[blocks] = torch.randn(layer.shape[1]).to(layer)
     parts.pool.free(blocks)
     return parts

@@ -128,11 +128,13 @@ def _time(
     import torch
     from rich.console import Console
 
+    from morphserve.runtime.device import open_device
     from morphserve.runtime.measure import measure_costs
 
+    kernels = open_device("auto").kind
     with Console(stderr=True, quiet=quiet).status("timing layers") as status:
         return measure_costs(
-            checkpoint, bundle, "cpu", threads or torch.get_num_threads(), status.update
+            checkpoint, bundle, kernels, threads or torch.get_num_threads(), status.update
         )
 
 

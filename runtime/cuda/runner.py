@@ -73,6 +73,7 @@ class CudaRunner:
     ) -> None:
         assert limits.max_tokens >= limits.max_seqs
         self._limits, self._block_tokens = limits, model.shape.block_tokens
+        self._longest = min(limits.max_tokens, len(model.cos_sin))  # tokens of a prompt at once
         self._gpu, self._sampler = gpu, sampler
         self._inputs = Inputs(gpu, limits, self._block_tokens)
         self._step = ModelStep(kernels, model, self._inputs, limits.max_seqs)
@@ -160,10 +161,6 @@ class CudaRunner:
             self._step.whole(self._step.active, packed.num_tokens, packed.num_seqs, packed.num_rows)
         self._graphs.count("eager" if graphs is None else graphs.how)
         return self._choose([piece.request for piece in batch if piece.samples])
-
-    @property
-    def _longest(self) -> int:
-        return min(self._limits.max_tokens, self._limits.max_blocks * self._block_tokens)
 
     def _choose(self, requests: Sequence[Request]) -> Launched:
         """Has the next tokens drawn from the logits, and keeps them for the next step."""

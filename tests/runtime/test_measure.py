@@ -19,6 +19,7 @@ from morphserve.quantize.machine import device_name
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime import measure
 from morphserve.runtime.costs import cost_model
+from morphserve.runtime.device import open_device
 from morphserve.runtime.kernels import AttentionShape, BatchMeta, load_kernels
 from morphserve.runtime.kernels.reference import ReferenceKernels
 from morphserve.runtime.measure import measure_costs
@@ -26,6 +27,7 @@ from morphserve.runtime.rigs import build_rigs
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 LIMITS = SchedulerConfig(4, 64, 64)
+HOST = open_device("cpu")
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_the_cost_model_is_made_of_what_was_measured(made: tuple[Checkpoint, Bun
 def test_each_timed_engine_runs_its_own_variant(made: tuple[Checkpoint, Bundle], name: str) -> None:
     checkpoint, bundle = made
     kernels = load_kernels(name)
-    rigs = build_rigs(checkpoint, bundle, kernels, torch.float32, LIMITS, 64)
+    rigs = build_rigs(checkpoint, bundle, kernels, torch.float32, LIMITS, 64, HOST)
     assert list(rigs) == [Variant.FULL, Variant.INT4, Variant.INT8]
     full = rigs.pop(Variant.FULL).parts.model.layers
     assert len(full) == checkpoint.architecture.num_layers
@@ -110,7 +112,7 @@ def test_attention_is_timed_at_its_points_sizes(
             called.append((len(q), meta.query_start.diff().tolist(), meta.context_len.tolist()))
             return super().attention(q, cache, meta, shape)
 
-    rigs = build_rigs(*made, Watched(), torch.float32, LIMITS, 256)
+    rigs = build_rigs(*made, Watched(), torch.float32, LIMITS, 256, HOST)
     with measure._attention(rigs[Variant.FULL].parts, *point) as run:
         spent = run()
     alone = (num_seqs, [1] * num_seqs, [1] * num_seqs)
@@ -178,3 +180,14 @@ def test_measured_costs_are_kept_in_the_bundle_one_entry_per_set_up(
     kept = open_bundle(str(bundle.path), checkpoint).manifest.costs
     assert [entry.kernels for entry in kept] == ["reference", "native"]
     assert kept[-1] == latest
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_timed_at_more_sizes(made: tuple[Checkpoint, Bundle]) -> None:
+    costs = measure_costs(*made, "cuda", threads=1)
+    assert (costs.device, costs.threads) == (device_name("cuda:0"), 0)
+    assert costs.layers[0].curve.tokens[-1] == 2048
+    assert costs.rest.tokens[-1] == 256
+    for curve in [times.curve for times in costs.layers] + [costs.rest]:
+        assert 0 < min(curve.seconds) and max(curve.seconds) < 0.1
