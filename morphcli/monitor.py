@@ -77,7 +77,15 @@ def log_line(now: Snapshot, rates: Rates) -> str:
         f"Running: {now.running} reqs, Waiting: {now.waiting} reqs, "
         f"Preemptions: {now.preemptions}, KV cache usage: {_share(now):.1%} "
         f"of {now.blocks_capacity} blocks, INT4 layers: {_num_int4(now)}/{len(now.layers)}"
+        f"{_step(now)}"
     )
+
+
+def _step(now: Snapshot) -> str:
+    """The latest step's time beside what the cost model said of it."""
+    if not now.predicted_step_s:
+        return ""
+    return f", Step: {now.step_s * 1e3:.3g} ms, predicted {now.predicted_step_s * 1e3:.3g} ms"
 
 
 def interval_fields(now: Snapshot, rates: Rates) -> dict[str, object]:
@@ -92,6 +100,8 @@ def interval_fields(now: Snapshot, rates: Rates) -> dict[str, object]:
         "kv_blocks_capacity": now.blocks_capacity,
         "rung": now.rung,
         "layers": {variant.value: now.layers.count(variant) for variant in Variant},
+        "step_s": now.step_s,
+        "predicted_step_s": now.predicted_step_s,
     }
 
 

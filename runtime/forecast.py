@@ -20,6 +20,7 @@ class Forecaster:
     ) -> None:
         self.max_step_tokens = max_step_tokens
         self.slowdown = 1.0  # measured over predicted, a rolling mean
+        self.pace = 1.0  # the same without bounds
         self._model = model
         self._variants = list(model.layers)
         rungs = [ladder.variants_at(rung) for rung in range(num_rungs)]
@@ -32,7 +33,9 @@ class Forecaster:
 
     def observe(self, measured_s: float, predicted_s: float) -> None:
         """Learns from one step how this machine is doing now."""
-        ratio = min(max(measured_s / predicted_s, _LEAST_SLOWDOWN), _MOST_SLOWDOWN)
+        pace = measured_s / predicted_s
+        self.pace = _MEMORY * self.pace + (1 - _MEMORY) * pace
+        ratio = min(max(pace, _LEAST_SLOWDOWN), _MOST_SLOWDOWN)
         self.slowdown = _MEMORY * self.slowdown + (1 - _MEMORY) * ratio
 
     def decode_s(self, num_decodes: int, context_tokens: int) -> tuple[float, ...]:

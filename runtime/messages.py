@@ -114,6 +114,9 @@ class Events(msgspec.Struct, tag=True, frozen=True):
     events: list[Event]
 
 
+SLOW = 2.0  # times the predicted time that a step takes when something is wrong
+
+
 class Snapshot(msgspec.Struct, tag=True, frozen=True):
     """The engine at one moment; counters count from its start."""
 
@@ -151,6 +154,11 @@ class Snapshot(msgspec.Struct, tag=True, frozen=True):
     @property
     def num_generated(self) -> int:
         return sum(self.generated_tokens.values())
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the latest step took far longer than the cost model said."""
+        return self.step_s >= SLOW * (self.predicted_step_s or float("inf"))
 
 
 ToEngine = Submit | Abort | Pin | Shutdown

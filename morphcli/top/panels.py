@@ -42,8 +42,17 @@ def header(state: State, note: str, width: int) -> Text:
         f"  swaps {state.swaps}",
         f"  engine restarts {state.engine_restarts}" if state.engine_restarts else "",
         (f"  {note}", "bold") if note else "",
+        _step(state),
     )
     return _lines([first, second], width)
+
+
+def _step(state: State) -> tuple[str, str]:
+    """The latest step's time beside what the cost model said of it."""
+    if not state.predicted_step_s:
+        return "", ""
+    measured, predicted = (f"{s * 1e3:.3g}" for s in (state.step_s, state.predicted_step_s))
+    return f"  step {measured} ms (predicted {predicted})", BAD if state.is_slow else ""
 
 
 def layer_map(state: State, by_ladder: bool, width: int) -> Text:

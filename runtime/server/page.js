@@ -63,7 +63,9 @@ function drawHead(state) {
   $("model").textContent = state.model;
   document.title = `${state.model}: rung ${state.rung} of ${state.capacities.length - 1}`;
   const pinned = state.pinned ? ", pinned" : "";
-  $("status").textContent = `● ${state.status}, rung ${state.rung} of ${state.capacities.length - 1}${pinned}`;
+  const ms = (seconds) => Number((seconds * 1e3).toPrecision(3));
+  const step = state.predicted_step_s ? `, step ${ms(state.step_s)} ms (predicted ${ms(state.predicted_step_s)})` : "";
+  $("status").textContent = `● ${state.status}, rung ${state.rung} of ${state.capacities.length - 1}${pinned}${step}`;
   $("status").className = state.status === "ready" ? "" : "bad";
   const restarts = state.engine_restarts ? `, engine restarts ${state.engine_restarts}` : "";
   $("facts").textContent =

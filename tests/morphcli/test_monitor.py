@@ -43,12 +43,17 @@ def serving(**changes: Any) -> Any:
 def test_the_log_line_reads_like_vllms_and_adds_precision() -> None:
     before = make_snapshot(time=10.0, prompt_tokens=100, generated_tokens={})
     now = make_snapshot(
-        time=12.0, prompt_tokens=300, generated_tokens={Variant.FULL: 50}, running=4
+        time=12.0,
+        prompt_tokens=300,
+        generated_tokens={Variant.FULL: 50},
+        running=4,
+        step_s=0.0079,
+        predicted_step_s=0.0076,
     )
     assert log_line(now, Rates.between(before, now)) == (
         "Avg prompt throughput: 100.0 tokens/s, Avg generation throughput: 25.0 tokens/s, "
         "Running: 4 reqs, Waiting: 3 reqs, Preemptions: 0, KV cache usage: 50.0% of 60 blocks, "
-        "INT4 layers: 1/4"
+        "INT4 layers: 1/4, Step: 7.9 ms, predicted 7.6 ms"
     )
 
 

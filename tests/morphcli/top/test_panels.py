@@ -76,6 +76,14 @@ def test_a_sparkline_ends_at_now() -> None:
     assert sparkline([], 3) == "   "
 
 
+def test_a_step_is_shown_beside_its_prediction() -> None:
+    usual = panels.header(make_state(step_s=0.0079, predicted_step_s=0.0076), "", 100)
+    assert "step 7.9 ms (predicted 7.6)" in usual.plain
+    slow = panels.header(make_state(step_s=0.021, predicted_step_s=0.0076), "", 100)
+    assert len(slow.spans) > len(usual.spans)  # and in another colour
+    assert "step" not in panels.header(make_state(predicted_step_s=None), "", 100).plain
+
+
 def test_latency_that_misses_its_objective_is_marked() -> None:
     _, ttft, tpot, _ = lines(panels.latency(make_state(), 60))
     assert ttft.split() == ["TTFT", "≤100ms", "20ms", "500ms!", "1250ms!"]
