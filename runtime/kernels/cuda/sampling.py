@@ -119,8 +119,9 @@ def find_greatest(logits, row_stride, vocab, found, num_blocks, BLOCK: tl.conste
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     image = tl.where(magnitude < 0x7F800000, image_of(x), BROKEN)
     image = tl.where(ids < vocab, image, NO_LOGIT)
-    best = tl.max((image.to(tl.int64) << 32) | (0x7FFFFFFF - ids), 0)
-    tl.store(found + row * num_blocks + block, best)
+    best = tl.max(image, 0)
+    first = tl.min(tl.where(image == best, ids, 0x7FFFFFFF), 0)
+    tl.store(found + row * num_blocks + block, (best.to(tl.int64) << 32) | (0x7FFFFFFF - first))
 
 
 @triton.jit
