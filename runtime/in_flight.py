@@ -20,7 +20,7 @@ from morphserve.runtime.scheduler import Batch
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes longer, and each step makes one
 class _InFlight:
     """A step that was launched and is not settled."""
 
@@ -100,18 +100,19 @@ class Steps:
         step, self._in_flight = self._in_flight, None
         if step is None:
             return
-        all_sampled = step.launched.result()
+        batch, sampled = step.batch, step.launched.result()
         ended_s = self._clock.now_s()
         step_s = ended_s - max(step.started_s, self._settled_s)  # the step before it came first
-        batch, sampled = step.batch, all_sampled
         if self._parts.runner.overlaps:
             batch, sampled = _still_wanted(batch, sampled)
-        self._monitor.stepped(
-            step.batch, len(sampled), step.variants, step.precision, ended_s, step_s
-        )
-        ran = self._parts.scheduler.computed(batch, [got.token for got in sampled])
-        told = zip(ran, sampled, strict=True)
-        self._outputs += [_output(request, new, got.logprobs) for (request, new), got in told]
+        tokens = [got.token for got in sampled]
+        told = len(tokens) - tokens.count(None)
+        self._monitor.stepped(step.batch, told, step.variants, step.precision, ended_s, step_s)
+        ran = self._parts.scheduler.computed(batch, tokens)
+        self._outputs += [
+            _output(request, new, got.logprobs)
+            for (request, new), got in zip(ran, sampled, strict=True)
+        ]
         self._settled, self._settled_s = step.precision, ended_s
 
 

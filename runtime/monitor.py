@@ -112,7 +112,7 @@ class Monitor:
     ) -> None:
         """Notes a step through layers of these variants, the lowest of which is `precision`.
 
-        `generated` tokens of it were wanted; the others' requests ended while they were computed.
+        `generated` tokens of it are told: some requests end while theirs is computed, or get none.
         """
         self.generated_tokens[precision] += generated
         self._note_share(generated, precision, now_s)

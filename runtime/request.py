@@ -71,7 +71,7 @@ class Request:
     demands: Demands = Demands()
     max_rung: int | None = None  # the deepest at which it may be computed; None: any
     output: list[int] = field(default_factory=list)  # the last one may be PENDING
-    is_ending: bool = False  # its last token is being computed: no more steps follow
+    is_ending: bool = False  # its newest token, known or not, is the last it may have
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_computed: int = 0  # tokens whose K and V are in the cache
@@ -119,7 +119,7 @@ class Request:
         return self.prompt[start:] + self.output[: end - split]
 
 
-def end_of(request: Request, eos: Collection[int], max_model_len: int) -> FinishReason | None:
+def end_of(request: Request, eos: Collection[int]) -> FinishReason | None:
     """Why the request's latest token is its last, or None."""
     params = request.params
     token, count = request.output[-1], len(request.output)
@@ -128,9 +128,4 @@ def end_of(request: Request, eos: Collection[int], max_model_len: int) -> Finish
             return FinishReason.STOP
         if token in eos and not params.ignore_eos:
             return FinishReason.STOP
-    return FinishReason.LENGTH if is_full(request, max_model_len) else None
-
-
-def is_full(request: Request, max_model_len: int) -> bool:
-    """Whether no token may follow the request's latest one."""
-    return len(request.output) >= request.params.max_tokens or request.num_tokens >= max_model_len
+    return FinishReason.LENGTH if request.is_ending else None

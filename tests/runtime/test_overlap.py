@@ -1,194 +1,37 @@
 """Steps whose tokens are read one step late: the same answers, and nothing told twice or lost."""
 
-from collections import Counter
+import socket
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
 
+import msgspec
 import pytest
-from deferred_runner import DeferredRunner, defer
+from deferred_runner import defer, use_runner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from swap_driver import ARCHITECTURE, prompt_of, tiny_model
+from overlap_scenes import (
+    TIGHT,
+    Ask,
+    Client,
+    ManualClock,
+    alone,
+    check_answers,
+    engine_of,
+    greedy,
+    overlapping,
+    sampled,
+)
 
 from morphserve.configs.load import load_policy
-from morphserve.configs.schema import CacheConfig, EngineConfig, SchedulerConfig
+from morphserve.configs.schema import EngineConfig
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.build import DeviceParts, assemble
 from morphserve.runtime.engine import Engine
-from morphserve.runtime.kernels import load_kernels
-from morphserve.runtime.layout import DeviceMemory, lay_out
-from morphserve.runtime.loader import LoadedModel
-from morphserve.runtime.memory import budget_for
-from morphserve.runtime.messages import Step, Submit, TokenOutput
-from morphserve.runtime.request import Demands, SamplingParams
-
-QUICK = replace(
-    load_policy("performance"),
-    window_s=0.0,
-    entry_windows=1,
-    quiet_s=0.0,
-    dwell_s=0.0,
-    cooldown_s=0.0,
-    max_flips_per_minute=1000,
-)
-EOS = (11, 40)
-MAX_LEN = 64
-AMPLE, TIGHT = 2000, 80  # tokens of KV at full precision
-
-
-class ManualClock:
-    def __init__(self) -> None:
-        self.seconds = 100.0
-
-    def now_s(self) -> float:
-        return self.seconds
-
-    def epoch_s(self) -> float:
-        return self.seconds
-
-
-@cache
-def model() -> LoadedModel:
-    """All variants of its layers give the same bits, so that swaps change no answer."""
-    loaded = tiny_model(load_kernels("cpu"), exact=True)
-    return replace(loaded, architecture=replace(ARCHITECTURE, eos_token_ids=EOS))
-
-
-def engine_of(kv_tokens: int, clock: ManualClock | None = None, **limits: float) -> Engine:
-    scheduler = {"max_num_seqs": 5, "max_num_batched_tokens": 24, "max_model_len": MAX_LEN}
-    config = EngineConfig(
-        model="",
-        policy=QUICK,
-        cache=CacheConfig(block_tokens=8, min_run_bytes=1),
-        scheduler=SchedulerConfig(**(scheduler | limits)),  # type: ignore[arg-type]
-    )
-    sizes = model().sizes(8)
-    config = replace(
-        config, cache=replace(config.cache, memory_budget=budget_for(sizes, 2, 1, kv_tokens))
-    )
-    memory = DeviceMemory(2**40, lambda: 2**40)
-    layout = lay_out(config, sizes, model().ladder, 256, memory)
-    return Engine(config, assemble(config, model(), layout), clock or ManualClock())
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request as clients make them."""
-
-    seed: int
-    length: int
-    params: SamplingParams
-    min_precision: Variant = Variant.INT4
-
-    @property
-    def prompt(self) -> list[int]:
-        return prompt_of(self.seed, self.length)
-
-    def submit(self, engine: Engine, name: str) -> None:
-        demands = Demands(min_precision=self.min_precision)
-        assert engine.submit(Submit(name, self.prompt, self.params, demands)) is None
-
-
-@dataclass
-class Told:
-    """What a client has heard of a request."""
-
-    tokens: list[int] = field(default_factory=list)
-    firsts: int = 0  # outputs that told how long it was queued or cached
-    reason: str | None = None
-
-    def take(self, output: TokenOutput) -> None:
-        assert self.reason is None, "told after the end"
-        self.tokens += output.tokens
-        self.reason = output.finish_reason
-        assert len(output.logprobs or []) in (0, len(output.tokens))
-
-
-class Client:
-    """Steps an engine, and checks what holds after every step."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.told: dict[str, Told] = {}
-        self.asked: dict[str, Ask] = {}
-        self.aborted: set[str] = set()
-
-    def submit(self, ask: Ask) -> str:
-        name = f"r{len(self.asked)}"
-        self.asked[name] = ask
-        ask.submit(self.engine, name)
-        return name
-
-    def abort(self, name: str) -> None:
-        if self.told.get(name, Told()).reason is None:
-            self.aborted.add(name)
-        self.engine.abort(name)
-
-    def step(self) -> Step | None:
-        step = self.engine.step()
-        for output in step.outputs if step else []:
-            assert output.request_id not in self.aborted, "told after it was aborted"
-            self.told.setdefault(output.request_id, Told()).take(output)
-        self.check()
-        return step
-
-    def drain(self) -> None:
-        for _ in range(3000):
-            if not self.engine.has_work:
-                return
-            self.step()
-        raise AssertionError("requests did not end")
-
-    def check(self) -> None:
-        parts = self.engine._parts
-        parts.pool.check([request.blocks for request in parts.scheduler.running])
-        told = sum(len(told.tokens) for told in self.told.values())
-        assert self.engine.snapshot().num_generated == told
-
-
-def alone(ask: Ask) -> tuple[list[int], str | None]:
-    """The answer of an engine that reads each step at once, with nothing else to do."""
-    known = _answers()
-    if (key := repr((ask.seed, ask.length, ask.params))) not in known:
-        client = Client(_still())
-        ask.submit(client.engine, "alone")
-        client.engine._monitor.generated_tokens.clear()
-        client.drain()
-        told = client.told["alone"]
-        known[key] = told.tokens, told.reason
-    return known[key]
-
-
-@cache
-def _answers() -> dict[str, tuple[list[int], str | None]]:
-    return {}
-
-
-@cache
-def _still() -> Engine:
-    return engine_of(AMPLE)
-
-
-def overlapping(kv_tokens: int = AMPLE, **more: float) -> tuple[Client, DeferredRunner]:
-    engine = engine_of(kv_tokens, **more)
-    return Client(engine), defer(engine)
-
-
-def greedy(max_tokens: int, **params: object) -> SamplingParams:
-    return SamplingParams(max_tokens, temperature=0.0, **params)  # type: ignore[arg-type]
-
-
-def check_answers(client: Client) -> None:
-    for name, ask in client.asked.items():
-        tokens, reason = alone(ask)
-        told = client.told.get(name, Told())
-        if name in client.aborted:
-            assert told.tokens == tokens[: len(told.tokens)]
-        else:
-            assert (told.tokens, told.reason) == (tokens, reason)
-    assert client.engine.snapshot().blocks_used == 0
-
+from morphserve.runtime.engine_process import run_engine
+from morphserve.runtime.frames import FrameSplitter, encode_frame
+from morphserve.runtime.messages import Abort, FromEngine, Shutdown, Step, Submit
+from morphserve.runtime.parts import Launched, Sampled
+from morphserve.runtime.request import SamplingParams
+from morphserve.runtime.scheduler import Batch
 
 params = st.builds(
     SamplingParams,
@@ -199,7 +42,7 @@ params = st.builds(
     logprobs=st.sampled_from([None, 1]),
     min_tokens=st.sampled_from([0, 0, 5]),
     ignore_eos=st.booleans(),
-    stop_token_ids=st.sampled_from([(), (3, 7, 50, 61, 90)]),
+    stop_token_ids=st.sampled_from([(), tuple(range(3, 96, 9))]),
 )
 asks = st.builds(
     Ask,
@@ -243,3 +86,206 @@ def test_answers_are_those_of_an_engine_that_waits_for_each_step(script: Sequenc
     client.drain()
     check_answers(client)
     assert not client.engine._steps.is_one_in_flight
+
+
+def test_the_first_step_tells_nothing_and_each_one_after_it_a_token() -> None:
+    client, runner = overlapping()
+    name = client.submit(Ask(1, 20, greedy(3, ignore_eos=True)))
+    told = []
+    for _ in range(4):
+        assert client.engine.has_work
+        client.step()
+        told.append(len(client.told[name].tokens) if client.told else 0)
+    assert told == [0, 1, 2, 3]
+    assert not client.engine.has_work
+    assert runner.num_launches == 3, "a request that ends by length was launched again"
+    assert (runner.num_overlapped, runner.num_unknown) == (2, 2)
+
+
+def test_an_end_that_is_found_late_drops_what_was_computed_beyond_it() -> None:
+    tokens, _ = alone(Ask(1, 20, sampled(12)))
+    count = len(tokens) // 2
+    assert tokens[count - 1] not in tokens[: count - 1]
+    client, runner = overlapping()
+    ends = client.submit(Ask(1, 20, sampled(12, stop_token_ids=(tokens[count - 1],))))
+    client.drain()
+    assert (client.told[ends].tokens, client.told[ends].reason) == (tokens[:count], "stop")
+    assert runner.num_launches == count + 1
+    state = client.engine.snapshot()
+    assert (state.num_generated, state.steps, state.blocks_used) == (count, count + 1, 0)
+
+
+@pytest.mark.parametrize("length", range(17, 26))  # the end at each place in a block of eight
+def test_a_block_holds_no_more_than_its_name_says_where_an_end_was_found_late(length: int) -> None:
+    tokens, _ = alone(Ask(2, length, sampled(6)))
+    client, _ = overlapping()
+    client.submit(Ask(2, length, sampled(6, stop_token_ids=(tokens[-1],))))
+    client.drain()
+    end = length + tokens.index(tokens[-1])  # of what has keys and values
+    assert client.engine.snapshot().blocks_cached == end // 8
+    client.submit(Ask(2, length, sampled(20)))
+    client.drain()
+    check_answers(client)
+
+
+def test_an_aborted_request_is_told_nothing_of_the_step_in_flight() -> None:
+    client, _ = overlapping()
+    gone, stays = (client.submit(Ask(i, 9, greedy(8, ignore_eos=True))) for i in (0, 1))
+    for _ in range(3):
+        client.step()
+    client.abort(gone)
+    assert len(client.told[gone].tokens) == 2
+    again = client.submit(Ask(2, 50, greedy(4)))  # in blocks that the step in flight may write to
+    client.drain()
+    assert client.told.keys() == {gone, stays, again}
+    check_answers(client)
+
+
+def test_a_request_with_penalties_waits_for_its_tokens() -> None:
+    client, runner = overlapping()
+    client.submit(Ask(1, 20, greedy(8, ignore_eos=True, presence_penalty=1.0)))
+    client.drain()
+    assert (runner.num_launches, runner.num_overlapped) == (8, 0)
+    check_answers(client)
+
+
+def test_what_ends_spares_others_a_preemption() -> None:
+    """The pool is full, and the step in flight holds somebody's last token."""
+    client, _ = overlapping(TIGHT, max_num_batched_tokens=64)
+    client.submit(Ask(0, 20, greedy(26, ignore_eos=True)))
+    client.submit(Ask(1, 26, greedy(7, ignore_eos=True)))
+    client.drain()
+    check_answers(client)
+    assert client.engine.snapshot().preemptions == 0
+
+
+def test_a_request_that_may_no_longer_run_is_paused_with_all_its_tokens_known() -> None:
+    client, _ = overlapping()
+    strict = client.submit(Ask(0, 20, greedy(30, ignore_eos=True), Variant.FULL))
+    client.submit(Ask(1, 20, greedy(40, ignore_eos=True)))
+    for _ in range(4):
+        client.step()
+    client.engine.pin(4)
+    while client.engine.snapshot().held == 0:
+        client.step()
+    (request,) = [r for r in client.engine._parts.scheduler.running if r.id == strict]
+    assert not request.is_pending
+    client.engine.pin(0)
+    client.drain()
+    check_answers(client)
+
+
+def test_a_request_that_waited_too_long_ends_while_a_step_is_in_flight() -> None:
+    clock = ManualClock()
+    client = Client(engine_of(200, clock, max_num_seqs=1, queue_timeout_s=10.0))
+    defer(client.engine)
+    runs, waits = (client.submit(Ask(i, 20, greedy(5, ignore_eos=True))) for i in (0, 1))
+    client.step()
+    clock.seconds += 11
+    client.step()
+    assert (client.told[waits].tokens, client.told[waits].reason) == ([], "timeout")
+    client.drain()
+    assert client.told[runs].tokens == alone(client.asked[runs])[0]
+
+
+class Noting:
+    """A runner that notes what it is given; to wait for a step takes half a second."""
+
+    overlaps = True
+
+    def __init__(self, client: Client, clock: ManualClock) -> None:
+        self._client, self._clock = client, clock
+        self._runner = defer(client.engine)
+        use_runner(client.engine, self)
+        self.batches: list[Batch] = []
+        self.variants: list[set[Variant]] = []
+
+    def launch(self, batch: Batch) -> Launched:
+        self.batches.append(batch)
+        self.variants.append(set(self._client.engine._parts.layers.variants))
+        return Late(self._runner.launch(batch), self._clock)
+
+
+class Late:
+    def __init__(self, launched: Launched, clock: ManualClock) -> None:
+        self._launched, self._clock = launched, clock
+
+    def result(self) -> list[Sampled]:
+        self._clock.seconds += 0.5
+        return self._launched.result()
+
+
+def test_a_step_is_told_with_the_precision_that_it_was_computed_with() -> None:
+    client = Client(engine_of(2000))
+    noting = Noting(client, ManualClock())
+    client.submit(Ask(0, 20, greedy(40, ignore_eos=True)))
+    told: list[Variant] = []
+    for turn in range(42):
+        client.engine.pin((0, 10, 0)[turn // 14])
+        if (step := client.step()) and any(output.tokens for output in step.outputs):
+            told.append(step.precision)
+    lowest = [min(v, key=list(Variant)[::-1].index) for v in noting.variants]
+    assert told == lowest[: len(told)] and len(told) == 40
+    assert len(set(told)) == 3
+    assert client.engine.snapshot().generated_tokens == {v: told.count(v) for v in set(told)}
+
+
+def test_a_step_lasts_from_the_end_of_the_one_before_it() -> None:
+    clock = ManualClock()
+    client = Client(engine_of(2000, clock))
+    noting = Noting(client, clock)
+    client.submit(Ask(0, 20, greedy(3, ignore_eos=True)))
+    client.step()
+    clock.seconds += 0.125  # beside the first step
+    for nth in range(3):
+        client.step()
+        state = client.engine.snapshot()
+        assert state.steps == nth + 1
+        assert state.step_s == (0.625 if nth == 0 else 0.5)
+        assert client.engine._monitor._latest is noting.batches[nth]
+    clock.seconds += 100
+    client.submit(Ask(1, 20, greedy(1)))
+    client.drain()
+    assert client.engine.snapshot().step_s == 0.5
+
+
+def test_a_process_serves_messages_one_step_late() -> None:
+    ours, theirs = socket.socketpair()
+    asks = {f"r{i}": Ask(i % 3, 5 + 4 * i, greedy(6 + i, ignore_eos=i % 2 == 0)) for i in range(9)}
+
+    def make_engine(config: EngineConfig) -> Engine:
+        engine = engine_of(TIGHT)
+        defer(engine)
+        return engine
+
+    thread = threading.Thread(target=run_engine, args=[theirs, make_engine])
+    thread.start()
+    ours.sendall(encode_frame(EngineConfig("", load_policy("performance"))))
+    for name, ask in asks.items():
+        ours.sendall(encode_frame(Submit(name, ask.prompt, ask.params)))
+    ours.sendall(encode_frame(Submit("gone", asks["r0"].prompt, greedy(40, ignore_eos=True))))
+    ours.sendall(encode_frame(Abort("gone")))
+    tokens, reasons = _listen(ours, len(asks))
+    ours.sendall(encode_frame(Shutdown()))
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    ours.close()
+    theirs.close()
+    for name, ask in asks.items():
+        assert (tokens[name], reasons[name]) == alone(ask)
+
+
+def _listen(sock: socket.socket, count: int) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Tokens and reasons, until so many requests have ended."""
+    splitter, decoder = FrameSplitter(), msgspec.msgpack.Decoder(FromEngine)
+    tokens: dict[str, list[int]] = {}
+    reasons: dict[str, str] = {}
+    sock.settimeout(10)
+    while len(reasons) < count:
+        for body in splitter.feed(sock.recv(1 << 16)):
+            message = decoder.decode(body)
+            for output in message.outputs if isinstance(message, Step) else []:
+                tokens.setdefault(output.request_id, []).extend(output.tokens)
+                if output.finish_reason:
+                    reasons[output.request_id] = output.finish_reason
+    return tokens, reasons

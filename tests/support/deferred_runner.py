@@ -7,7 +7,7 @@ from typing import Any
 
 from morphserve.runtime.build import DeviceParts
 from morphserve.runtime.engine import Engine
-from morphserve.runtime.parts import Launched, Runner, Sampled
+from morphserve.runtime.parts import DeviceLost, Launched, Runner, Sampled
 from morphserve.runtime.request import PENDING, Request, needs_history
 from morphserve.runtime.scheduler import Batch, Slice
 
@@ -43,8 +43,9 @@ class DeferredStep:
 class DeferredRunner:
     """Hands each step to another runner when somebody waits for it, strictly in launch order.
 
-    Asserts what a device relies on: one step is unread at most when the next is launched, and an
-    unknown token is the only one of its slice, and was sampled by the launch before.
+    Sees to what a device relies on: one step is unread at most when the next is launched, and an
+    unknown token is the only one of its slice, and was sampled by the launch before. Where it is
+    not so the device is lost, as engines get over all other errors of a launch.
     """
 
     overlaps = True
@@ -59,6 +60,14 @@ class DeferredRunner:
         self.num_unknown = 0  # slices that went on from a token that the host did not know
 
     def launch(self, batch: Batch) -> Launched:
+        try:
+            step = self._note(batch)
+        except AssertionError as error:
+            raise DeviceLost(f"the runner was misled: {error}") from error
+        self._queue.append(step)
+        return step
+
+    def _note(self, batch: Batch) -> DeferredStep:
         latest = self._latest
         assert self._before is None or self._before.was_read, "two steps are unread"
         step = DeferredStep(self, [], latest, {})
@@ -79,7 +88,6 @@ class DeferredRunner:
         self.num_overlapped += latest is not None and not latest.was_read
         self.num_unknown += len(step.sources)
         self._before, self._latest = latest, step
-        self._queue.append(step)
         return step
 
     def catch_up(self, last: DeferredStep | None = None) -> None:
