@@ -1,7 +1,6 @@
 """Products of activations with codes that are unpacked in registers: W4A16 and W8A16."""
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from morphserve.runtime.kernels import QuantizedLinear
 from morphserve.runtime.kernels.cuda.codes import unpack
-from morphserve.runtime.kernels.cuda.packing import TILE
+from morphserve.runtime.kernels.cuda.packing import TILE, steps_of
 from morphserve.runtime.kernels.cuda.scratch import scratch_of
 
 
@@ -26,18 +25,24 @@ class Block:
     per_processor: int  # programs that its registers and shared memory leave room for, on sm_90
 
 
-# By what ptxas makes of them for sm_90. Weights are the left operand: they go from shared memory
-# to registers, are unpacked there and multiplied from there. An H200 reads 30 INT4 weights in a
-# clock of a multiprocessor, which issues 4 instructions for 32 threads in it. A thread's weight
-# takes 2.5 of them with 16 rows and 4 warps for 128 outputs, 60 % of that time; with 8 warps 3.3,
-# since what is done once per run is done by twice as many. From 64 rows on, sums need the
-# registers of 8 warps. 48 to 96 KiB of codes are on their way to each multiprocessor at any time;
-# its share of 4 TB/s at a delay of 1 us is 30 KiB.
+# By what ptxas makes of them for sm_90, none with a spill. Weights are the left operand: they go
+# from shared memory to registers, are unpacked there and multiplied from there. An H200 reads 30
+# INT4 weights in a clock of a multiprocessor, which issues 4 instructions for 32 threads in it. A
+# weight takes 2.5 of a thread with 16 rows and 4 warps for 128 outputs, 60 % of that time; 8 warps
+# would take 3.3, since each does what is done once per run. 48 to 96 KiB of codes are on their way
+# to a multiprocessor at any time; its share of 4 TB/s at a delay of 1 us is 30 KiB.
+# Blocks read activations from the L2 cache, which gives 24 bytes in a clock: of 64 rows as many as
+# of weights for 256 outputs, for 128 twice as many. 128 rows leave no registers for 256 outputs.
 BLOCKS = (
     Block(rows=16, outputs=128, num_warps=4, num_stages=4, per_processor=4),
     Block(rows=32, outputs=128, num_warps=4, num_stages=4, per_processor=3),
-    Block(rows=64, outputs=128, num_warps=8, num_stages=4, per_processor=2),
+    Block(rows=64, outputs=256, num_warps=8, num_stages=4, per_processor=1),
     Block(rows=128, outputs=128, num_warps=8, num_stages=3, per_processor=1),
+)
+# Several sums at once, of groups in one run, need more registers.
+BLOCKS_OF_SMALL_GROUPS = (
+    *BLOCKS[:2],
+    Block(rows=64, outputs=128, num_warps=8, num_stages=4, per_processor=1),
 )
 LEAST_RUNS = 4  # that a program multiplies where several share a block's inputs
 MULTIPROCESSORS = 132  # of an H200, where there is no device to ask
@@ -47,10 +52,9 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
     """Writes bfloat16 x [M, K], by the weight's columns, times the weight into `out` [M, N]."""
     num_rows, num_inputs = x.shape
     num_tiles, num_runs, _, words = weight.codes.shape
-    num_groups = weight.scales.shape[1]
-    run = 16 // weight.bits * words
-    group = run if num_groups == 1 else num_inputs // num_groups
-    block = _block_for(num_rows, sums_per_run=run // math.gcd(group, run))
+    run, group, step = steps_of(weight, num_inputs)
+    blocks = BLOCKS if step == run else BLOCKS_OF_SMALL_GROUPS
+    block = next((b for b in blocks if b.rows >= num_rows), blocks[-1])
     grid = (triton.cdiv(num_rows, block.rows), triton.cdiv(num_tiles * TILE, block.outputs))
     slots = block.per_processor * _multiprocessors(x.device)
     splits = max(1, min(slots // (grid[0] * grid[1]), num_runs // LEAST_RUNS))
@@ -67,7 +71,7 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
         num_rows,
         weight.num_outputs,
         num_inputs,
-        num_groups,
+        weight.scales.shape[1],
         num_runs,
         x.stride(0),
         out.stride(0),
@@ -75,7 +79,7 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
         BITS=weight.bits,
         WORDS=words,
         GROUP=group,
-        STEP=math.gcd(group, run),
+        STEP=step,
         ROWS=block.rows,
         OUTPUTS=block.outputs,
         TILE=TILE,
@@ -86,11 +90,6 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
     )
 
 
-def _block_for(num_rows: int, sums_per_run: int) -> Block:
-    blocks = BLOCKS if sums_per_run == 1 else BLOCKS[:-1]  # its registers hold no second sum
-    return next((b for b in blocks if b.rows >= num_rows), blocks[-1])
-
-
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
@@ -98,7 +97,8 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@triton.jit
+# What differs from batch to batch must not make Triton compile another kernel.
+@triton.jit(do_not_specialize=["num_rows", "num_groups", "num_runs", "splits"])
 def _multiply(
     x,  # [num_rows, num_inputs], rows x_stride apart
     codes,
@@ -118,8 +118,8 @@ def _multiply(
     splits,
     BITS: tl.constexpr,
     WORDS: tl.constexpr,
-    GROUP: tl.constexpr,  # inputs that share a scale; any number, where all do
-    STEP: tl.constexpr,  # inputs of a run that are sure to share a scale
+    GROUP: tl.constexpr,  # inputs that share a scale
+    STEP: tl.constexpr,  # inputs of a run that are sure to share one
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TILE: tl.constexpr,
