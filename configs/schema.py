@@ -1,7 +1,7 @@
 """Frozen dataclasses of a run's settings, with units and checks."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -9,26 +9,61 @@ from morphserve.configs.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
+class Defaults:
+    """Of the settings that each kind of device has its own defaults for."""
+
+    block_tokens: int
+    min_run_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def limits(self, num_seqs: int | None, num_tokens: int | None) -> tuple[int, int]:
+        """max_num_seqs and max_num_batched_tokens; None is a default that suits the other."""
+        if num_seqs is None:
+            num_seqs = min(self.max_num_seqs, num_tokens or self.max_num_seqs)
+        if num_tokens is None:
+            num_tokens = max(self.max_num_batched_tokens, num_seqs)
+        return num_seqs, num_tokens
+
+
+CPU_DEFAULTS = Defaults(16, 64 * 1024, 64, 512)
+CUDA_DEFAULTS = Defaults(32, 2 * 2**20, 256, 2048)
+
+
+@dataclass(frozen=True, slots=True)
 class CacheConfig:
     """How device memory is cut up."""
 
-    block_tokens: int = 16  # tokens per KV block
-    memory_budget: int | None = None  # bytes of the arena; None: enough for max_num_seqs
+    block_tokens: int = CPU_DEFAULTS.block_tokens  # tokens per KV block
+    memory_budget: int | None = None  # bytes of the arena; None: what suits the device
+    gpu_memory_utilization: float | None = None  # share of a GPU for everything; None: 0.9
     staging_slots: int = 2  # layers that may be in flight at once
-    min_run_bytes: int = 64 * 1024  # shortest wanted run of one layer's pages in a chunk
+    min_run_bytes: int = CPU_DEFAULTS.min_run_bytes  # shortest wanted run of a layer's pages
     enable_prefix_caching: bool = True  # keep KV for requests with the same beginning
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1:
             raise ConfigError(f"--block-size must be at least 1, not {self.block_tokens}")
+        share = self.gpu_memory_utilization
+        if share is None:
+            return
+        if not 0 < share <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization is a share above 0 and at most 1, not {share:g}"
+            )
+        if self.memory_budget is not None:
+            raise ConfigError(
+                "--memory-budget and --gpu-memory-utilization both say how much memory is used: "
+                "leave out one of them"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits of one step."""
 
-    max_num_seqs: int = 64  # requests running at once
-    max_num_batched_tokens: int = 512  # tokens per step, prefill and decode together
+    max_num_seqs: int = CPU_DEFAULTS.max_num_seqs  # requests running at once
+    max_num_batched_tokens: int = CPU_DEFAULTS.max_num_batched_tokens  # per step, of all requests
     max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
     queue_timeout_s: float | None = None  # longest wait to be admitted; None: no limit
 
@@ -112,7 +147,8 @@ class EngineConfig:
     model: str  # Hugging Face folder
     policy: Policy
     bundle: str | None = None  # folder made by `morph quantize`; None: full precision only
-    kernels: str = "cpu"  # cpu or reference
+    device: str = "auto"  # auto (a GPU if there is one that serves), cpu, cuda, cuda:N
+    kernels: str = "auto"  # auto (the device's own) or reference
     dtype: str = "auto"  # of weights and KV: auto, float32, bfloat16
     threads: int | None = None  # compute threads; None: OMP_NUM_THREADS, else one per core it gets
     order: str = "bundle"  # bundle (its ranking), front-to-back, back-to-front, random
@@ -121,6 +157,31 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     slo: Slo = Slo()  # of requests that name no targets of their own
+    unset: frozenset[str] = frozenset()  # fields of Defaults that are left to the device
+
+    def settled(self, defaults: Defaults) -> "EngineConfig":
+        """The same for a device with these defaults, and nothing left to it."""
+
+        def unless_unset(name: str, value: int) -> int | None:
+            return None if name in self.unset else value
+
+        cache, scheduler = self.cache, self.scheduler
+        num_seqs, num_tokens = defaults.limits(
+            unless_unset("max_num_seqs", scheduler.max_num_seqs),
+            unless_unset("max_num_batched_tokens", scheduler.max_num_batched_tokens),
+        )
+        block_tokens = unless_unset("block_tokens", cache.block_tokens)
+        min_run_bytes = unless_unset("min_run_bytes", cache.min_run_bytes)
+        return replace(
+            self,
+            cache=replace(
+                cache,
+                block_tokens=defaults.block_tokens if block_tokens is None else block_tokens,
+                min_run_bytes=defaults.min_run_bytes if min_run_bytes is None else min_run_bytes,
+            ),
+            scheduler=replace(scheduler, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens),
+            unset=frozenset(),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from morphserve.configs.load import DEMO_MODEL
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.cores import cpu_quota, default_threads, own_cores, read
 from morphserve.quantize.machine import device_name, free_memory
+from morphserve.runtime.device import LEAST_CAPABILITY, num_gpus
 from morphserve.runtime.kernels.native import REMEDY, NativeUnavailable, Opened, open_library
 
 _PYTHON = (3, 11)
@@ -59,7 +61,7 @@ def examine(port: int) -> Iterator[Finding]:
     yield waiting(os.environ.get("OMP_WAIT_POLICY", ""))
     yield huge_pages()
     yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    yield gpu()
+    yield from gpu()
     yield free_port(port)
     yield demo_model()
 
@@ -163,17 +165,83 @@ def open_files(limit: int) -> Finding:
     return Finding("open files", Mark.NOTE, f"at most {limit}", remedy)
 
 
-def gpu() -> Finding:
-    try:
-        import torch
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    capability: tuple[int, int]
+    free: int  # bytes
+    total: int
 
-        seen = torch.cuda.is_available()
-        name = torch.cuda.get_device_name() if seen else "none that torch sees"
+
+def look_for_gpus() -> list[Gpu]:
+    """Those that torch sees; it makes a context on each."""
+    import torch
+
+    return [
+        Gpu(
+            torch.cuda.get_device_name(i),
+            torch.cuda.get_device_capability(i),
+            *torch.cuda.mem_get_info(i),
+        )
+        for i in range(num_gpus())
+    ]
+
+
+def gpu(
+    look: Callable[[], Sequence[Gpu]] = look_for_gpus, driver: Path = Path("/sys/module/nvidia")
+) -> Iterator[Finding]:
+    """Each GPU and, where there is one, what its kernels need."""
+    try:
+        found = look()
     except Exception as error:  # a broken torch raises anything from ImportError to OSError
-        return Finding("gpu", Mark.MISSING, f"torch does not load: {error}", "reinstall torch")
-    if seen:
-        return Finding("gpu", Mark.NOTE, name, "kernels for it are to come: the CPU serves")
-    return Finding("gpu", Mark.GOOD, f"{name}: the CPU serves")
+        yield Finding("gpu", Mark.MISSING, f"torch does not load: {error}", "reinstall torch")
+        return
+    if not found:
+        yield _no_gpu(driver)
+        return
+    for each in found:
+        yield _gpu(each, read(driver / "version").strip() or "of unknown version")
+    yield _triton()
+    yield locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+
+
+def _no_gpu(driver: Path) -> Finding:
+    text = "none that torch sees: the CPU serves"
+    if not driver.exists():
+        return Finding("gpu", Mark.GOOD, text)
+    remedy = (
+        "there is an NVIDIA driver: install a torch that is made with CUDA, and look at "
+        "`nvidia-smi` and CUDA_VISIBLE_DEVICES"
+    )
+    return Finding("gpu", Mark.NOTE, text, remedy)
+
+
+def _gpu(found: Gpu, driver: str) -> Finding:
+    text = f"{found.name}, {_gib(found.free)} free of {_gib(found.total)}, driver {driver}"
+    if found.capability >= LEAST_CAPABILITY:
+        return Finding("gpu", Mark.GOOD, text)
+    has, needs = (".".join(map(str, pair)) for pair in (found.capability, LEAST_CAPABILITY))
+    remedy = f"its compute capability is {has}, the kernels need {needs}: the CPU serves"
+    return Finding("gpu", Mark.NOTE, text, remedy)
+
+
+def _triton() -> Finding:
+    found = library("triton")
+    if found.mark is Mark.GOOD:
+        return found
+    return Finding("triton", Mark.NOTE, found.found, f"the CPU serves without: {found.remedy}")
+
+
+def locked_memory(limit: int) -> Finding:
+    """`limit`: bytes that a process may lock."""
+    name = "locked memory"
+    if limit == resource.RLIM_INFINITY:
+        return Finding(name, Mark.GOOD, "no limit")
+    remedy = (
+        "if the log says that host memory cannot be locked: `ulimit -l unlimited`, in a container "
+        "`--ulimit memlock=-1`"
+    )
+    return Finding(name, Mark.NOTE, f"at most {limit / 2**20:.0f} MiB", remedy)
 
 
 def free_port(port: int) -> Finding:

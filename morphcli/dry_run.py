@@ -33,10 +33,12 @@ class Plan(msgspec.Struct, frozen=True):
     max_model_len: int
     block_tokens: int
     dtype: str
+    device: str
     kernels: str
     memory: MemoryBytes
     host_bytes: int  # copies of layers that swaps are made from, outside the budget
-    free_bytes: int  # of this machine, now
+    on_host: bool  # whether the budget is main memory, not a device's own
+    free_bytes: int  # of main memory, now
     rungs: list[Room]  # no layer, one step, and the deepest that the policy allows
     settings: list[Setting]  # that are not left to their defaults
     fits: bool = True
@@ -58,7 +60,8 @@ def show_plan(config: EngineConfig, settings: list[Setting], json: bool) -> None
     Raises MorphError, as the server would.
     """
     try:
-        plan = make_plan(foretell(config, outline_model(config)), settings)
+        model = outline_model(config)
+        plan = make_plan(foretell(config, model), settings, on_host=model.device.kind == "cpu")
     except OutOfBudget as error:
         if json:
             print(msgspec.json.encode(NoPlan(str(error), error.needed_bytes)).decode())
@@ -69,16 +72,18 @@ def show_plan(config: EngineConfig, settings: list[Setting], json: bool) -> None
         _print(plan)
 
 
-def make_plan(hello: Hello, settings: list[Setting]) -> Plan:
+def make_plan(hello: Hello, settings: list[Setting], *, on_host: bool) -> Plan:
     memory = hello.memory
     deepest = len(hello.capacities) - 1
     return Plan(
         max_model_len=hello.max_model_len,
         block_tokens=hello.block_tokens,
         dtype=hello.dtype,
+        device=hello.device,
         kernels=hello.kernels,
         memory=memory,
         host_bytes=sum(map(sum, memory.images.values())) if memory.staging else 0,
+        on_host=on_host,
         free_bytes=free_memory(),
         rungs=[_room(hello, rung) for rung in sorted({0, min(1, deepest), deepest})],
         settings=settings,
@@ -141,8 +146,13 @@ def _settings(settings: Sequence[Setting]) -> Table:
 
 
 def _sentences(plan: Plan) -> list[str]:
-    needed = plan.memory.budget + plan.host_bytes
-    lines = [f"it fits: {plan.dtype} weights and KV, {plan.kernels} kernels"]
+    needed = plan.host_bytes + (plan.memory.budget if plan.on_host else 0)
+    lines = [f"it fits: {plan.dtype} weights and KV, {plan.kernels} kernels on {plan.device}"]
+    if not plan.on_host:
+        lines.append(
+            "what a step's activations take is not known before the start, when it is measured: "
+            "it comes off a budget that was not given"
+        )
     if plan.host_bytes:
         lines.append(f"copies of layers to swap from, beside the budget: {_mib(plan.host_bytes)}")
     if needed > plan.free_bytes:

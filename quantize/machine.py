@@ -13,8 +13,15 @@ def free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def device_name() -> str:
-    """The CPU's model as the system knows it, with what tells generations of one name apart."""
+def device_name(device: str = "cpu") -> str:
+    """The CPU's model as the system knows it, with what tells generations of one name apart.
+
+    Of cuda:N the name that its maker gave it.
+    """
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

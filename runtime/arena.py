@@ -1,24 +1,25 @@
 """The one byte buffer that holds weights and KV cache, and typed views of it."""
 
-import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from morphserve.runtime.device import Device
 from morphserve.runtime.memory import MemoryPlan
 
 
 class Arena:
-    """`plan.num_bytes` of memory that is allocated once and never grows."""
+    """`plan.num_bytes` of a device's memory that are allocated once and never grow."""
 
-    def __init__(self, plan: MemoryPlan) -> None:
+    def __init__(self, plan: MemoryPlan, device: Device) -> None:
         self.plan = plan
-        self._memory = mmap.mmap(-1, plan.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._pages = self.bytes.view(plan.num_pages, plan.sizes.page_bytes)
+        self.bytes = device.allocate(plan.num_bytes)
+        page_bytes = plan.sizes.page_bytes
+        self._pages = self.bytes.view(plan.num_pages, page_bytes)
+        # Bytes are copied in the largest words that a page is made of: a GPU's thread takes one.
+        word = torch.int64 if page_bytes % torch.int64.itemsize == 0 else torch.uint8
+        self._words = self._pages.view(word)
 
     def span(self, offset: int, num_bytes: int) -> Tensor:
         """Bytes offset..offset + num_bytes, as uint8."""
@@ -36,10 +37,33 @@ class Arena:
         return self._pages[layer * self.plan.run_blocks :].view(dtype)
 
     def copy_blocks(self, moves: Mapping[int, int]) -> None:
-        """Copies the content of blocks, all layers: old page0 -> new page0, no overlap."""
-        if not moves:
-            return
-        steps = torch.arange(self.plan.sizes.num_layers) * self.plan.run_blocks
-        old = (torch.tensor(list(moves.keys()))[:, None] + steps).flatten()
-        new = (torch.tensor(list(moves.values()))[:, None] + steps).flatten()
-        self._pages.index_copy_(0, new, self._pages.index_select(0, old))
+        """Copies the content of blocks, all layers: old page0 -> new page0, no overlap.
+
+        One copy per run of adjacent blocks: it takes no memory, and on a GPU nothing is uploaded
+        and nobody waits.
+        """
+        for old, new, count in _runs(moves):
+            self._blocks(new, count).copy_(self._blocks(old, count))
+
+    def _blocks(self, page0: int, count: int) -> Tensor:
+        """Adjacent blocks: [layers, words of `count` pages]."""
+        words = self._words.shape[1]
+        return self._words.as_strided(
+            (self.plan.sizes.num_layers, count * words),
+            (self.plan.run_blocks * words, 1),
+            self._words.storage_offset() + page0 * words,
+        )
+
+
+def _runs(moves: Mapping[int, int]) -> Iterator[tuple[int, int, int]]:
+    """(old, new, count) of blocks that lie side by side where they are and where they go."""
+    first, count = (-1, -1), 0
+    for old, new in sorted(moves.items()):
+        if count and (old, new) == (first[0] + count, first[1] + count):
+            count += 1
+            continue
+        if count:
+            yield *first, count
+        first, count = (old, new), 1
+    if count:
+        yield *first, count

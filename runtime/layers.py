@@ -9,6 +9,7 @@ from torch import Tensor
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.weights import LayerTensors, QuantizedWeight
 from morphserve.runtime.arena import Arena
+from morphserve.runtime.device.pinning import PAGE_BYTES
 from morphserve.runtime.kernels import (
     FullLinear,
     Kernels,
@@ -111,11 +112,18 @@ def _pack(tensors: Mapping[str, Tensor], num_outputs: Mapping[str, int], bits: i
     for name, tensor in tensors.items():
         specs[name] = TensorSpec(end, tuple(tensor.shape), tensor.dtype)
         end = align(end + tensor.numel() * tensor.element_size())
-    host = torch.zeros(end, dtype=torch.uint8)
+    host = _whole_pages(end)
     for name, tensor in tensors.items():
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         host[specs[name].offset : specs[name].offset + raw.numel()] = raw
     return Image(specs, num_outputs, bits, host)
+
+
+def _whole_pages(num_bytes: int) -> Tensor:
+    """Zeros in pages of their own, so that these can be locked for a device to read."""
+    memory = torch.zeros(align(num_bytes, PAGE_BYTES) + PAGE_BYTES, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE_BYTES
+    return memory[start : start + num_bytes]
 
 
 def weights_at(arena: Arena, offset: int, image: Image) -> LayerWeights:
@@ -162,6 +170,7 @@ class Layers:
         # Host images are kept only where layers will be swapped: they are as large as the model.
         self.images = images if plan.staging else {}
         self.variants = list(variants)
+        self._arena, self._plan = arena, plan
         self._views = {
             variant: [
                 weights_at(arena, slab.offsets[variant], image)
@@ -173,6 +182,29 @@ class Layers:
         for i, variant in enumerate(variants):
             image = images[variant][i]
             arena.span(plan.slabs[i].offsets[variant], image.num_bytes).copy_(image.host)
+
+    @property
+    def views(self) -> list[list[LayerWeights]]:
+        """Of each layer, its weights in each variant that it may come to have."""
+        if not self._plan.staging:
+            return [[weights] for weights in self.active]
+        return [list(of_layer) for of_layer in zip(*self._views.values(), strict=True)]
+
+    def stage(self, weights: LayerWeights) -> LayerWeights:
+        """One of `views` elsewhere, with its content: in staging, until a swap goes there.
+
+        For what has to be run once before it serves. Not for layers of full precision.
+        """
+        variant, layer = next(
+            (variant, i)
+            for variant, of_layers in self._views.items()
+            for i, view in enumerate(of_layers)
+            if view is weights
+        )
+        image, slot = self.images[variant][layer], self._plan.staging[0]
+        assert image.num_bytes <= self._plan.sizes.staged_bytes
+        self._arena.span(slot, image.num_bytes).copy_(image.host)
+        return weights_at(self._arena, slot, image)
 
     def activate(self, layer: int, variant: Variant) -> None:
         """From the next forward pass on, the layer uses this variant."""

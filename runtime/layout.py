@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from morphserve.configs.errors import ConfigError, OutOfBudget
-from morphserve.configs.schema import EngineConfig
+from morphserve.configs.schema import CPU_DEFAULTS, EngineConfig
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.ladder import Ladder
 from morphserve.runtime.memory import (
@@ -25,6 +25,7 @@ class DeviceMemory:
     total: int
     free: Callable[[], int]
     name: str = "this machine has"
+    fills: bool = False  # whether a default budget takes all that is free, wanted or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,15 @@ class Layout:
     max_model_len: int
     capacities: list[int]  # KV blocks at rung 0, 1, ... the deepest that the policy allows
     variants: list[Variant]  # of each layer, at the start
+    max_num_seqs: int = CPU_DEFAULTS.max_num_seqs
+    activation_bytes: int | None = None  # beside the arena; None: nobody measured it
 
     def hello(self, device: str, kernels: str, threads: int, dtype: str) -> Hello:
         """What an engine with this layout says of itself."""
         sizes, plan = self.plan.sizes, self.plan
         return Hello(
             max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
             num_layers=sizes.num_layers,
             ladder=list(self.ladder.steps),
             capacities=self.capacities,
@@ -57,6 +61,7 @@ class Layout:
                 layers=sum(slab.num_pages for slab in plan.slabs) * sizes.page_bytes,
                 page=sizes.page_bytes,
                 images={variant: list(image) for variant, image in sizes.image_bytes.items()},
+                activations=self.activation_bytes,
             ),
             startup_s={},
         )
@@ -68,6 +73,7 @@ def lay_out(
     ladder: Ladder,
     max_position: int,
     memory: DeviceMemory,
+    activation_bytes: int | None = None,
 ) -> Layout:
     """Raises ConfigError or OutOfBudget with what to change."""
     max_model_len = _max_model_len(config, max_position)
@@ -77,7 +83,10 @@ def lay_out(
     plan = _plan(config, sizes, variants, max_model_len, memory)
     capacities = [plan.capacity(ladder.variants_at(rung)) for rung in rungs]
     _require_gain(capacities, config.cache.block_tokens)
-    return Layout(plan, ladder, max_model_len, capacities, variants)
+    max_num_seqs = config.scheduler.max_num_seqs
+    return Layout(
+        *(plan, ladder, max_model_len, capacities, variants, max_num_seqs, activation_bytes)
+    )
 
 
 def staging_slots(config: EngineConfig) -> int:
@@ -116,7 +125,8 @@ def _plan(
     if budget is None:
         wanted = config.scheduler.max_num_seqs * max_model_len
         wanted_bytes = budget_for(sizes, slots, cache.min_run_bytes, wanted)
-        budget = max(least, min(wanted_bytes, memory.free()))
+        free = memory.free()
+        budget = max(least, free if memory.fills else min(wanted_bytes, free))
     _require_device(budget, memory, asked=cache.memory_budget is not None)
     try:
         plan = plan_memory(sizes, budget, slots, cache.min_run_bytes)

@@ -14,6 +14,7 @@ from morphserve.quantize.bundle import Bundle, open_bundle
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.device import Device, open_device
 from morphserve.runtime.kernels import Kernels, load_kernels
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import Image, full_image, quantized_image
@@ -33,6 +34,7 @@ class LoadedModel:
     ladder: Ladder
     costs: Sequence[DeviceCosts] = ()  # measured times in the bundle, of any device
     load_s: Mapping[str, float] = field(default_factory=dict)  # kernels, checkpoint, bundle
+    device: Device = field(default_factory=lambda: open_device("cpu"))  # that it is served on
 
     def sizes(self, block_tokens: int) -> ModelSizes:
         return ModelSizes(
@@ -62,7 +64,8 @@ def load_model(
             f"`morph quantize {config.model} --output DIR`, or serve with --policy off"
         )
     opened = time.monotonic()
-    kernels = load_kernels(config.kernels)
+    device = open_device(config.device)
+    kernels = _load_kernels(config.kernels, device)
     ready = time.monotonic()
     _require_head_dim(architecture, kernels)
     dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
@@ -85,12 +88,19 @@ def load_model(
         images=images,
         ladder=ladder,
         costs=bundle.manifest.costs if bundle else (),
+        device=device,
         load_s={
             "kernels": ready - opened,
             "checkpoint": opened - started + read - ready,
             "bundle": time.monotonic() - read,
         },
     )
+
+
+def _load_kernels(name: str, device: Device) -> Kernels:
+    if name not in ("auto", "reference"):
+        raise ConfigError(f"there are no kernels {name!r}: use auto or reference")
+    return load_kernels(device.kind if name == "auto" else name)
 
 
 def _require_head_dim(architecture: Architecture, kernels: Kernels) -> None:

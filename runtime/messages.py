@@ -33,7 +33,7 @@ class Shutdown(msgspec.Struct, tag=True, frozen=True):
 
 
 class MemoryBytes(msgspec.Struct, frozen=True):
-    """What the arena's bytes are for at full precision; together they are the budget, nearly."""
+    """What memory is for at full precision; static to layers, and KV, are the budget, nearly."""
 
     budget: int
     static: int  # embedding, head, norms
@@ -41,12 +41,14 @@ class MemoryBytes(msgspec.Struct, frozen=True):
     layers: int  # slabs of all layers
     page: int  # K and V of one block of one layer
     images: dict[Variant, list[int]]  # of each layer, by variant; without those not served
+    activations: int | None = None  # of a step, beside the budget; None: not measured
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
     """The engine is ready to serve. What it says does not change."""
 
     max_model_len: int  # most tokens of a request, prompt and output; the KV cache holds one
+    max_num_seqs: int  # requests running at once
     num_layers: int
     ladder: list[Rung]  # steps of demotion, the first taken first
     capacities: list[int]  # KV blocks at rung 0, 1, ... the deepest that the policy allows

@@ -11,28 +11,15 @@ commit leaves weights, blocks and capacity as they were.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
-
-import numpy as np
+from typing import Protocol
 
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.blocks import BlockPool
+from morphserve.runtime.device.link import Bytes, Link, Transfer
 from morphserve.runtime.ladder import DEPTH
 from morphserve.runtime.memory import MemoryPlan
 
 logger = logging.getLogger(__name__)
-
-BYTES_PER_STEP = 8 * 2**20  # copied before one step, all swaps in flight together
-
-
-class Bytes(Protocol):
-    """A tensor of bytes, or what stands for one where nothing is computed."""
-
-    def numel(self) -> int: ...
-
-    def __getitem__(self, part: slice, /) -> Self: ...
-
-    def copy_(self, source: Self, /) -> Self: ...
 
 
 class Memory(Protocol):
@@ -59,14 +46,6 @@ class Layers(Protocol):
     def activate(self, layer: int, variant: Variant) -> None: ...
 
 
-Copy = Callable[[Bytes, Bytes], None]  # (destination, source), uint8 of equal length
-
-
-def copy_bytes(destination: Bytes, source: Bytes) -> None:
-    """One memcpy: torch would wake a second thread, which takes longer than a layer's bytes."""
-    np.copyto(np.asarray(destination), np.asarray(source))
-
-
 @dataclass(slots=True)
 class Swap:
     """One layer on its way to another variant."""
@@ -75,7 +54,7 @@ class Swap:
     was: Variant
     to: Variant
     slot: int = -1  # byte offset of its staging slot
-    pending: list[tuple[Bytes, Bytes]] = field(default_factory=list)  # (destination, source)
+    transfer: Transfer = field(default_factory=lambda: Transfer([]))  # of what a commit needs
 
     @property
     def is_demotion(self) -> bool:
@@ -92,13 +71,11 @@ class Swapper:
         layers: Layers,
         pool: BlockPool,
         relocate: Callable[[Mapping[int, int]], None],
-        copy: Copy = copy_bytes,
-        allowance: Callable[[], int] = lambda: BYTES_PER_STEP,
+        link: Link,
     ) -> None:
         self._arena, self._plan, self._layers, self._pool = arena, plan, layers, pool
         self._relocate = relocate  # rewrites the block tables: old block -> new block
-        self._copy = copy
-        self._allowance = allowance  # bytes that may be copied before the next step
+        self._link = link
         self._slots = list(plan.staging)
         self.in_flight: list[Swap] = []
         self.failures: list[str] = []  # what went wrong, for the caller to report and clear
@@ -114,28 +91,27 @@ class Swapper:
         if not swap.is_demotion and not self._evacuate(swap):
             return False
         swap.slot = self._slots.pop()
-        swap.pending = self._copies(swap)
+        swap.transfer = self._link.begin(self._copies(swap))
         self.in_flight.append(swap)
         return True
 
     def advance(self) -> None:
         """Copies the next pieces. The running step reads none of the bytes that are written."""
-        allowance = self._allowance()
+        allowance = self._link.allowance()
         for swap in list(self.in_flight):
             try:
-                allowance = self._copy_pieces(swap, allowance)
+                allowance = self._link.carry(swap.transfer, allowance)
             except Exception:
                 self._roll_back(swap)
 
     def commit_ready(self) -> list[Swap]:
         """Switches the layers whose copies are complete, and returns them. Between steps only."""
         done = []
-        for swap in [swap for swap in self.in_flight if not swap.pending]:
+        for swap in [s for s in self.in_flight if self._link.has_arrived(s.transfer)]:
             try:
                 self._commit(swap)
             except Exception:
-                self._restore_tail(swap)
-                self._roll_back(swap)
+                self._roll_back(swap, restore=True)
             else:
                 done.append(swap)
         return done
@@ -185,19 +161,9 @@ class Swapper:
         front = max(offsets[swap.was], offsets[swap.to]) - offsets[variant]
         return host[:front], host[front:]
 
-    def _copy_pieces(self, swap: Swap, allowance: int) -> int:
-        while swap.pending and allowance > 0:
-            destination, source = swap.pending.pop(0)
-            count = min(source.numel(), allowance)
-            self._copy(destination[:count], source[:count])
-            if count < source.numel():
-                swap.pending.insert(0, (destination[count:], source[count:]))
-            allowance -= count
-        return allowance
-
     def _commit(self, swap: Swap) -> None:
         tail = self._tail(swap, swap.to)
-        self._copy(tail, self._arena.span(swap.slot, tail.numel()))
+        self._link.land(swap.transfer, tail, self._arena.span(swap.slot, tail.numel()))
         if swap.is_demotion:
             self._publish(swap.layer, self._parts(swap))
         self._layers.activate(swap.layer, swap.to)
@@ -209,14 +175,17 @@ class Swapper:
         start = max(offsets[swap.was], offsets[swap.to])
         return self._arena.span(start, self._split(swap, variant)[1].numel())
 
-    def _restore_tail(self, swap: Swap) -> None:
-        """Undoes a commit that may have written part of the tail."""
-        self._tail(swap, swap.was).copy_(self._split(swap, swap.was)[1])
+    def _roll_back(self, swap: Swap, *, restore: bool = False) -> None:
+        """Gives up a swap: the layer keeps its variant, its blocks come back.
 
-    def _roll_back(self, swap: Swap) -> None:
-        """Gives up a swap: the layer keeps its variant, its blocks come back."""
+        With `restore`, a commit may have written part of the tail. What fails here, too, is not
+        the swap but the device, and goes up.
+        """
         logger.exception("swap of layer %d to %s failed", swap.layer, swap.to.value)
         self.failures.append(f"layer {swap.layer} to {swap.to.value} failed, rolled back")
+        self._link.abandon(swap.transfer)
+        if restore:
+            self._link.restore(self._tail(swap, swap.was), self._split(swap, swap.was)[1])
         if not swap.is_demotion:
             self._publish(swap.layer, self._parts(swap))
         self._retire(swap)

@@ -56,6 +56,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def cpu_serves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of tests that are not about GPUs run on the CPU, whatever the machine has."""
+    if torch.cuda.is_available() and request.node.get_closest_marker("cuda") is None:
+        monkeypatch.setattr("morphserve.runtime.device.num_gpus", lambda: 0)
+        monkeypatch.setenv("MORPH_DEVICE", "cpu")  # of servers in processes of their own
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Runs a test once per family."""

@@ -24,6 +24,7 @@ from morphserve.quantize.calibration import Part, draw_windows
 from morphserve.quantize.checkpoint import Checkpoint, open_checkpoint
 from morphserve.quantize.costs import DeviceCosts
 from morphserve.runtime.build import budget_for_tokens, costs_of
+from morphserve.runtime.device import open_device
 from morphserve.runtime.kernels import load_kernels
 from morphserve.runtime.loader import choose_dtype
 from morphserve.runtime.measure import measure_costs
@@ -62,7 +63,8 @@ class DemoSettings:
 
 def demo_budget(settings: DemoSettings, bundle: Path) -> str:
     """The memory budget of every server, as `morph serve` takes it."""
-    config = EngineConfig(DEMO_MODEL, load_policy("balanced"), bundle=str(bundle))
+    policy = load_policy("balanced")
+    config = EngineConfig(DEMO_MODEL, policy, bundle=str(bundle), device="cpu")
     return f"{math.ceil(budget_for_tokens(config, settings.kv_tokens) / 2**20)}MiB"
 
 
@@ -164,4 +166,4 @@ def _costs_here(bundle: Bundle) -> DeviceCosts | None:
     """What was measured on this machine, as the demonstration's servers run on it."""
     kernels = load_kernels("cpu")
     dtype = choose_dtype("auto", bundle.architecture.dtype, kernels)
-    return costs_of(bundle.manifest.costs, kernels, dtype)
+    return costs_of(bundle.manifest.costs, kernels, dtype, open_device("cpu"))

@@ -38,11 +38,23 @@ def serve(
             min=1, help="Compute threads. [default: OMP_NUM_THREADS, else one per core it gets]"
         ),
     ] = None,
-    kernels: Annotated[str, _MODEL(help="cpu, or reference (plain torch).")] = "cpu",
+    device: Annotated[
+        str, _MODEL(help="auto (a GPU if one can serve), cpu, cuda, cuda:1.")
+    ] = "auto",
+    kernels: Annotated[
+        str, _MODEL(help="auto (the device's), or reference (plain torch).")
+    ] = "auto",
     seed: Annotated[int, _MODEL(min=0, help="Of requests that bring none.")] = 0,
     memory_budget: Annotated[
         str | None,
-        _MEMORY(help="For weights and KV cache, as 96MiB. [default: enough for --max-num-seqs]"),
+        _MEMORY(
+            help="For weights and KV cache, as 96MiB. [default: enough for --max-num-seqs; on a "
+            "GPU what --gpu-memory-utilization leaves]"
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        _MEMORY(help="Share of a GPU's memory for all that serving takes. [default: 0.9]"),
     ] = None,
     max_model_len: Annotated[
         int | None,
@@ -53,9 +65,16 @@ def serve(
     enable_prefix_caching: Annotated[
         bool, _MEMORY(help="Keep KV blocks for prompts that begin alike.")
     ] = True,
-    block_size: Annotated[int, _MEMORY(min=1, help="Tokens per KV block.")] = 16,
-    max_num_seqs: Annotated[int, _SCHEDULER(min=1, help="Requests running at once.")] = 64,
-    max_num_batched_tokens: Annotated[int, _SCHEDULER(min=1, help="Tokens per step.")] = 512,
+    block_size: Annotated[
+        int | None, _MEMORY(min=1, help="Tokens per KV block. [default: 16; on a GPU 32]")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        _SCHEDULER(min=1, help="Requests running at once. [default: 64; on a GPU 256]"),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, _SCHEDULER(min=1, help="Tokens per step. [default: 512; on a GPU 2048]")
+    ] = None,
     max_num_queued_reqs: Annotated[
         int, _SCHEDULER(min=1, help="Prompts that may wait beside the running ones.")
     ] = 512,
@@ -135,6 +154,7 @@ def serve(
     from morphserve.configs.errors import ConfigError
     from morphserve.configs.load import load_policy, parse_bytes, parse_slo, resolve_model
     from morphserve.configs.schema import (
+        CPU_DEFAULTS,
         CacheConfig,
         EngineConfig,
         SchedulerConfig,
@@ -152,23 +172,30 @@ def serve(
         model=str(folder),
         policy=rules,
         bundle=None if bundle is None else str(bundle),
+        device=device,
         kernels=kernels,
         dtype=dtype,
         threads=threads,
         order=order,
         seed=seed,
         cache=CacheConfig(
-            block_tokens=block_size,
+            block_tokens=CPU_DEFAULTS.block_tokens if block_size is None else block_size,
             memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+            gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=enable_prefix_caching,
         ),
         scheduler=SchedulerConfig(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            *CPU_DEFAULTS.limits(max_num_seqs, max_num_batched_tokens),
             max_model_len=max_model_len,
             queue_timeout_s=queue_timeout,
         ),
         slo=Slo() if slo is None else parse_slo(slo),
+        unset=_unset(
+            block_tokens=block_size,
+            min_run_bytes=None,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        ),
     )
     server = ServerConfig(
         host=host,
@@ -193,6 +220,11 @@ def serve(
 
     watch = choose_watch(no_monitor, log_interval, _keys_of(server))
     raise typer.Exit(run_server(engine, server, watch))
+
+
+def _unset(**given: int | None) -> frozenset[str]:
+    """The settings that nobody made, which are the device's to choose."""
+    return frozenset(name for name, value in given.items() if value is None)
 
 
 def _keys_of(server: "ServerConfig") -> dict[str, str]:

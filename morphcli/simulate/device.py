@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from morphserve.morphcli.simulate.counted import CountedBatch
 from morphserve.morphcli.simulate.target import Target
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.device.link import BYTES_PER_STEP, Bytes
 from morphserve.runtime.memory import MemoryPlan
 from morphserve.runtime.parts import Computed, Sampled
 from morphserve.runtime.scheduler import Batch
-from morphserve.runtime.swapper import BYTES_PER_STEP, Bytes
 
 _TOKEN = Sampled(0)
 

@@ -10,6 +10,7 @@ from morphserve.morphcli.simulate.pool import CountingPool
 from morphserve.morphcli.simulate.stretch import Stretch
 from morphserve.morphcli.simulate.target import Target
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.device.link import PieceLink
 from morphserve.runtime.engine import Engine
 from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layout import DeviceMemory, Layout, lay_out
@@ -217,9 +218,8 @@ def _parts(
         config.cache.block_tokens,
         layout.max_model_len,
     )
-    swapper = Swapper(
-        device, plan, layers, pool, scheduler.move_blocks, device.copy, device.allowance
-    )
+    link = PieceLink(device.copy, device.allowance)
+    swapper = Swapper(device, plan, layers, pool, scheduler.move_blocks, link)
     parts = Parts(
         vocab_size=0,
         max_model_len=layout.max_model_len,

@@ -10,7 +10,6 @@ from morphserve.configs.errors import ConfigError
 from morphserve.configs.load import load_policy
 from morphserve.configs.schema import CacheConfig, EngineConfig
 from morphserve.morphcli.simulate.target import Target
-from morphserve.quantize.machine import device_name
 
 HERE = "here"  # what this machine is called among devices
 _COPIES, _COPY_BYTES = 64, 2**20  # together more than caches hold
@@ -22,7 +21,8 @@ def this_machine(model: str, bundle: Path, cache: CacheConfig) -> Target:
     from morphserve.runtime.build import measured_costs
     from morphserve.runtime.sizing import outline_model
 
-    found = outline_model(EngineConfig(model, load_policy("performance"), str(bundle), cache=cache))
+    policy = load_policy("performance")
+    found = outline_model(EngineConfig(model, policy, str(bundle), device="cpu", cache=cache))
     costs = measured_costs(found)
     if costs is None:
         raise ConfigError(
@@ -30,7 +30,7 @@ def this_machine(model: str, bundle: Path, cache: CacheConfig) -> Target:
             f"`morph profile {model} --bundle {bundle}`"
         )
     return Target(
-        device=device_name(),
+        device=found.device.name,
         model=model,
         max_position=found.architecture.max_position,
         sizes=found.sizes(cache.block_tokens),

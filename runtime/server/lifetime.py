@@ -86,7 +86,7 @@ async def live(
 def _serving(
     engine: EngineClient, tokenizer: Tokenizer, config: EngineConfig, server: ServerConfig
 ) -> Serving:
-    max_requests = config.scheduler.max_num_seqs + server.max_queued
+    max_requests = engine.hello.max_num_seqs + server.max_queued
     # Morph first, refuse last: what may wait is measured by the cache of the deepest rung.
     cache_tokens = engine.hello.capacities[-1] * engine.hello.block_tokens
     admission = Admission(
@@ -100,15 +100,20 @@ def _serving(
 
 
 def start_line(hello: Hello, snapshot: Snapshot, memory_budget: int | None) -> str:
-    """What the engine has come to: policy, threads, memory, room for tokens; the time it took."""
+    """What the engine has come to: device, policy, memory, room for tokens; the time it took."""
     budget = "automatic" if memory_budget is None else f"{memory_budget / 2**20:.0f} MiB"
+    if hello.memory.activations is not None:
+        beside = hello.memory.activations / 2**20
+        budget = f"{hello.memory.budget / 2**20:.0f} MiB beside {beside:.0f} MiB for activations"
+    threads = f"{hello.threads} thread{'' if hello.threads == 1 else 's'}, "
     full, most = (n * snapshot.block_tokens for n in (snapshot.blocks_full, snapshot.blocks_max))
     room = (
         f"{full} tokens at full precision and {most} at most" if most > full else f"{full} tokens"
     )
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in hello.startup_s.items())
     return (
-        f"policy {snapshot.policy}, {hello.threads} thread{'' if hello.threads == 1 else 's'}, "
+        f"{hello.kernels} kernels on {hello.device}, policy {snapshot.policy}, "
+        f"{threads if hello.threads else ''}"
         f"memory budget {budget}, KV cache of {room}, "
         f"started in {sum(hello.startup_s.values()):.1f} s ({phases})"
     )

@@ -98,7 +98,7 @@ def ours(folder: Path, kernels: str) -> Engine:
     )
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
 def test_logits_equal(theirs: Path, kernels: str) -> None:
     parts = ours(theirs, kernels)._parts
     model, prompt = parts.runner._model, PROMPTS[1]
@@ -111,7 +111,7 @@ def test_logits_equal(theirs: Path, kernels: str) -> None:
     torch.testing.assert_close(mine.float(), wanted, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
 def test_greedy_tokens_equal_with_chunked_prefill_and_batching(theirs: Path, kernels: str) -> None:
     engine = ours(theirs, kernels)
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)

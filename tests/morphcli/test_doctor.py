@@ -1,5 +1,6 @@
 """`morph doctor`: what it finds here, and what it says of machines that lack something."""
 
+import dataclasses
 import json
 import resource
 import socket
@@ -151,3 +152,41 @@ def test_a_port_that_is_taken_is_told() -> None:
         finding = doctor.free_port(port)
     assert finding.name == f"port {port}" and finding.mark is Mark.NOTE
     assert "--port" in finding.remedy
+
+
+H200 = doctor.Gpu("NVIDIA H200", (9, 0), 138 * 2**30, 140 * 2**30)
+
+
+def test_a_gpu_is_told_with_what_its_kernels_need(tmp_path: Path) -> None:
+    write(tmp_path / "version", "580.65.06\n")
+    first, *rest = doctor.gpu(lambda: [H200], tmp_path)
+    assert first.mark is Mark.GOOD
+    assert first.found == "NVIDIA H200, 138.0 GiB free of 140.0 GiB, driver 580.65.06"
+    assert [finding.name for finding in rest] == ["triton", "locked memory"]
+
+
+def test_a_gpu_that_is_too_old_is_left_to_others(tmp_path: Path) -> None:
+    found = next(doctor.gpu(lambda: [dataclasses.replace(H200, capability=(7, 5))], tmp_path))
+    assert found.mark is Mark.NOTE
+    assert found.remedy == "its compute capability is 7.5, the kernels need 8.0: the CPU serves"
+
+
+def test_a_driver_without_a_gpu_for_torch_is_worth_a_look(tmp_path: Path) -> None:
+    (finding,) = doctor.gpu(list, tmp_path)
+    assert finding.mark is Mark.NOTE and "a torch that is made with CUDA" in finding.remedy
+    (finding,) = doctor.gpu(list, tmp_path / "none")
+    assert (finding.mark, finding.found) == (Mark.GOOD, "none that torch sees: the CPU serves")
+
+
+def test_a_torch_that_does_not_load_is_missing() -> None:
+    def broken() -> list[doctor.Gpu]:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    (finding,) = doctor.gpu(broken)
+    assert finding.mark is Mark.MISSING and "libcudart" in finding.found
+
+
+def test_a_limit_of_locked_memory_is_told() -> None:
+    assert doctor.locked_memory(resource.RLIM_INFINITY).mark is Mark.GOOD
+    finding = doctor.locked_memory(8 * 2**20)
+    assert (finding.mark, finding.found) == (Mark.NOTE, "at most 8 MiB")

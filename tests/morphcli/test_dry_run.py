@@ -13,12 +13,13 @@ from morphserve.configs.errors import OutOfBudget
 from morphserve.configs.load import load_policy, resolve_model
 from morphserve.configs.schema import CacheConfig, EngineConfig
 from morphserve.morphcli.app import app
+from morphserve.morphcli.dry_run import _sentences, make_plan
 from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.bundle import BadBundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.formats.source import open_quantized
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.build import build
+from morphserve.runtime.build import build, foretell
 from morphserve.runtime.loader import load_model
 from morphserve.runtime.sizing import outline_model
 
@@ -40,7 +41,7 @@ def test_sizes_are_those_of_the_loaded_demo_model(demo_bundle: Path) -> None:
     assert outline_model(config).sizes(16) == load_model(config).sizes(16)
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_sizes_are_those_of_the_loaded_model_in_every_family(
     family: str,
@@ -50,7 +51,7 @@ def test_sizes_are_those_of_the_loaded_model_in_every_family(
     dtype: str,
 ) -> None:
     policy, bundle = load_policy("performance"), str(tiny_bundle(family))
-    config = EngineConfig(str(tiny_model(family)), policy, bundle, kernels, dtype)
+    config = EngineConfig(str(tiny_model(family)), policy, bundle, kernels=kernels, dtype=dtype)
     assert outline_model(config).sizes(8) == load_model(config).sizes(8)
 
 
@@ -89,7 +90,7 @@ def test_the_plan_is_what_the_engine_says_of_itself(demo_bundle: Path) -> None:
     cache = CacheConfig(memory_budget=60 * 2**20)
     policy = load_policy("balanced")
     config = EngineConfig(str(resolve_model("demo")), policy, str(demo_bundle), cache=cache)
-    hello = build(config).hello
+    hello = build(config, load_model(config)).hello
     found = plan("demo", "--bundle", demo_bundle, "--memory-budget", "60MiB")
     assert found["memory"]["budget"] == hello.memory.budget
     assert found["memory"]["static"] == hello.memory.static
@@ -152,3 +153,12 @@ def test_a_bundle_of_another_architecture_is_refused(
 ) -> None:
     with pytest.raises(BadBundle, match="was built from another checkpoint"):
         dry_run(tiny_model("qwen3"), "--bundle", tiny_bundle("llama"))
+
+
+def test_a_plan_for_a_device_of_its_own_says_what_it_cannot_know(demo_bundle: Path) -> None:
+    policy = load_policy("balanced")
+    config = EngineConfig("demo", policy, str(demo_bundle), device="cpu")
+    made = make_plan(foretell(config, outline_model(config)), [], on_host=False)
+    shown = " ".join(_sentences(made))
+    assert "is not known before the start, when it is measured" in shown
+    assert "warning" not in shown, "the budget is no main memory"

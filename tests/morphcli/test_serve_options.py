@@ -76,7 +76,8 @@ def test_the_file_may_name_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_flag_reaches_the_setting_it_names(start: Started) -> None:
     words = (
-        "--dtype float32 --threads 3 --kernels reference --seed 7 --served-model-name nice "
+        "--dtype float32 --threads 3 --device cpu --kernels reference --seed 7 "
+        "--served-model-name nice "
         "--memory-budget 64MiB --max-model-len 128 --no-enable-prefix-caching --block-size 8 "
         "--max-num-seqs 4 --max-num-batched-tokens 99 --max-num-queued-reqs 5 "
         "--max-num-queued-tokens 600 --queue-timeout 2.5 --slo ttft=1s --order back-to-front "
@@ -86,6 +87,7 @@ def test_every_flag_reaches_the_setting_it_names(start: Started) -> None:
     engine, server = start(*words.split(), MORPH_API_KEY="one two", MORPH_ADMIN_KEY="root")
     cache, scheduler = engine.cache, engine.scheduler
     assert (engine.dtype, engine.threads, engine.kernels) == ("float32", 3, "reference")
+    assert (engine.device, engine.unset) == ("cpu", {"min_run_bytes"})
     assert (engine.seed, engine.order, engine.slo) == (7, "back-to-front", Slo(1.0))
     assert (cache.memory_budget, cache.block_tokens) == (64 * 2**20, 8)
     assert not cache.enable_prefix_caching
@@ -105,6 +107,16 @@ def test_every_flag_reaches_the_setting_it_names(start: Started) -> None:
         admin_key="root",
         allowed_origins=("https://a", "https://b"),
     )
+
+
+def test_what_is_left_out_is_the_devices_to_choose(start: Started) -> None:
+    engine, _ = start()
+    assert (engine.device, engine.kernels) == ("auto", "auto")
+    names = {"block_tokens", "min_run_bytes", "max_num_seqs", "max_num_batched_tokens"}
+    assert engine.unset == names
+    engine, _ = start("--max-num-seqs", "8", "--gpu-memory-utilization", "0.5")
+    assert engine.unset == names - {"max_num_seqs"}
+    assert engine.cache.gpu_memory_utilization == 0.5
 
 
 @pytest.mark.parametrize(
@@ -153,9 +165,17 @@ def test_a_wrong_value_names_the_variable_it_came_from() -> None:
     [
         ("--queue-timeout 0", "--queue-timeout must be above 0 seconds, not 0: leave it out for"),
         ("--overload-status 500", "--overload-status must be 503 or 429, not 500"),
+        (
+            "--memory-budget 1GiB --gpu-memory-utilization 0.8",
+            "--memory-budget and --gpu-memory-utilization both say how much memory is used",
+        ),
+        ("--gpu-memory-utilization 1.1", "a share above 0 and at most 1, not 1.1"),
         ("--json", "--json prints the memory plan: add --dry-run"),
         ("--log-format xml", "--log-format must be text or json, not 'xml'"),
-        ("--max-num-batched-tokens 8", "--max-num-batched-tokens (8) must be at least --max-num-"),
+        (
+            "--max-num-seqs 9 --max-num-batched-tokens 8",
+            "--max-num-batched-tokens (8) must be at l",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_with_its_flag(start: Started, words: str, sentence: str) -> None:

@@ -159,7 +159,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on() -> None:
 def test_of_a_step_that_fails_for_one_request_the_others_get_their_tokens(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    engine = build_engine(replace(config(None, load_policy("off")), kernels="cpu"))
+    engine = build_engine(replace(config(None, load_policy("off")), kernels="auto"))
     parts = engine._parts
     submit(engine, 3, max_tokens=22, temperature=0.0)
     undisturbed = drain(engine)
@@ -178,7 +178,7 @@ def test_of_a_step_that_fails_for_one_request_the_others_get_their_tokens(
 
 
 def test_a_failure_that_does_not_repeat_costs_nobody_anything() -> None:
-    engine = build_engine(replace(config(None, load_policy("off")), kernels="cpu"))
+    engine = build_engine(replace(config(None, load_policy("off")), kernels="auto"))
     submit(engine, 3, max_tokens=6, temperature=0.0)
     undisturbed = drain(engine)
     submit(engine, 3, max_tokens=6, temperature=0.0)
@@ -274,7 +274,7 @@ def test_a_request_that_waits_too_long_is_reported_like_any_other_end(
 
 
 def test_a_prompt_longer_than_a_step_is_served_alone() -> None:
-    plain = replace(config(None, load_policy("off"), None), kernels="cpu")
+    plain = replace(config(None, load_policy("off"), None), kernels="auto")
     long = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
     small = replace(plain.scheduler, max_num_batched_tokens=16, max_num_seqs=4)
     engine = build_engine(replace(plain, scheduler=small))
@@ -311,7 +311,7 @@ def test_a_swap_that_keeps_failing_is_tried_ever_more_rarely(bundle: str) -> Non
     def fail(destination: torch.Tensor, source: torch.Tensor) -> None:
         raise RuntimeError("injected")
 
-    engine._parts.swapper._copy = fail
+    engine._parts.swapper._link.copy = fail
     submit(engine, 10, max_tokens=24, temperature=0.0)
     assert len(drain(engine)) == 10
     failed = [e for e in engine.take_events() if e.kind == "swap_failed"]

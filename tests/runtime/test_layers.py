@@ -129,3 +129,17 @@ def test_only_qkv_o_and_gate_up_gather_their_inputs(kernels: Kernels) -> None:
     names = quantized_image(layer, kernels, torch.float32).specs
     ordered = {name for name in names if name.endswith("input_order")}
     assert ordered == {"qkv.input_order", "o.input_order", "gate_up.input_order"}
+
+
+def test_weights_that_are_not_in_use_can_be_run_from_staging(kernels: Kernels) -> None:
+    driver = Driver(tiny_model(kernels), kv_tokens=256)
+    layers = driver.parts.layers
+    assert [len(views) for views in layers.views] == [3] * ARCHITECTURE.num_layers
+    views = layers.views[2]
+    assert views[0] is layers.active[2]
+    staged = layers.stage(views[2])
+    driver.parts.model.layers[2] = staged
+    from_staging = served_logits(driver)
+    driver.parts.model.layers[2] = views[0]
+    demote(driver, [2])
+    assert torch.equal(served_logits(driver), from_staging)

@@ -21,7 +21,7 @@ PROMPT = [5, 9, 23, 42, 7, 7, 130]
 NEW_TOKENS = 12
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_greedy_tokens_are_those_of_the_dequantised_layers(
     tiny_model: Callable[[str], Path], tmp_path: Path, kernels: str, symmetric: bool

@@ -248,7 +248,7 @@ def test_a_swap_that_fails_anywhere_leaves_everything_as_before(was: Variant, to
         assert before[0] is was
         image, offset = model.images[was][layer], driver.plan.slabs[layer].offsets[was]
         failing = Failing(nth)
-        parts.swapper._copy = failing
+        parts.swapper._link.copy = failing
         driver.step([(layer, to)])
         driver.step()
         if failing.left > 0:

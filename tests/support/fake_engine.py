@@ -29,6 +29,7 @@ MAX_MODEL_LEN = 2048
 QUEUED_S = 0.25  # of every request
 HELLO = Hello(
     max_model_len=MAX_MODEL_LEN,
+    max_num_seqs=64,
     num_layers=NUM_LAYERS,
     ladder=[Rung(layer, Variant.INT4) for layer in (1, 2, 0, 3)],
     capacities=[40, 50, 60, 70, 80],

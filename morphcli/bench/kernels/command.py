@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from morphserve.morphcli.bench.kernels.result import KernelBench
 
 _TAKES = ("time_kernels", "threads", "json")
-_OF_SERVE = ("cpu", "reference")  # what `morph serve --kernels` takes
+_OF_SERVE = ("auto", "reference")  # what `morph serve --kernels` takes
 
 
 def time_and_print(ctx: typer.Context, threads: int | None, *, as_json: bool) -> None:

@@ -29,7 +29,7 @@ def test_what_is_about_a_replay_is_refused(words: list[str], named: str) -> None
     assert named in refused("--kernels", *words)
 
 
-@pytest.mark.parametrize("value", ["cpu", "reference"])
+@pytest.mark.parametrize("value", ["auto", "reference"])
 def test_a_value_as_servers_take_it_is_refused_as_such(value: str) -> None:
     said = refused("--kernels", value)
     assert said.startswith(f"--kernels takes a value in `morph serve` only: leave out {value}")

@@ -182,8 +182,8 @@ def test_the_openai_client_streams_and_does_not(server: Server) -> None:
 
 def test_the_start_tells_policy_memory_time_and_a_command_to_try(server: Server) -> None:
     assert server.start[1].startswith(
-        "policy balanced, 2 threads, memory budget automatic, KV cache of 640 tokens at full "
-        "precision and 1280 at most, started in "
+        "native kernels on a CPU, policy balanced, 2 threads, memory budget automatic, KV cache of "
+        "640 tokens at full precision and 1280 at most, started in "
     )
     url = f"http://127.0.0.1:{server.port}"
     assert server.start[3].startswith(f"try: curl {url}/v1/completions -d '{{")
