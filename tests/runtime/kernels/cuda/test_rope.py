@@ -6,9 +6,10 @@ import pytest
 import torch
 from guarded import guarded_outputs
 from kernel_batches import make_meta, page_items, rotations, scatter_pages
+from placed_models import on_device
 from torch import Tensor
 
-from morphserve.runtime.kernels import AttentionShape, BatchMeta, QKNorm
+from morphserve.runtime.kernels import AttentionShape, QKNorm
 from morphserve.runtime.kernels.cuda.rope import rope_write_kv
 from morphserve.runtime.kernels.reference import ReferenceKernels, split_pages
 
@@ -33,11 +34,6 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _on(device: str, meta: BatchMeta) -> BatchMeta:
-    fields = dataclasses.fields(meta)
-    return BatchMeta(**{field.name: getattr(meta, field.name).to(device) for field in fields})
-
-
 def _cuda_pages(cache: Tensor, shape: AttentionShape) -> Tensor:
     """The reference's pages in the layout of the CUDA kernels."""
     k, v = split_pages(cache, shape)
@@ -53,7 +49,7 @@ def test_rotation_and_write_match_the_reference_and_touch_nothing_else(
     shape = AttentionShape(*sizes, norm_eps=1e-6)
     contexts, new = [11, 70, 1], [5, 1, 1]
     pages = scatter_pages(contexts, shape.block_tokens)
-    meta = _on(device, make_meta(contexts, new, pages, shape.block_tokens))
+    meta = on_device(device, make_meta(contexts, new, pages, shape.block_tokens))
     dim, heads = shape.head_dim, shape.num_heads + 2 * shape.num_kv_heads
     norms = ((torch.rand(dim, device=device) + 0.5).to(dtype) for _ in range(2))
     norm = QKNorm(*norms) if normed else None
@@ -76,7 +72,7 @@ def test_values_are_kept_to_the_bit(dtype: torch.dtype, device: str) -> None:
     shape = AttentionShape(2, 1, 8, 8, norm_eps=1e-6)
     qkv = torch.randn(1, 4 * 8, device=device).to(dtype)
     qkv[0, -2:] = torch.tensor([torch.inf, 1e-30])
-    meta = _on(device, make_meta([3], [1], [torch.tensor([0])], 8))
+    meta = on_device(device, make_meta([3], [1], [torch.tensor([0])], 8))
     cache = torch.zeros(1, page_items(shape), dtype=dtype, device=device)
     norm = QKNorm(*(torch.ones(8, dtype=dtype, device=device) for _ in range(2)))
     rope_write_kv(qkv, cache, meta, shape, rotations(3, 8).to(device), norm)
@@ -85,7 +81,9 @@ def test_values_are_kept_to_the_bit(dtype: torch.dtype, device: str) -> None:
 
 def test_padding_is_written_nowhere_and_pages_may_lie_apart(device: str) -> None:
     shape = AttentionShape(4, 2, 16, 8, norm_eps=1e-6)
-    meta = _on(device, make_meta([3, 20], [3, 2], [torch.tensor([1]), torch.tensor([4, 0, 2])], 8))
+    meta = on_device(
+        device, make_meta([3, 20], [3, 2], [torch.tensor([1]), torch.tensor([4, 0, 2])], 8)
+    )
     meta.token_page[[1, 4]] = -1
     qkv = torch.randn(5, 8 * 16, device=device)
     apart = torch.full((6, 2 * page_items(shape)), torch.nan, device=device)
@@ -110,10 +108,22 @@ def test_padding_is_written_nowhere_and_pages_may_lie_apart(device: str) -> None
 
 def test_of_no_tokens_comes_nothing(device: str) -> None:
     shape = AttentionShape(4, 2, 16, 8, norm_eps=1e-6)
-    meta = _on(device, make_meta([3], [0], [torch.tensor([0])], 8))
+    meta = on_device(device, make_meta([3], [0], [torch.tensor([0])], 8))
     cache = torch.zeros(1, page_items(shape), device=device)
     q = rope_write_kv(
         torch.empty(0, 8 * 16, device=device), cache, meta, shape, rotations(3, 16).to(device), None
     )
     assert q.shape == (0, 4, 16)
     assert not cache.any()
+
+
+def test_pages_may_lie_further_away_than_32_bits_count(device: str) -> None:
+    shape = AttentionShape(2, 1, 8, 8, norm_eps=1e-6)
+    size, apart = page_items(shape), 2**26
+    memory = torch.empty(32 * apart + size, dtype=torch.bfloat16, device=device)  # mostly untouched
+    cache = memory.as_strided((33, size), (apart, 1))
+    cache[32] = 0
+    meta = on_device(device, make_meta([1], [1], [torch.tensor([32])], 8))
+    qkv = torch.ones(1, 4 * 8, dtype=torch.bfloat16, device=device)
+    rope_write_kv(qkv, cache, meta, shape, rotations(1, 8).to(device), None)
+    assert cache[32].count_nonzero() == 16
