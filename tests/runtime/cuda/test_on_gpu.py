@@ -21,6 +21,11 @@ from morphserve.runtime.parts import Launched
 from morphserve.runtime.request import Status
 from morphserve.runtime.scheduler import Batch
 
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
 LIMITS = Limits(max_tokens=24, max_seqs=4, max_blocks=32)
 
 
@@ -100,7 +105,6 @@ SWAPS = {
 }
 
 
-@pytest.mark.cuda
 def test_graphs_and_launches_one_by_one_give_the_same_tokens() -> None:
     gpu = gpu_here()
     launched, captured = OnGpu(gpu), OnGpu(gpu)
@@ -112,7 +116,6 @@ def test_graphs_and_launches_one_by_one_give_the_same_tokens() -> None:
     assert launched.runner.tally.steps["eager"] == steps.total()
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("forbidden", [torch.cuda.synchronize, lambda: torch.ones(1).cuda().item()])
 def test_what_a_capture_forbids_fails_it_and_spares_the_rest(
     forbidden: Callable[[], object],
