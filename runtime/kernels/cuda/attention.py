@@ -1,6 +1,6 @@
-"""Attention over paged K and V. A page is K [G, B, D], then V [G, B, D], of one block of a layer."""
+"""Attention over paged K and V; a page is K [G, B, D], then V [G, B, D], of a layer's block."""
 
-from math import log2, e
+from math import e, log2
 
 import torch
 from torch import Tensor

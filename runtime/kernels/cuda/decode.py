@@ -1,4 +1,4 @@
-"""Attention of sequences that compute one token: split over their context, then put together."""
+"""Attention of sequences that compute one token: run by run of their context, then put together."""
 
 from math import gcd
 
@@ -9,9 +9,7 @@ from torch import Tensor
 
 from morphserve.runtime.kernels import AttentionShape, BatchMeta
 from morphserve.runtime.kernels.cuda.splits import SplitPlan
-from morphserve.runtime.kernels.cuda.tiles import load_pages, token_offsets, weigh
-
-TILE_BYTES = 16384  # of K, and as much of V, that a program loads at once
+from morphserve.runtime.kernels.cuda.tiles import Tiling, load_pages, token_offsets, weigh
 
 
 def decode(
@@ -24,62 +22,74 @@ def decode(
     out: Tensor,
 ) -> None:
     """Writes the rows of `out` [M, H, D] of sequences with one query; zeros without context."""
-    num_items = plan.items.shape[1]
+    num_runs, num_splits = plan.runs.shape[1], plan.splits.shape[1]
     heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    width = triton.next_power_of_2(dim)
-    sums = torch.empty(num_items, heads, dim, dtype=torch.float32, device=q.device)
-    tops = torch.empty(2, num_items, heads, dtype=torch.float32, device=q.device)
-    _decode[(num_items, groups)](
+    tiling = choose(heads // groups, dim, cache.itemsize)
+    sums = torch.empty(num_runs, heads, dim, dtype=torch.float32, device=q.device)
+    tops = torch.empty(2, num_runs, heads, dtype=torch.float32, device=q.device)
+    _attend_run[(num_runs, groups)](
         q,
         cache,
         meta.block_table,
-        plan.items,
+        plan.runs,
         out,
         sums,
         tops,
         q.stride(0),
         cache.stride(0),
         meta.block_table.stride(0),
-        num_items,
+        num_runs,
         scale,
         GROUPS=groups,
         SHARE=heads // groups,
-        ROWS=max(16, triton.next_power_of_2(heads // groups)),
+        ROWS=tiling.rows,
         D=dim,
-        WIDTH=width,
+        WIDTH=tiling.width,
         B=shape.block_tokens,
-        TILE=max(16, min(64, TILE_BYTES // (width * cache.itemsize))),
+        TILE=tiling.tile,
         ALIGNED=gcd(16, dim, cache.stride(0)),
-        num_warps=4,
-        num_stages=3,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )
-    _put_together[(meta.context_len.shape[0], heads)](
-        plan.first_item,
-        meta.query_start,
+    _join_runs[(num_splits, heads)](
+        plan.splits,
         sums,
         tops,
         out,
-        num_items,
+        num_runs,
+        num_splits,
         HEADS=heads,
         D=dim,
-        WIDTH=width,
+        WIDTH=tiling.width,
         num_warps=4,
     )
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_items"])
-def _decode(
+def choose(share: int, dim: int, itemsize: int) -> Tiling:
+    """The tiling for `share` query heads per KV head.
+
+    K and V of a tile are 32 KiB: compiled for 8B shapes and an H200, three programs share a
+    multiprocessor, each with one or two tiles on their way. 25 KB per multiprocessor would keep its
+    memory busy (4.8 TB/s for 700 ns); the rest hides how long a program takes over a tile.
+    """
+    width = max(16, triton.next_power_of_2(dim))
+    tile = max(16, min(64, 16384 // (width * itemsize)))
+    return Tiling(width, max(16, triton.next_power_of_2(share)), tile, warps=4, stages=3)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_runs"])
+def _attend_run(
     q,
     cache,
     block_table,
-    items,
+    runs,
     out,
     sums,
     tops,
     q_stride,
     page_stride,
     table_stride,
-    num_items,
+    num_runs,
     scale,
     GROUPS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -90,15 +100,19 @@ def _decode(
     TILE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One run of tokens, one KV head and its SHARE query heads, as ROWS rows."""
-    item, group = tl.program_id(0), tl.program_id(1)
-    sequence = tl.load(items + item)
+    """One run, one KV head, and its SHARE query heads as rows.
+
+    Writes the result if the run is the whole context. Else sums of values [W, H, D], not divided by
+    those of their weights, and in `tops` [2, W, H] the highest scores and the sums of weights.
+    """
+    run, group = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(runs + run)
+    query = tl.load(runs + num_runs + run).to(tl.int64)
+    begin = tl.load(runs + num_runs * 2 + run)
+    end = tl.load(runs + num_runs * 3 + run)
+    is_whole = tl.load(runs + num_runs * 4 + run)
     if sequence < 0:
         return
-    query = tl.load(items + num_items + item).to(tl.int64)
-    begin = tl.load(items + num_items * 2 + item)
-    end = tl.load(items + num_items * 3 + item)
-    is_whole = tl.load(items + num_items * 4 + item)
 
     row, channel = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     head = group * SHARE + row
@@ -116,9 +130,10 @@ def _decode(
     pages = load_pages(table_row, begin, end, TILE, B)
     for first in range(begin, end, TILE):
         offsets = token_offsets(pages, first, page_stride, TILE, B, D, ALIGNED)[:, None]
-        pages = load_pages(table_row, first + TILE, end, TILE, B)  # one tile ahead
+        # A tile ahead: pages loaded where they are used would halve how far ahead K and V are.
+        pages = load_pages(table_row, first + TILE, end, TILE, B)
         seen = first + tl.arange(0, TILE) < end
-        loaded = seen[:, None] & inside[None, :]
+        loaded = seen[:, None] & inside[None, :]  # V, too: what was never written may be a NaN
         k = tl.load(keys + offsets, mask=loaded, other=0.0)
         v = tl.load(values + offsets, mask=loaded, other=0.0)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
@@ -130,58 +145,54 @@ def _decode(
 
     total = tl.sum(weight_sums, 1)
     if is_whole != 0:
-        result = (summed / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + query * (GROUPS * SHARE * D) + place, result, mask=mine)
+        mean = summed / tl.where(begin < end, total, 1.0)[:, None]
+        result = out + query * (GROUPS * SHARE * D) + place
+        tl.store(result, mean.to(out.dtype.element_ty), mask=mine)
     else:
-        slot = item.to(tl.int64) * (GROUPS * SHARE)
+        slot = run.to(tl.int64) * (GROUPS * SHARE)
+        top = tops + slot + head
         tl.store(sums + slot * D + place, summed, mask=mine)
-        tl.store(tops + slot + head, highest, mask=row < SHARE)
-        tl.store(
-            tops + num_items.to(tl.int64) * (GROUPS * SHARE) + slot + head, total, mask=row < SHARE
-        )
+        tl.store(top, highest, mask=row < SHARE)
+        tl.store(top + num_runs.to(tl.int64) * (GROUPS * SHARE), total, mask=row < SHARE)
 
 
-@triton.jit(do_not_specialize=["num_items"])
-def _put_together(
-    first_item,
-    query_start,
+@triton.jit(do_not_specialize=["num_runs", "num_splits"])
+def _join_runs(
+    splits,
     sums,
     tops,
     out,
-    num_items,
+    num_runs,
+    num_splits,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     RUNS: tl.constexpr = 16,
 ):
-    """One head of one sequence: the weighted mean over its items, RUNS at a time."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    first, after = tl.load(first_item + sequence), tl.load(first_item + sequence + 1)
-    query = tl.load(query_start + sequence)
-    queries = tl.load(query_start + sequence + 1) - query
-    if (after - first == 1) | (queries != 1):
+    """One head of one sequence of several runs, RUNS at a time."""
+    split, head = tl.program_id(0), tl.program_id(1)
+    query = tl.load(splits + split).to(tl.int64)
+    begin = tl.load(splits + num_splits + split)
+    end = tl.load(splits + num_splits * 2 + split)
+    if query < 0:
         return
     channel = tl.arange(0, WIDTH)
     inside = channel < D
-    highest = float("-inf")
-    total = 0.0
+    highest = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
     summed = tl.zeros((WIDTH,), tl.float32)
-    for begin in range(first, after, RUNS):
-        item = begin + tl.arange(0, RUNS)
-        exists = item < after
-        slot = item.to(tl.int64) * HEADS + head
+    for first in range(begin, end, RUNS):
+        run = first + tl.arange(0, RUNS)
+        exists = run < end
+        slot = run.to(tl.int64) * HEADS + head
+        loaded = exists[:, None] & inside[None, :]
+        part = tl.load(sums + slot[:, None] * D + channel[None, :], mask=loaded, other=0.0)
         top = tl.load(tops + slot, mask=exists, other=float("-inf"))
+        weight_sum = tl.load(tops + num_runs.to(tl.int64) * HEADS + slot, mask=exists, other=0.0)
         raised = tl.maximum(highest, tl.max(top, 0))
-        weight = tl.exp2(top - raised)
-        kept = tl.exp2(highest - raised)
-        total_of_run = tl.load(tops + num_items.to(tl.int64) * HEADS + slot, mask=exists, other=0.0)
-        part = tl.load(
-            sums + slot[:, None] * D + channel[None, :],
-            mask=exists[:, None] & inside[None, :],
-            other=0.0,
-        )
-        total = total * kept + tl.sum(total_of_run * weight, 0)
+        weight, kept = tl.exp2(top - raised), tl.exp2(highest - raised)
+        total = total * kept + tl.sum(weight_sum * weight, 0)
         summed = summed * kept + tl.sum(part * weight[:, None], 0)
         highest = raised
-    result = tl.where(total > 0, summed / total, 0.0).to(out.dtype.element_ty)
-    tl.store(out + (query.to(tl.int64) * HEADS + head) * D + channel, result, mask=inside)
+    result = out + (query * HEADS + head) * D + channel
+    tl.store(result, (summed / total).to(out.dtype.element_ty), mask=inside)

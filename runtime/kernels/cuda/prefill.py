@@ -1,6 +1,5 @@
 """Attention of sequences that compute several tokens at once: causal, over the same pages."""
 
-from dataclasses import dataclass
 from math import gcd
 
 import triton
@@ -8,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from morphserve.runtime.kernels import AttentionShape, BatchMeta
-from morphserve.runtime.kernels.cuda.tiles import load_pages, token_offsets, weigh
+from morphserve.runtime.kernels.cuda.tiles import Tiling, load_pages, token_offsets, weigh
 
 
 def prefill(
@@ -23,9 +22,8 @@ def prefill(
     num_tokens, num_sequences = q.shape[0], meta.context_len.shape[0]
     groups, dim = shape.num_kv_heads, shape.head_dim
     share = shape.num_heads // groups
-    width = triton.next_power_of_2(dim)
-    rows, tile, warps, stages = 128, 64, 8, 3
-    queries = rows // share
+    tiling = choose(dim, cache.itemsize)
+    queries = tiling.rows // share
     _prefill[(num_tokens // queries + num_sequences, groups)](
         q,
         cache,
@@ -41,15 +39,29 @@ def prefill(
         GROUPS=groups,
         SHARE=share,
         QUERIES=queries,
-        ROWS=rows,
+        ROWS=tiling.rows,
         D=dim,
-        WIDTH=width,
+        WIDTH=tiling.width,
         B=shape.block_tokens,
-        TILE=tile,
+        TILE=tiling.tile,
         ALIGNED=gcd(16, dim, cache.stride(0)),
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )
+
+
+def choose(dim: int, itemsize: int) -> Tiling:
+    """The largest tiling that spills no register in bfloat16, compiled for A100, L4 and H200.
+
+    It fits the 99 KiB of shared memory of an L4. 128 rows to a tile of K and V keep the tensor
+    cores ahead of the second-level cache: 32 bytes per cycle and multiprocessor at their peak.
+    """
+    width = max(16, triton.next_power_of_2(dim))
+    if itemsize == 4:  # no tensor cores: the products' operands take registers
+        return Tiling(width, 32, 16, warps=4 if width <= 64 else 8, stages=2)
+    if width <= 128:
+        return Tiling(width, 128, 64, warps=8, stages=3)
+    return Tiling(width, 64, 32, warps=8, stages=2)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])

@@ -1,16 +1,31 @@
 """What both attention kernels do with a tile of tokens: find it in its pages, and weigh it."""
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a program goes through its tokens."""
+
+    width: int  # D, up to the next power of two
+    rows: int  # pairs of query and head
+    tile: int  # tokens at a time, a power of two of at least 16
+    warps: int
+    stages: int  # a tile's loads are started stages - 1 tiles ahead
 
 
 @triton.jit
 def load_pages(table_row, first, end, TILE: tl.constexpr, B: tl.constexpr):
     """Pages of the tile of tokens from `first` on, which TILE divides; 0 from token `end` on."""
+    tl.static_assert(TILE % B == 0 or B % TILE == 0)
     block = table_row + first // B
     pages = (tl.load(block, mask=first < end, other=0),)
     for i in tl.static_range(1, TILE // B):
-        pages = pages + (tl.load(block + i, mask=first + i * B < end, other=0),)
+        page = tl.load(block + i, mask=first + i * B < end, other=0)
+        pages = pages + (page,)  # type: ignore[assignment]
     return pages
 
 
