@@ -27,6 +27,7 @@ from morphserve.runtime.kernels.cuda.sampling import DeviceDraws
 from morphserve.runtime.kernels.cuda.splits import SplitPlan, plan_splits
 
 _GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
+_LAST = 1 - 2.0**-24  # the float32 before 1
 
 
 class CudaKernels:
@@ -189,6 +190,6 @@ def _device_draws(draws: Mapping[int, Draw], logits: Tensor) -> DeviceDraws | No
         temperature=column(temperature),
         min_p=column(min_p),
         top_p=column(top_p),
-        uniform=column(uniform),
-        top_k=column(top_k, torch.int32),
+        uniform=column([min(number, _LAST) for number in uniform]),
+        top_k=column([k if k < logits.shape[1] else 0 for k in top_k], torch.int32),
     )

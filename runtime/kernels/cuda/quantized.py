@@ -26,18 +26,24 @@ class Block:
     per_processor: int  # programs that its registers and shared memory leave room for, on sm_90
 
 
-# By what ptxas makes of them for sm_90. Weights are the left operand: they go from shared memory
-# to registers, are unpacked there and multiplied from there. An H200 reads 30 INT4 weights in a
-# clock of a multiprocessor, which issues 4 instructions for 32 threads in it. A thread's weight
-# takes 2.5 of them with 16 rows and 4 warps for 128 outputs, 60 % of that time; with 8 warps 3.3,
-# since what is done once per run is done by twice as many. From 64 rows on, sums need the
-# registers of 8 warps. 48 to 96 KiB of codes are on their way to each multiprocessor at any time;
-# its share of 4 TB/s at a delay of 1 us is 30 KiB.
+# By what ptxas makes of them for sm_90, none with a spill. Weights are the left operand: they go
+# from shared memory to registers, are unpacked there and multiplied from there. An H200 reads 30
+# INT4 weights in a clock of a multiprocessor, which issues 4 instructions for 32 threads in it. A
+# weight takes 2.5 of a thread with 16 rows and 4 warps for 128 outputs, 60 % of that time; 8 warps
+# would take 3.3, since each does what is done once per run. 48 to 96 KiB of codes are on their way
+# to a multiprocessor at any time; its share of 4 TB/s at a delay of 1 us is 30 KiB.
+# Blocks read activations from the L2 cache, which gives 24 bytes in a clock: of 64 rows as many as
+# of weights for 256 outputs, for 128 twice as many. 128 rows leave no registers for 256 outputs.
 BLOCKS = (
     Block(rows=16, outputs=128, num_warps=4, num_stages=4, per_processor=4),
     Block(rows=32, outputs=128, num_warps=4, num_stages=4, per_processor=3),
-    Block(rows=64, outputs=128, num_warps=8, num_stages=4, per_processor=2),
+    Block(rows=64, outputs=256, num_warps=8, num_stages=4, per_processor=1),
     Block(rows=128, outputs=128, num_warps=8, num_stages=3, per_processor=1),
+)
+# Several sums at once, of groups in one run, need more registers.
+BLOCKS_OF_SMALL_GROUPS = (
+    *BLOCKS[:2],
+    Block(rows=64, outputs=128, num_warps=8, num_stages=4, per_processor=1),
 )
 LEAST_RUNS = 4  # that a program multiplies where several share a block's inputs
 MULTIPROCESSORS = 132  # of an H200, where there is no device to ask
@@ -50,7 +56,9 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
     num_groups = weight.scales.shape[1]
     run = 16 // weight.bits * words
     group = run if num_groups == 1 else num_inputs // num_groups
-    block = _block_for(num_rows, sums_per_run=run // math.gcd(group, run))
+    step = math.gcd(group, run)
+    blocks = BLOCKS if step == run else BLOCKS_OF_SMALL_GROUPS
+    block = next((b for b in blocks if b.rows >= num_rows), blocks[-1])
     grid = (triton.cdiv(num_rows, block.rows), triton.cdiv(num_tiles * TILE, block.outputs))
     slots = block.per_processor * _multiprocessors(x.device)
     splits = max(1, min(slots // (grid[0] * grid[1]), num_runs // LEAST_RUNS))
@@ -75,7 +83,7 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
         BITS=weight.bits,
         WORDS=words,
         GROUP=group,
-        STEP=math.gcd(group, run),
+        STEP=step,
         ROWS=block.rows,
         OUTPUTS=block.outputs,
         TILE=TILE,
@@ -84,11 +92,6 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
         SPLIT=splits > 1,
         num_warps=block.num_warps,
     )
-
-
-def _block_for(num_rows: int, sums_per_run: int) -> Block:
-    blocks = BLOCKS if sums_per_run == 1 else BLOCKS[:-1]  # its registers hold no second sum
-    return next((b for b in blocks if b.rows >= num_rows), blocks[-1])
 
 
 @functools.cache

@@ -183,6 +183,7 @@ def test_tokens_are_drawn_as_the_reference_draws_them(device: str) -> None:
     draws = {
         1: Draw(temperature=0.7, min_p=0.0, top_k=20, top_p=0.9, uniform=0.4),
         2: Draw(temperature=1.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.4),
+        3: Draw(temperature=1.0, min_p=0.0, top_k=2**40, top_p=1.0, uniform=1 - 2.0**-53),
         4: Draw(temperature=1.5, min_p=0.05, top_k=0, top_p=1.0, uniform=0.93),
     }
     for asked in ({}, draws):

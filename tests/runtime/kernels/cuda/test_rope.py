@@ -115,3 +115,15 @@ def test_of_no_tokens_comes_nothing(device: str) -> None:
     )
     assert q.shape == (0, 4, 16)
     assert not cache.any()
+
+
+def test_pages_may_lie_further_away_than_32_bits_count(device: str) -> None:
+    shape = AttentionShape(2, 1, 8, 8, norm_eps=1e-6)
+    size, apart = page_items(shape), 2**26
+    memory = torch.empty(32 * apart + size, dtype=torch.bfloat16, device=device)  # mostly untouched
+    cache = memory.as_strided((33, size), (apart, 1))
+    cache[32] = 0
+    meta = on_device(device, make_meta([1], [1], [torch.tensor([32])], 8))
+    qkv = torch.ones(1, 4 * 8, dtype=torch.bfloat16, device=device)
+    rope_write_kv(qkv, cache, meta, shape, rotations(1, 8).to(device), None)
+    assert cache[32].count_nonzero() == 16
