@@ -11,6 +11,11 @@ from torch import Tensor
 from morphserve.configs.errors import OutOfBudget
 from morphserve.configs.schema import CUDA_DEFAULTS, CacheConfig, SchedulerConfig
 from morphserve.quantize.machine import device_name
+from morphserve.runtime.cuda.gpu import CudaGpu
+from morphserve.runtime.cuda.inputs import Limits
+from morphserve.runtime.cuda.runner import CudaRunner, Sampler
+from morphserve.runtime.cuda.sampler import DeviceSampler
+from morphserve.runtime.cuda.step import StepKernels
 from morphserve.runtime.device.link import Bytes, Event
 from morphserve.runtime.device.pinning import Cudart, pin
 from morphserve.runtime.device.streams import StreamLink
@@ -109,10 +114,21 @@ class CudaDevice:
         )
 
     def runner(self, model: Model, limits: SchedulerConfig, eos_token_ids: Sequence[int]) -> Runner:
-        return PlainRunner(Uploading.of(model), eos_token_ids)
+        """The reference's operations wait for the device, so no graph holds them."""
+        if model.kernels.name == "reference":
+            return PlainRunner(Uploading.of(model), eos_token_ids)
+        most = Limits(
+            max_tokens=limits.max_num_batched_tokens,
+            max_seqs=limits.max_num_seqs,
+            max_blocks=-(-len(model.cos_sin) // model.shape.block_tokens),
+        )
+        kernels = cast(StepKernels, model.kernels)
+        sampler = cast(Sampler, DeviceSampler(eos_token_ids))
+        return CudaRunner(CudaGpu(), kernels, model, sampler, most)
 
     def warm_up(self, runner: Runner, layers: Layers) -> None:
-        """Steps compile what they need as they come."""
+        if isinstance(runner, CudaRunner):
+            runner.warm_up(layers.views, layers.stage)
 
 
 class CudaStream:

@@ -9,16 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from eager_device import EagerDevice
-from swap_driver import Driver, prompt_of, tiny_model
+from step_kernels import StepKernels
+from swap_driver import BLOCK_TOKENS, Driver, prompt_of, tiny_model
+from tape_graphs import TapeGpu
 
 from morphserve.configs.errors import ConfigError, OutOfBudget
-from morphserve.configs.schema import CacheConfig
+from morphserve.configs.schema import CacheConfig, SchedulerConfig
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.cuda.inputs import Limits
+from morphserve.runtime.cuda.runner import CudaRunner
 from morphserve.runtime.device import streams
 from morphserve.runtime.device.cuda import GRAPH_BYTES, CudaDevice, CudaStream
 from morphserve.runtime.device.host import HostDevice
 from morphserve.runtime.device.pinning import PAGE_BYTES, pin
 from morphserve.runtime.kernels import load_kernels
+from morphserve.runtime.runner import Runner
 
 GIB = 2**30
 
@@ -171,3 +176,23 @@ def test_tokens_do_not_depend_on_the_link(monkeypatch: pytest.MonkeyPatch) -> No
     assert device.compute.copied, "nothing was committed"
     outputs = [{n: r.output for n, r in driver.requests.items()} for driver in drivers]
     assert outputs[0] == outputs[1]
+
+
+class StandIns(StepKernels):
+    name = "triton"
+
+
+def test_the_devices_own_kernels_run_in_graphs_and_the_reference_without(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("morphserve.runtime.device.cuda.CudaGpu", TapeGpu)
+    device, limits = CudaDevice(0), SchedulerConfig(3, 40)
+    driver = Driver(tiny_model(StandIns()), kv_tokens=120)
+    runner = device.runner(driver.parts.model, limits, ())
+    assert isinstance(runner, CudaRunner)
+    assert runner._limits == Limits(max_tokens=40, max_seqs=3, max_blocks=256 // BLOCK_TOKENS)
+    device.warm_up(runner, driver.parts.layers)
+    assert runner.tally.whole > 0
+    plain = device.runner(replace(driver.parts.model, kernels=StepKernels()), limits, ())
+    assert type(plain) is Runner
+    device.warm_up(plain, driver.parts.layers)
