@@ -2,37 +2,16 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from morphserve.configs.schema import SchedulerConfig
+from morphserve.runtime.batch import Batch as Batch
+from morphserve.runtime.batch import Slice as Slice
 from morphserve.runtime.blocks import BlockPool
+from morphserve.runtime.outcomes import Outcome, Outcomes
 from morphserve.runtime.prefix_cache import Found
 from morphserve.runtime.queue import Queue
-from morphserve.runtime.request import (
-    PENDING,
-    FinishReason,
-    Request,
-    Status,
-    end_of,
-    needs_history,
-)
+from morphserve.runtime.request import FinishReason, Request, Status, needs_history
 from morphserve.runtime.reuse import Reuse
-
-
-@dataclass(slots=True)  # not frozen: that takes longer, and each step makes one per request
-class Slice:
-    """Tokens start..end of one request in this step."""
-
-    request: Request
-    start: int
-    end: int
-    samples: bool = field(init=False)  # it reaches the request's last token: a new one follows
-
-    def __post_init__(self) -> None:
-        self.samples = self.end == self.request.num_tokens
-
-
-Batch = list[Slice]
 
 
 class Scheduler:
@@ -54,9 +33,8 @@ class Scheduler:
         self._config = config
         self._pool = pool
         self._block_tokens = block_tokens
-        self._max_model_len = max_model_len
-        self._eos = frozenset(eos_token_ids)
         self.reuse = Reuse(pool, block_tokens, prefix_caching)
+        self._outcomes = Outcomes(self.reuse, eos_token_ids, max_model_len, end=self._end)
         self._queue = Queue()
         self._rung = 0  # of the latest step
         self._now_s = 0.0  # when it was scheduled
@@ -159,49 +137,27 @@ class Scheduler:
                 growth += self._blocks_for(request.num_tokens) > len(request.blocks)
         return growth > self._pool.num_free
 
-    def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[tuple[Request, list[int]]]:
-        """Notes a step that was computed; as `launched` and `computed` together."""
-        self.launched(batch)
-        return self.computed(batch, tokens)
-
     def launched(self, batch: Batch) -> None:
         """Notes that a step is being computed, and that the one before it was computed.
 
         So each request has one unknown token at most, its newest. Those that have ended since the
         batch was made are passed over.
         """
-        for piece in batch:
-            request = piece.request
-            if request.status is Status.FINISHED:
-                continue
-            request.num_computed = piece.end
-            if request.kv_rung < self._rung:
-                request.kv_rung = self._rung
-            if piece.samples:
-                output, num_tokens = request.output, piece.end + 1
-                output.append(PENDING)
-                if len(output) >= request.params.max_tokens or num_tokens >= self._max_model_len:
-                    request.is_ending = True
+        self._outcomes.launched(batch, self._rung)
 
-    def computed(
-        self, batch: Batch, tokens: Sequence[int | None]
-    ) -> list[tuple[Request, list[int]]]:
+    def computed(self, batch: Batch, tokens: Sequence[int | None]) -> list[Outcome]:
         """Notes what a step computed for requests that have not ended since it was launched.
 
         `tokens` are those of the sampling slices, in batch order. None in place of a token ends
         the request with an error. Returns the requests that went on or ended, with their new
         tokens.
         """
-        new = iter(tokens)
-        outputs: list[tuple[Request, list[int]]] = []
-        for piece in batch:
-            request, samples = piece.request, piece.samples
-            token = next(new) if samples else None
-            if token is not None or not samples:
-                self.reuse.leave(request)
-            if samples:
-                outputs.append((request, self._tell(request, token)))
-        return outputs
+        return self._outcomes.computed(batch, tokens)
+
+    def update(self, batch: Batch, tokens: Sequence[int | None]) -> list[Outcome]:
+        """Both at once, for a step that was computed as it was launched."""
+        self.launched(batch)
+        return self.computed(batch, tokens)
 
     def fail(self, batch: Batch) -> list[Request]:
         """Ends the requests of a batch whose step failed."""
@@ -342,15 +298,6 @@ class Scheduler:
         request.status = Status.WAITING
         request.num_preemptions += 1
         self._queue.put_back(request)
-
-    def _tell(self, request: Request, token: int | None) -> list[int]:
-        if token is None:
-            self._end(request, FinishReason.ERROR)
-            return []
-        request.output[-1] = token
-        if reason := end_of(request, self._eos):
-            self._end(request, reason)
-        return [token]
 
     def _release(self, request: Request) -> None:
         self._pool.free(request.blocks)

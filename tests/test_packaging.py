@@ -23,6 +23,7 @@ MAY_IMPORT = {
 CONTROL_PLANE = (
     "runtime.blocks",
     "runtime.controller",
+    "runtime.in_flight",
     "runtime.memory",
     "runtime.messages",
     "runtime.monitor",

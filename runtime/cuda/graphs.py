@@ -7,7 +7,8 @@ and so have caches, inputs and results. So a graph is never out of date, whateve
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from morphserve.runtime.cuda.buckets import coarse_sizes, fine_sizes, fitting
@@ -96,12 +97,13 @@ class StepGraphs:
         The memory that a graph works in is then large enough for all that follow.
         """
         mix = tuple(self._step.active)
-        for size in reversed(self._fine):
-            self._blank(size)
-            if replay := self._capture(self._whole(mix, size)):
-                self._first[mix, size] = replay
-                self.tally.whole += 1
-                replay()  # the first launch takes longer, and should fail here if it does
+        with self._measured():
+            for size in reversed(self._fine):
+                self._blank(size)
+                if replay := self._capture(self._whole(mix, size)):
+                    self._first[mix, size] = replay
+                    self.tally.whole += 1
+                    replay()  # the first launch takes longer, and should fail here if it does
 
     def rehearse(self, weights: LayerWeights) -> None:
         """Runs a layer in every size, so that captures of its kind find its kernels compiled."""
@@ -110,21 +112,18 @@ class StepGraphs:
             self._gpu.rehearse(self._whole((weights,), size))
 
     def capture_pieces(self, views: Sequence[Sequence[LayerWeights]]) -> None:
-        """Pieces of every layer in every variant.
+        """Pieces of every layer in every variant, unless there is one mix alone.
 
         views: of each layer, the weights in each variant; they need not be in place.
         """
-        for size in reversed(self._coarse):
-            self._blank(size)
-            if (pieces := self._capture_ends(size)) is None:
-                return
-            self._pieces[size] = pieces
-            for i, variants in enumerate(views):
-                for weights in variants:
-                    run = self._layer(i, weights, size, pieces.plan)
-                    if replay := self._capture(run, is_known=True):
-                        pieces.layers[i, weights] = replay
-                        self.tally.pieces += 1
+        if all(len(variants) == 1 for variants in views):
+            return
+        with self._measured():
+            for size in reversed(self._coarse):
+                self._blank(size)
+                if pieces := self._capture_ends(size):
+                    self._pieces[size] = pieces
+                    self._capture_layers(views, size, pieces)
 
     def capture_wanted(self) -> bool:
         """One graph of a whole step that was wanted twice or more; False if there is none."""
@@ -168,7 +167,8 @@ class StepGraphs:
         del self._seen[mix, size]
         # What the kernels need was compiled at the start: nothing is run now, as weights of the mix
         # may not be in place.
-        replay = self._capture(self._whole(mix, size), is_known=True)
+        with self._measured():
+            replay = self._capture(self._whole(mix, size), is_known=True)
         if replay is not None:
             self._extra[mix, size] = replay
             self.tally.whole += 1
@@ -176,6 +176,16 @@ class StepGraphs:
                 self._extra.popitem(last=False)
                 self.tally.whole -= 1
         return replay
+
+    def _capture_layers(
+        self, views: Sequence[Sequence[LayerWeights]], size: int, pieces: _Pieces
+    ) -> None:
+        for i, variants in enumerate(views):
+            for weights in variants:
+                run = self._layer(i, weights, size, pieces.plan)
+                if replay := self._capture(run, is_known=True):
+                    pieces.layers[i, weights] = replay
+                    self.tally.pieces += 1
 
     def _capture_ends(self, size: int) -> _Pieces | None:
         plans: list[Plan] = []
@@ -200,7 +210,6 @@ class StepGraphs:
         """
         if self.tally.failure:
             return None
-        began, free = time.monotonic(), self._gpu.free_bytes()
         try:
             if not is_known:
                 self._gpu.rehearse(run)
@@ -212,6 +221,11 @@ class StepGraphs:
                 "itself, which may take several milliseconds longer"
             )
             return None
-        finally:
-            self.tally.seconds += time.monotonic() - began
-            self.tally.num_bytes += max(0, free - self._gpu.free_bytes())
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Adds what captures take to the tally."""
+        began, free = time.monotonic(), self._gpu.free_bytes()
+        yield
+        self.tally.seconds += time.monotonic() - began
+        self.tally.num_bytes += max(0, free - self._gpu.free_bytes())

@@ -89,8 +89,7 @@ class _Readback:
         if numbers.is_cuda:
             self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._host.copy_(numbers, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record()
+            self._done = torch.cuda.current_stream(numbers.device).record_event()
 
     def wait(self) -> Tensor:
         if self._done is not None:
@@ -114,8 +113,8 @@ def _pack_draws(
     host = torch.frombuffer(bytearray(numbers.tobytes() + top_k.tobytes()), dtype=torch.int32)
     rows = on_device(host, device).view(5, len(draws))[:, : len(requests)]
     temperature, min_p, top_p, uniform, _ = rows.view(torch.float32)
-    narrows = any(top_k) or any(draw.top_p < 1 for draw in draws)
-    return DeviceDraws(temperature, min_p, top_p, uniform, rows[4], narrows)
+    searches = max((k > 0) + (d.top_p < 1) for k, d in zip(top_k, draws, strict=True))
+    return DeviceDraws(temperature, min_p, top_p, uniform, rows[4], searches)
 
 
 def _float32_temperature(temperature: float) -> float:

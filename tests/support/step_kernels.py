@@ -11,17 +11,23 @@ from morphserve.runtime.kernels.reference import ReferenceKernels, _rotate, _uni
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens of the cache each sequence sees, of a decode step."""
+    """What each token of the batch sees."""
 
-    num_blocks: Tensor  # [S]
+    tables: Tensor  # [M, max_blocks] blocks of its sequence; page 0 where it sees none
+    context: Tensor  # [M] tokens of the cache, itself included; 0: it is padding
 
 
 class StepKernels(ReferenceKernels):
-    """Honours padding. Decode steps are computed without reading a number on the host."""
+    """Honours padding, and reads no number on the host."""
 
     def plan(self, meta: BatchMeta, shape: AttentionShape) -> Plan:
-        size = shape.block_tokens
-        return Plan(torch.div(meta.context_len + size - 1, size, rounding_mode="floor"))
+        place = torch.arange(len(meta.positions), dtype=torch.int32)
+        sequence = torch.searchsorted(meta.query_start[1:].contiguous(), place, right=True)
+        is_real = meta.context_len.index_select(0, sequence) > 0
+        context = torch.where(is_real, meta.positions + 1, 0)
+        tables = meta.block_table.index_select(0, sequence)
+        first = torch.arange(tables.shape[1]) * shape.block_tokens
+        return Plan(torch.where(first < context[:, None], tables, 0).long(), context)
 
     def enter(self, tokens: Tensor, embedding: FullLinear) -> tuple[Tensor, Tensor]:
         delta = self.embed(tokens, embedding)
@@ -41,10 +47,7 @@ class StepKernels(ReferenceKernels):
         x = self.add_rms_norm(delta, residual, layer.input_norm, shape.norm_eps)
         qkv = self.linear(x, layer.qkv)
         q = self.rope_write_kv(qkv, cache, meta, shape, cos_sin, layer.qk_norm)
-        if len(q) == len(meta.context_len):
-            x = _decode(q, cache, meta, plan, shape)
-        else:
-            x = self.attention(q, cache, meta, shape)
+        x = _attend(q, cache, plan, shape)
         x = self.add_rms_norm(self.linear(x, layer.o), residual, layer.post_norm, shape.norm_eps)
         delta.copy_(self.linear(self.silu_mul(self.linear(x, layer.gate_up)), layer.down))
 
@@ -85,19 +88,16 @@ class StepKernels(ReferenceKernels):
         return _rotate(q, turn).to(qkv.dtype)
 
 
-def _decode(q: Tensor, cache: Tensor, meta: BatchMeta, plan: Plan, shape: AttentionShape) -> Tensor:
-    """Attention of one token per sequence: [S, H * D]."""
-    size, groups = shape.block_tokens, shape.num_kv_heads
-    seqs, width = meta.block_table.shape
-    column = torch.arange(width)
-    is_used = column[None, :] < plan.num_blocks[:, None]
-    pages = torch.where(is_used, meta.block_table, 0).long()
+def _attend(q: Tensor, cache: Tensor, plan: Plan, shape: AttentionShape) -> Tensor:
+    """Attention of each token by itself: [M, H * D]."""
+    (tokens, width), groups = plan.tables.shape, shape.num_kv_heads
+    length = width * shape.block_tokens
     k_pages, v_pages = split_pages(cache, shape)
-    k = k_pages[pages].permute(0, 2, 1, 4, 3).reshape(seqs, groups, width * size, -1)
-    v = v_pages[pages].permute(0, 2, 1, 3, 4).reshape(seqs, groups, width * size, -1)
-    seen = (torch.arange(width * size)[None, :] < meta.context_len[:, None])[:, None, :, None]
+    k = k_pages[plan.tables].permute(0, 2, 1, 4, 3).reshape(tokens, groups, length, -1)
+    v = v_pages[plan.tables].permute(0, 2, 1, 3, 4).reshape(tokens, groups, length, -1)
+    seen = (torch.arange(length)[None, :] < plan.context[:, None])[:, None, :, None]
     k, v = torch.where(seen, k.float(), 0.0), torch.where(seen, v.float(), 0.0)
-    grouped = q.float().view(seqs, groups, -1, shape.head_dim)
+    grouped = q.float().view(tokens, groups, -1, shape.head_dim)
     scores = grouped @ k.transpose(2, 3) * shape.head_dim**-0.5
     weights = torch.where(seen.transpose(2, 3), scores, -1e30).softmax(dim=-1)
-    return (weights @ v).view(seqs, -1).to(q.dtype)
+    return (weights @ v).view(tokens, -1).to(q.dtype)

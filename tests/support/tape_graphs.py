@@ -37,12 +37,14 @@ class TapeGpu:
     waits: int = 0  # for a mark
     lost: bool = False
     rehearses: bool = True  # else the kernels are compiled as they are, and slow to run
+    queue: list[Callable[[], None]] | None = None  # what was launched and not run, while `late`
+    num_run: int = 0  # of the queue
 
     def pinned(self, count: int) -> Tensor:
         return torch.full((count,), 0x3FFFFFFF, dtype=torch.int32)
 
     def mark(self) -> "Mark":
-        return Mark(self)
+        return Mark(self, len(self.queue or ()))
 
     def rehearse(self, run: Callable[[], object]) -> None:
         if self.rehearses:
@@ -57,8 +59,13 @@ class TapeGpu:
             run()
 
         def replay() -> None:
+            if self.queue is not None:
+                return self.queue.append(replay_now)
             for launched in _counting:
                 launched.append("replay")
+            replay_now()
+
+        def replay_now() -> None:
             with _disable_current_modes():  # to the host it is one launch
                 for launch in tape:
                     launch()
@@ -71,13 +78,29 @@ class TapeGpu:
     def is_lost(self) -> bool:
         return self.lost
 
+    @contextmanager
+    def late(self) -> Iterator[None]:
+        """What is launched within is run when somebody waits for it, and no sooner."""
+        self.queue = [] if self.queue is None else self.queue
+        with _Recorder(self.queue), _kernels_noted(lambda _, launch: self.launch(launch)):
+            yield
+
+    def launch(self, run: Callable[[], None]) -> None:
+        """Another kernel."""
+        run() if self.queue is None else self.queue.append(run)
+
 
 @dataclass
 class Mark:
     gpu: TapeGpu
+    place: int = 0  # in the queue
 
     def synchronize(self) -> None:
         self.gpu.waits += 1
+        for run in (self.gpu.queue or [])[self.gpu.num_run : self.place]:
+            with _disable_current_modes():
+                run()
+        self.gpu.num_run = max(self.gpu.num_run, self.place)
 
 
 class _Recorder(TorchDispatchMode):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from morphserve.runtime.kernels import QuantizedLinear
 from morphserve.runtime.kernels.cuda.codes import unpack
-from morphserve.runtime.kernels.cuda.packing import TILE
+from morphserve.runtime.kernels.cuda.packing import TILE, steps_of
 
 
 def dequantise(weight: QuantizedLinear, first_tile: int, out: Tensor) -> None:
@@ -16,7 +16,7 @@ def dequantise(weight: QuantizedLinear, first_tile: int, out: Tensor) -> None:
     """
     num_outputs, num_inputs = out.shape
     _, num_runs, _, words = weight.codes.shape
-    num_groups = weight.scales.shape[1]
+    _, group, step = steps_of(weight, num_inputs)
     _dequantise[(triton.cdiv(num_outputs, TILE), num_runs)](
         weight.codes,
         weight.scales,
@@ -25,17 +25,18 @@ def dequantise(weight: QuantizedLinear, first_tile: int, out: Tensor) -> None:
         first_tile,
         num_outputs,
         num_inputs,
-        num_groups,
-        num_inputs // num_groups,
+        weight.scales.shape[1],
         num_runs,
         BITS=weight.bits,
         WORDS=words,
+        GROUP=group,
+        STEP=step,
         TILE=TILE,
         num_warps=4,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_outputs", "num_groups", "num_runs"])
 def _dequantise(
     codes,
     scales,
@@ -45,10 +46,11 @@ def _dequantise(
     num_outputs,
     num_inputs,
     num_groups,
-    group_size,
     num_runs,
     BITS: tl.constexpr,
     WORDS: tl.constexpr,
+    GROUP: tl.constexpr,  # inputs that share a scale
+    STEP: tl.constexpr,  # inputs of a run that are sure to share one
     TILE: tl.constexpr,
 ):
     """One program: a run of one tile."""
@@ -59,14 +61,17 @@ def _dequantise(
     parts = unpack(tl.load(codes + (tile * num_runs + run) * (TILE * WORDS) + place), BITS)
     output = tl.program_id(0) * TILE + inner
     for i in tl.static_range(PER_WORD):
-        column = (run * PER_WORD + i) * WORDS + word
-        # A part has one scale: groups are multiples of its inputs, but for one of all inputs.
-        group = tl.minimum((run * PER_WORD + i) * WORDS // group_size, num_groups - 1)
-        at = (tile * num_groups + group) * TILE + inner
+        begin = (run * PER_WORD + i) * WORDS
+        if i * WORDS % STEP == 0:
+            group = tl.minimum(begin // GROUP, num_groups - 1)
+            at = (tile * num_groups + group) * TILE + inner
+            scale = tl.load(scales + at).to(tl.float32)[:, None]
+            if zeros is not None:
+                shift = ((1 << (BITS - 1)) - tl.load(zeros + at).to(tl.float32))[:, None]
         part = parts[i].to(tl.float32)
         if zeros is not None:
-            part += ((1 << (BITS - 1)) - tl.load(zeros + at).to(tl.float32))[:, None]
-        value = part * tl.load(scales + at).to(tl.float32)[:, None]
+            part += shift
+        column = begin + word
         mask = (output[:, None] < num_outputs) & (column[None, :] < num_inputs)
         to = out + output[:, None].to(tl.int64) * num_inputs + column[None, :]
-        tl.store(to, value.to(out.dtype.element_ty), mask=mask)
+        tl.store(to, (part * scale).to(out.dtype.element_ty), mask=mask)

@@ -26,7 +26,11 @@ from morphserve.runtime.kernels.cuda.likelihood import (
 
 NUM_PIVOTS = 16  # each pass finds 4 bits of the border's image
 NUM_MARKS, NUM_MASSES = 8, 4  # integers and floats of a state, padded to 16 bytes
-_PIVOTS, _MARKS, _MASSES = tl.constexpr(NUM_PIVOTS), tl.constexpr(NUM_MARKS), tl.constexpr(NUM_MASSES)
+_PIVOTS, _MARKS, _MASSES = (
+    tl.constexpr(NUM_PIVOTS),
+    tl.constexpr(NUM_MARKS),
+    tl.constexpr(NUM_MASSES),
+)
 _DONE, _COUNTING, _WEIGHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # phases
 _UNKNOWN = tl.constexpr(-1.0)  # goal: the mass is not measured yet
 

@@ -10,6 +10,8 @@ weights as one stream of 16-byte pieces.
 Scales are float16 and zeros uint8, [tiles, groups, TILE].
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +49,17 @@ def pack_quantized(weight: QuantizedWeight) -> QuantizedLinear:
         bias=None,
         num_outputs=len(weight.codes),
     )
+
+
+def steps_of(weight: QuantizedLinear, num_inputs: int) -> tuple[int, int, int]:
+    """Inputs of a run, inputs that share a scale, and inputs of a run that are sure to share one.
+
+    Where all inputs share one scale, a run's do.
+    """
+    run = 16 // weight.bits * weight.codes.shape[-1]
+    num_groups = weight.scales.shape[1]
+    group = run if num_groups == 1 else num_inputs // num_groups
+    return run, group, math.gcd(group, run)
 
 
 def _pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Products of activations with codes that are unpacked in registers: W4A16 and W8A16."""
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from morphserve.runtime.kernels import QuantizedLinear
 from morphserve.runtime.kernels.cuda.codes import unpack
-from morphserve.runtime.kernels.cuda.packing import TILE
+from morphserve.runtime.kernels.cuda.packing import TILE, steps_of
 from morphserve.runtime.kernels.cuda.scratch import scratch_of
 
 
@@ -53,10 +52,7 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
     """Writes bfloat16 x [M, K], by the weight's columns, times the weight into `out` [M, N]."""
     num_rows, num_inputs = x.shape
     num_tiles, num_runs, _, words = weight.codes.shape
-    num_groups = weight.scales.shape[1]
-    run = 16 // weight.bits * words
-    group = run if num_groups == 1 else num_inputs // num_groups
-    step = math.gcd(group, run)
+    run, group, step = steps_of(weight, num_inputs)
     blocks = BLOCKS if step == run else BLOCKS_OF_SMALL_GROUPS
     block = next((b for b in blocks if b.rows >= num_rows), blocks[-1])
     grid = (triton.cdiv(num_rows, block.rows), triton.cdiv(num_tiles * TILE, block.outputs))
@@ -75,7 +71,7 @@ def multiply_codes(x: Tensor, weight: QuantizedLinear, out: Tensor) -> None:
         num_rows,
         weight.num_outputs,
         num_inputs,
-        num_groups,
+        weight.scales.shape[1],
         num_runs,
         x.stride(0),
         out.stride(0),
@@ -101,7 +97,8 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@triton.jit
+# What differs from batch to batch must not make Triton compile another kernel.
+@triton.jit(do_not_specialize=["num_rows", "num_groups", "num_runs", "splits"])
 def _multiply(
     x,  # [num_rows, num_inputs], rows x_stride apart
     codes,
@@ -121,8 +118,8 @@ def _multiply(
     splits,
     BITS: tl.constexpr,
     WORDS: tl.constexpr,
-    GROUP: tl.constexpr,  # inputs that share a scale; any number, where all do
-    STEP: tl.constexpr,  # inputs of a run that are sure to share a scale
+    GROUP: tl.constexpr,  # inputs that share a scale
+    STEP: tl.constexpr,  # inputs of a run that are sure to share one
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TILE: tl.constexpr,

@@ -2,7 +2,7 @@
 
 A drawn token lies by inverse CDF, in the order of ids, where its row's number is in the kept mass.
 What is kept, and in which order it is decided, is `drawing.kept`'s. The launches, and how many,
-depend on shapes and dtypes alone (and on `DeviceDraws.narrows`); what each row needs is decided on
+depend on shapes and dtypes alone, and on `DeviceDraws.searches`; what each row needs is decided on
 the device.
 """
 
@@ -34,6 +34,7 @@ from morphserve.runtime.kernels.cuda.narrowing import (
 BLOCK = 4096  # logits of a row that are summed together
 NUM_PROGRAMS = 1024  # about what the largest GPU runs at once
 NUM_WARPS = 8
+MAX_REGISTERS = 128  # of a thread: a multiprocessor then has two programs of a search at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class DeviceDraws:
     top_p: Tensor
     uniform: Tensor  # in [0, 1)
     top_k: Tensor  # int32 [S]; 0: all
-    narrows: bool = True  # False: no row has top_k or top_p; the passes that seek them are left out
+    searches: int = 2  # the most of top_k and top_p that a row has; saves launches if less
 
 
 def choose(logits: Tensor, draws: DeviceDraws | None, block: int = BLOCK) -> Tensor:
@@ -82,7 +83,7 @@ def _draw(logits: Tensor, draws: DeviceDraws, found: Tensor, tokens: Tensor, blo
     grid = (triton.cdiv(num_blocks, per_program), rows)
     # An image of bfloat16 has 16 bits and as many zeros.
     shift, passes = (16, 4) if logits.dtype == torch.bfloat16 else (0, 8)
-    num_passes = 2 * passes if draws.narrows else 0
+    num_passes = passes * draws.searches
     common = {
         "SHIFT": shift,
         "BLOCK": block,
@@ -96,7 +97,7 @@ def _draw(logits: Tensor, draws: DeviceDraws, found: Tensor, tokens: Tensor, blo
         if i < num_passes:
             narrow[grid](
                 logits, logits.stride(0), vocab, *ask, *before, sums[new], num_blocks, per_program,
-                FIRST=i == 0, WIDTH=16 // logits.element_size(), **common,
+                FIRST=i == 0, WIDTH=16 // logits.element_size(), maxnreg=MAX_REGISTERS, **common,
             )  # fmt: skip
         else:
             weigh_blocks[grid](
@@ -118,8 +119,9 @@ def find_greatest(logits, row_stride, vocab, found, num_blocks, BLOCK: tl.conste
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     image = tl.where(magnitude < 0x7F800000, image_of(x), BROKEN)
     image = tl.where(ids < vocab, image, NO_LOGIT)
-    best = tl.max((image.to(tl.int64) << 32) | (0x7FFFFFFF - ids), 0)
-    tl.store(found + row * num_blocks + block, best)
+    best = tl.max(image, 0)
+    first = tl.min(tl.where(image == best, ids, 0x7FFFFFFF), 0)
+    tl.store(found + row * num_blocks + block, (best.to(tl.int64) << 32) | (0x7FFFFFFF - first))
 
 
 @triton.jit

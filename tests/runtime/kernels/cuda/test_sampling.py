@@ -45,13 +45,13 @@ def as_float32(draw: Draw) -> Draw:
     return Draw(*rounded)._replace(top_k=draw.top_k)
 
 
-def on_device(draws: list[Draw], device: str, narrows: bool = True) -> DeviceDraws:
+def on_device(draws: list[Draw], device: str, searches: int = 2) -> DeviceDraws:
     floats = {
         name: torch.tensor([getattr(d, name) for d in draws], dtype=torch.float32, device=device)
         for name in ("temperature", "min_p", "top_p", "uniform")
     }
     top_k = torch.tensor([d.top_k for d in draws], dtype=torch.int32, device=device)
-    return DeviceDraws(**floats, top_k=top_k, narrows=narrows)
+    return DeviceDraws(**floats, top_k=top_k, searches=searches)
 
 
 def drawn(rows: Tensor, draws: list[Draw], device: str, block: int = BLOCK) -> list[int]:
@@ -166,14 +166,16 @@ def test_no_temperature_makes_a_token_that_is_not_there(temperature: float, devi
     assert drawn(logits, [draw], device) == [1 if temperature < 1 else 2]
 
 
-@pytest.mark.parametrize("narrows", [True, False])
-def test_tokens_come_as_often_as_they_are_likely(narrows: bool, device: str) -> None:
+@pytest.mark.parametrize("searches", [0, 1, 2])
+def test_tokens_come_as_often_as_they_are_likely(searches: int, device: str) -> None:
     torch.manual_seed(3)
     row, count = torch.randn(100).bfloat16(), 25
-    asked = PLAIN._replace(temperature=0.6, top_k=20 * narrows, top_p=1 - 0.1 * narrows)
+    asked = PLAIN._replace(
+        temperature=0.6, top_k=20 * (searches == 2), top_p=0.9 if searches else 1.0
+    )
     draws = [asked._replace(uniform=(i + 0.5) / count) for i in range(count)]
     rows = row.expand(count, -1).to(device)
-    tokens = choose(rows, on_device(draws, device, narrows), 128)
+    tokens = choose(rows, on_device(draws, device, searches), 128)
     found = torch.bincount(tokens.cpu(), minlength=100) / count
     shares = kept(row.float(), as_float32(asked))
     assert ((found - shares / shares.sum()).abs() <= 1 / count + TOLERANCE).all()
