@@ -1,11 +1,12 @@
 """Steps that fail while another one is in flight."""
 
 import logging
+import random
 from collections.abc import Callable
 
 import pytest
 from deferred_runner import DeferredRunner, defer, use_runner
-from overlap_scenes import Ask, Client, alone, check_answers, engine_of, greedy, sampled
+from overlap_scenes import TIGHT, Ask, Client, alone, check_answers, engine_of, greedy, sampled
 
 from morphserve.runtime.parts import DeviceLost, Launched, Sampled
 from morphserve.runtime.scheduler import Batch
@@ -95,6 +96,44 @@ def test_a_failure_does_not_bring_back_who_ends_in_the_step_before_it(
     check_answers(client)
     (event,) = [e for e in client.engine.take_events() if e.kind == "error"]
     assert event.numbers == {"requests": 1, "lost": 0}
+
+
+class Flaky:
+    """Fails now and then, for several requests at once."""
+
+    overlaps = True
+
+    def __init__(self, runner: DeferredRunner, draw: random.Random) -> None:
+        self._runner, self._draw = runner, draw
+
+    def launch(self, batch: Batch) -> Launched:
+        if len(batch) > 1 and self._draw.random() < 0.3:
+            raise RuntimeError("injected")
+        return self._runner.launch(batch)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_failures_that_do_not_repeat_cost_nobody_anything(
+    seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    draw = random.Random(seed)
+    client = Client(engine_of(TIGHT))
+    use_runner(client.engine, Flaky(defer(client.engine), draw))
+    for _ in range(60):
+        match draw.randrange(5):
+            case 0 | 1:
+                params = sampled(draw.randint(1, 20), stop_token_ids=tuple(range(2, 96, 13)))
+                client.submit(Ask(draw.randrange(3), draw.randint(1, 40), params))
+            case 2 if client.asked:
+                client.abort(draw.choice(list(client.asked)))
+            case 3:
+                client.engine.pin(draw.choice([0, 3, 10]))
+        client.step()
+    client.engine.pin(0)
+    client.drain()
+    check_answers(client)
+    assert any(event.kind == "error" for event in client.engine.take_events())
 
 
 def test_a_lost_device_ends_the_engine() -> None:
