@@ -16,6 +16,7 @@ from morphserve.runtime.kernels.cuda.sampling import DeviceDraws
 KERNELS = CudaKernels()
 FEW, MANY = 1, 32  # rows of a decode step
 LONG = 512  # rows of a prefill
+ROWS = (1, 8, 16, 32, 64, 128, 256, LONG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,15 @@ def prefill_step() -> None:
     _step(EIGHT_B, LONG, 4)
 
 
-def linears() -> None:
-    """Of the 8B shape in INT4 and INT8, for few and many rows."""
-    for bits in (4, 8):
-        for rows in (1, 8, 16, 32, 64, 128, LONG):
-            _linears(EIGHT_B, rows, bits)
+def int4_linears() -> None:
+    """Of the 8B shape, for few and many rows."""
+    for rows in ROWS:
+        _linears(EIGHT_B, rows, 4)
+
+
+def int8_linears() -> None:
+    for rows in ROWS:
+        _linears(EIGHT_B, rows, 8)
 
 
 def sampler() -> None:

@@ -21,7 +21,8 @@ def run(bench: Bench) -> None:
     spent_us: dict[tuple[int, int], float] = {}  # by (bits, rows), of all four
     for bits in (0, 4, 8):
         weights = {
-            name: _copies(_random(bench, kernels, *shape, bits)) for name, shape in shapes.items()
+            name: _copies(bench, _random(bench, kernels, *shape, bits))
+            for name, shape in shapes.items()
         }
         for rows in bench.sizes.rows:
             if bench.left_s < 4:
@@ -69,7 +70,7 @@ def _random(bench: Bench, kernels: CudaKernels, outputs: int, inputs: int, bits:
     return kernels.pack_full(bench.random(outputs, inputs) * inputs**-0.5)
 
 
-def _copies(weight: Linear) -> list[Linear]:
+def _copies(bench: Bench, weight: Linear) -> list[Linear]:
     """The same in other places, until no cache holds them all."""
     tensors = {
         field.name: getattr(weight, field.name)
@@ -77,7 +78,7 @@ def _copies(weight: Linear) -> list[Linear]:
         if isinstance(getattr(weight, field.name), torch.Tensor)
     }
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    count = min(32, max(2, -(-CACHE_BYTES // num_bytes)))
+    count = 1 if bench.dry else min(32, max(2, -(-CACHE_BYTES // num_bytes)))
     return [
         replace(weight, **{name: tensor.clone() for name, tensor in tensors.items()})
         for _ in range(count)

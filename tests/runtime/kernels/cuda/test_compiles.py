@@ -4,7 +4,7 @@ import pytest
 from offline_compile import ARCHITECTURES, Compiled, compile_launches
 from sass import TENSOR
 
-MULTIPLY = {"_decode", "_prefill", "_multiply"}  # kernels whose loop must use tensor cores
+MULTIPLY = {"_attend_run", "_prefill", "_multiply"}  # kernels whose loop must use tensor cores
 
 
 @pytest.fixture(scope="module")
