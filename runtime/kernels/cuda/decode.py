@@ -130,7 +130,6 @@ def _attend_run(
     pages = load_pages(table_row, begin, end, TILE, B)
     for first in range(begin, end, TILE):
         offsets = token_offsets(pages, first, page_stride, TILE, B, D, ALIGNED)[:, None]
-        # A tile ahead: pages loaded where they are used would halve how far ahead K and V are.
         pages = load_pages(table_row, first + TILE, end, TILE, B)
         seen = first + tl.arange(0, TILE) < end
         loaded = seen[:, None] & inside[None, :]  # V, too: what was never written may be a NaN

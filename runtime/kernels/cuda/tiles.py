@@ -19,7 +19,11 @@ class Tiling:
 
 @triton.jit
 def load_pages(table_row, first, end, TILE: tl.constexpr, B: tl.constexpr):
-    """Pages of the tile of tokens from `first` on, which TILE divides; 0 from token `end` on."""
+    """Pages of the tile of tokens from `first` on, which TILE divides; 0 from token `end` on.
+
+    For loops to call a tile ahead: loads of pages in the iteration that reads K and V through them
+    would be pipelined, too, and halve how far ahead these are.
+    """
     tl.static_assert(TILE % B == 0 or B % TILE == 0)
     block = table_row + first // B
     pages = (tl.load(block, mask=first < end, other=0),)
