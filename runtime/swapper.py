@@ -1,4 +1,4 @@
-"""Carries swaps through: copies some bytes before each step, commits between two steps.
+"""Carries swaps through: copies bytes before or beside each step, commits between two steps.
 
 A layer goes from any variant to any other. Demote: the smaller image goes to staging in pieces; at
 a boundary it moves to the slab's tail, the layer is switched, and what it frees joins the block
