@@ -48,6 +48,10 @@ class Gpu(Protocol):
         """Whether the device computes nothing any more; waits for what it is at."""
 
 
+# Graphs whose capture failed: torch's allocator may go on asking them about streams.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
 class CudaGpu:
     """The current device. Its compute stream is torch's current one where this is called."""
 
@@ -82,6 +86,7 @@ class CudaGpu:
             try:
                 run()
             except BaseException:
+                _broken.append(graph)
                 with suppress(RuntimeError):
                     graph.capture_end()
                 raise

@@ -73,7 +73,9 @@ class _Pieces:
 class StepGraphs:
     """Whole steps where they were captured, else pieces, else nothing: the caller launches then."""
 
-    def __init__(self, gpu: Gpu, step: ModelStep, blank: Callable[[int], None], max_seqs: int):
+    def __init__(
+        self, gpu: Gpu, step: ModelStep, blank: Callable[[int], None], max_seqs: int
+    ) -> None:
         """blank: makes the inputs a step of so many padded sequences, for rehearsals."""
         self._gpu, self._step, self._blank = gpu, step, blank
         self._fine, self._coarse = fine_sizes(max_seqs), coarse_sizes(max_seqs)

@@ -18,7 +18,7 @@ from morphserve.runtime.scheduler import Batch
 class Limits:
     """The largest step."""
 
-    max_tokens: int
+    max_tokens: int  # where prompts are among them; else one of each sequence
     max_seqs: int
     max_blocks: int  # of one sequence
 
@@ -30,7 +30,7 @@ class Inputs:
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=gpu.device)
 
-        tokens, seqs = limits.max_tokens, limits.max_seqs
+        tokens, seqs = max(limits.max_tokens, limits.max_seqs), limits.max_seqs
         self.tokens = ints(tokens)
         self.rows = ints(seqs)
         self.chosen = ints(seqs)  # what the step before chose, by its sampling slices

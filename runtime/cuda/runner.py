@@ -4,17 +4,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from morphserve.configs.schema import SchedulerConfig
-from morphserve.runtime.cuda.gpu import CudaGpu, Gpu, Mark
+from morphserve.runtime.cuda.gpu import Gpu, Mark
 from morphserve.runtime.cuda.graphs import StepGraphs, Tally
 from morphserve.runtime.cuda.inputs import Inputs, Limits
 from morphserve.runtime.cuda.kinds import one_of_each
-from morphserve.runtime.cuda.sampler import DeviceSampler
 from morphserve.runtime.cuda.step import ModelStep, StepKernels
 from morphserve.runtime.kernels import LayerWeights
 from morphserve.runtime.model import Model
@@ -71,7 +69,6 @@ class CudaRunner:
     def __init__(
         self, gpu: Gpu, kernels: StepKernels, model: Model, sampler: Sampler, limits: Limits
     ) -> None:
-        assert limits.max_tokens >= limits.max_seqs
         self._limits, self._block_tokens = limits, model.shape.block_tokens
         self._longest = min(limits.max_tokens, len(model.cos_sin))  # tokens of a prompt at once
         self._gpu, self._sampler = gpu, sampler
@@ -171,18 +168,6 @@ class CudaRunner:
             torch.clamp(drawn.tokens, min=0, out=self._inputs.chosen[: len(requests)])
         self._rows = {request: row for row, request in enumerate(requests)}
         return Launched(drawn, self._gpu.mark())
-
-
-def cuda_runner(model: Model, limits: SchedulerConfig, eos_token_ids: Sequence[int]) -> CudaRunner:
-    """On the current GPU, for a model whose tensors lie there. Its graphs come with `warm_up`."""
-    max_model_len = len(model.cos_sin)
-    sizes = Limits(
-        max_tokens=max(limits.max_num_batched_tokens, limits.max_num_seqs),
-        max_seqs=limits.max_num_seqs,
-        max_blocks=-(-max_model_len // model.shape.block_tokens),
-    )
-    kernels = cast(StepKernels, model.kernels)  # those of CUDA have more than the protocol says
-    return CudaRunner(CudaGpu(), kernels, model, DeviceSampler(eos_token_ids), sizes)
 
 
 def _is_decode(batch: Batch) -> bool:

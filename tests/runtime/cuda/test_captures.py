@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from graph_driver import Drawn, GreedySampler, graph_driver, runner_of
+from graph_driver import Drawn, GreedySampler, graph_driver, runner_of, staging
 from swap_driver import ARCHITECTURE, Driver, prompt_of
 from tape_graphs import TapeGpu, counted_launches
 
@@ -172,3 +172,18 @@ def test_after_a_row_that_is_not_finite_the_next_step_goes_on_from_token_0() -> 
     runner.launch(scheduler.schedule())
     assert runner._inputs.tokens[:2].tolist() == [0, launched.result()[1].token]
     assert launched.result()[0].token is None
+
+
+def test_one_sequence_at_a_time_can_be_served() -> None:
+    driver = graph_driver(TapeGpu(), max_num_seqs=1)
+    for i in range(2):
+        driver.add(f"{i}", prompt_of(i, 30), 4)
+    driver.run(lambda turn: [])
+    assert runner_of(driver).tally.steps == {"eager": 4, "whole": 6, "pieces": 0}
+
+
+def test_layers_that_never_change_need_no_pieces() -> None:
+    driver = small_driver(TapeGpu(), warm=False)
+    runner = runner_of(driver)
+    runner.warm_up([[weights] for weights in driver.parts.layers.active], staging(driver))
+    assert runner.tally.whole == 3 and runner.tally.pieces == 0

@@ -178,3 +178,11 @@ def test_the_views_of_a_size_are_the_same_memory_in_every_step() -> None:
     before = addresses(inputs.meta(4, 4))
     inputs.load([decode(random.Random(6), 30)], {}, 4)
     assert addresses(inputs.meta(4, 4)) == before
+
+
+@pytest.mark.usefixtures("fast_unpack")
+def test_there_may_be_more_sequences_than_tokens_of_prompts() -> None:
+    inputs = Inputs(TapeGpu(), Limits(max_tokens=2, max_seqs=9, max_blocks=300), BLOCK_TOKENS)
+    batch = [decode(random.Random(7), 5) for _ in range(8)]
+    inputs.load(batch, {}, 9)
+    check(inputs, batch, 9)
