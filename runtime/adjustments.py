@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from morphserve.runtime.request import Request, SamplingParams, Status
+from morphserve.runtime.request import Request, SamplingParams, Status, needs_history
 from morphserve.runtime.uploads import on_device
 
 LOWEST = torch.finfo(torch.float32).min  # never the greatest, yet finite
@@ -16,16 +16,6 @@ LOWEST = torch.finfo(torch.float32).min  # never the greatest, yet finite
 
 def changes_logits(params: SamplingParams) -> bool:
     return bool(params.logit_bias) or needs_history(params)
-
-
-def needs_history(params: SamplingParams) -> bool:
-    """Whether a request's next token depends on which tokens it holds already.
-
-    Apart from what the model makes of them. Its output must be known when a step of it is launched.
-    """
-    return bool(
-        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    )
 
 
 class Adjustments:

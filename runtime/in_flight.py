@@ -57,6 +57,8 @@ class Steps:
         following = self._launch(batch, precision, started_s) if batch else None
         self._settle()
         if following is None:
+            if self._parts.runner.overlaps:
+                self._parts.runner.prepare()
             return
         self._parts.scheduler.launched(following.batch)
         self._in_flight = following

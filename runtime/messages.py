@@ -103,8 +103,8 @@ class Event(msgspec.Struct, frozen=True):
 
     id: int  # counts up from 1
     time: float  # seconds since the epoch
-    # demote, promote, decision, pin, preempt, swap_failed, costs, error; engine: its process died
-    # or serves again
+    # demote, promote, decision, pin, preempt, swap_failed, costs, slow, error; engine: its process
+    # died or serves again
     kind: str
     text: str
     numbers: dict[str, float] = {}  # what the decision was made from; a swap's bytes and seconds

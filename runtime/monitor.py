@@ -9,7 +9,7 @@ from morphserve.quantize.manifest import Variant
 from morphserve.runtime.forecast import Forecaster
 from morphserve.runtime.ladder import DEPTH
 from morphserve.runtime.load import Load, most_urgent, running_load
-from morphserve.runtime.messages import Event
+from morphserve.runtime.messages import SLOW, Event
 from morphserve.runtime.parts import SYSTEM_CLOCK, Clock
 from morphserve.runtime.scheduler import Batch, Scheduler, Slice
 from morphserve.runtime.signals import NEVER, Signals
@@ -29,6 +29,8 @@ class Facts:
 
 
 _TELL_PREEMPTIONS_S = 1.0  # between two events that tell of preemptions
+_SLOW_FOR_S = 10.0  # that steps have taken far too long before an event tells of it
+_TELL_SLOW_S = 60.0  # between two of these
 
 
 class Monitor:
@@ -49,6 +51,8 @@ class Monitor:
         self._made = Rolling(policy.quality_window_s)  # tokens
         self._made_int4 = Rolling(policy.quality_window_s)  # of these, with an INT4 layer
         self._arrived_s = NEVER
+        self._in_time_s = clock.now_s()  # when steps last took about as long as predicted
+        self._told_slow_s = NEVER
         self._expected: float | None = None  # slowdown of steps that are skipped
         self._latest: Batch = []
         self._latest_variants: tuple[Variant, ...] = ()
@@ -205,10 +209,19 @@ class Monitor:
             return (), ()
         if predicted := self.predicted_step_s():
             forecaster.observe(self.step_s, predicted)
+            self._watch_pace(forecaster.pace, self._clock.now_s())
         elif self._expected is not None:
             forecaster.observe(self._expected, 1.0)
         batch = max(1, load.num_decodes), load.context_tokens
         return forecaster.decode_s(*batch), forecaster.chunk_s(*batch)
+
+    def _watch_pace(self, pace: float, now_s: float) -> None:
+        if pace < SLOW:
+            self._in_time_s = now_s
+        elif now_s - self._in_time_s >= _SLOW_FOR_S and now_s - self._told_slow_s >= _TELL_SLOW_S:
+            self._told_slow_s = now_s
+            text = f"steps take {pace:.1f} times what was measured on this device: look for what "
+            self.event("slow", text + "else it does, and at the log of its start", {"pace": pace})
 
 
 def _new_prompt_tokens(piece: Slice) -> int:

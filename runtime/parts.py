@@ -78,6 +78,9 @@ class Runner(Protocol):
         counts then; a DeviceLost concerns everything.
         """
 
+    def prepare(self) -> bool:
+        """Does a little work that spares later steps time; whether there was any."""
+
 
 class Layers(Protocol):
     variants: list[Variant]  # that each layer computes in

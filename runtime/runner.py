@@ -21,6 +21,9 @@ class Runner:
         self._model = model
         self._sampler = Sampler(model.kernels, eos_token_ids)
 
+    def prepare(self) -> bool:
+        return False
+
     def launch(self, batch: Batch) -> Computed:
         """One forward pass; what each sampling slice gets from it, in batch order."""
         tokens, meta, rows = pack(batch, self._model.shape.block_tokens)

@@ -115,6 +115,7 @@ def demo_request(settings: DemoSettings, folder: Path, bundle: Path, budget: str
         bundle=bundle,
         memory_budget=budget,
         max_model_len=settings.max_model_len,
+        device="cpu",  # to which the load is fitted
         timeout_s=settings.timeout_s,
         force=True,
     )

@@ -27,6 +27,7 @@ class BenchRequest:
     bundle: Path | None = None
     memory_budget: str | None = None
     max_model_len: int | None = None
+    device: str = "auto"  # of the servers, as `morph serve` takes it
     prompts: Path | None = None  # text file; None: the model folder's held-out text
     references: Path | None = None  # JSONL of prompts with what is right to answer
     url: str | None = None  # a running server; None: start one per policy

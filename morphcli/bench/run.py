@@ -95,7 +95,9 @@ def _prompts(
 
 def _bench(request: BenchRequest, schedule: Schedule, prompts: Prompts) -> Bench:
     folder = resolve_model(request.model)
-    options = ServerOptions(folder, request.bundle, request.memory_budget, request.max_model_len)
+    options = ServerOptions(
+        folder, request.bundle, request.memory_budget, request.max_model_len, request.device
+    )
     return Bench(
         policies=request.policies,
         schedule=schedule,

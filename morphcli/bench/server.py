@@ -40,6 +40,7 @@ class ServerOptions:
     bundle: Path | None
     memory_budget: str | None  # as given to `morph serve`
     max_model_len: int | None
+    device: str = "auto"
 
     def arguments(self, policy: str, port: int) -> list[str]:
         """Command line of `morph serve`."""
@@ -48,6 +49,7 @@ class ServerOptions:
             "--policy": policy,
             "--memory-budget": self.memory_budget,
             "--max-model-len": self.max_model_len,
+            "--device": None if self.device == "auto" else self.device,
             "--port": port,
         }
         given = [[name, str(value)] for name, value in options.items() if value is not None]

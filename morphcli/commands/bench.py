@@ -38,6 +38,9 @@ def bench(
     max_model_len: Annotated[
         int | None, typer.Option(help="Most tokens of a request, prompt and output.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Of the servers that it starts: auto, cpu, cuda, cuda:N.")
+    ] = "auto",
     compare: Annotated[
         str | None,
         typer.Option(help=f"Policies, one after another. [default: {_COMPARE}]"),
@@ -207,6 +210,7 @@ def bench(
         bundle=bundle,
         memory_budget=memory_budget,
         max_model_len=max_model_len,
+        device=device,
         prompts=prompts,
         references=references,
         url=url,

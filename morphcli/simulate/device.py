@@ -103,6 +103,9 @@ class SimulatedDevice:
         beside_s = max(self._latest_s, self._target.idle_step_s)
         return int(beside_s * self._target.copy_bytes_per_s)
 
+    def prepare(self) -> bool:
+        return False
+
     def launch(self, batch: Batch) -> Computed:
         spans = [(piece.start, piece.end) for piece in batch]
         self.pass_time(self.slowdown * self._target.costs.step_seconds(self._variants, spans))

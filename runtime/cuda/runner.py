@@ -91,7 +91,7 @@ class CudaRunner:
                 raise DeviceLost(f"{type(error).__name__}: {error}") from error
             raise
 
-    def idle(self) -> bool:
+    def prepare(self) -> bool:
         """Does some work that spares later steps time; False if there is none. 20 to 40 ms."""
         return self._graphs.capture_wanted()
 

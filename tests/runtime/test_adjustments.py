@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from morphserve.runtime.adjustments import Adjustments, needs_history
-from morphserve.runtime.request import Request, SamplingParams, Status
+from morphserve.runtime.adjustments import Adjustments
+from morphserve.runtime.request import Request, SamplingParams, Status, needs_history
 
 VOCAB = 300
 PROMPT = [3, 3, 7, 250]

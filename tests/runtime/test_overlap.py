@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
-from deferred_runner import defer, use_runner
+from deferred_runner import Overlapping, defer, use_runner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from overlap_scenes import (
@@ -188,10 +188,8 @@ def test_a_request_that_waited_too_long_ends_while_a_step_is_in_flight() -> None
     assert client.told[runs].tokens == alone(client.asked[runs])[0]
 
 
-class Noting:
+class Noting(Overlapping):
     """A runner that notes what it is given; to wait for a step takes half a second."""
-
-    overlaps = True
 
     def __init__(self, client: Client, clock: ManualClock) -> None:
         self._client, self._clock = client, clock
@@ -289,3 +287,33 @@ def _listen(sock: socket.socket, count: int) -> tuple[dict[str, list[int]], dict
                 if output.finish_reason:
                     reasons[output.request_id] = output.finish_reason
     return tokens, reasons
+
+
+def test_time_with_nothing_to_do_is_given_to_the_runner() -> None:
+    client = Client(engine_of(2000))
+    runner = Resting(client)
+    client.step()
+    assert runner.rests == 1
+    client.submit(Ask(0, 4, SamplingParams(3, temperature=0.0)))
+    while client.engine.has_work:
+        client.step()
+    rests = runner.rests
+    assert rests <= 2, "it had to rest while somebody waited"
+    client.step()
+    assert runner.rests == rests + 1
+
+
+class Resting(Overlapping):
+    """Counts how often it may prepare."""
+
+    def __init__(self, client: Client) -> None:
+        self._runner = defer(client.engine)
+        use_runner(client.engine, self)
+        self.rests = 0
+
+    def launch(self, batch: Batch) -> Launched:
+        return self._runner.launch(batch)
+
+    def prepare(self) -> bool:
+        self.rests += 1
+        return True

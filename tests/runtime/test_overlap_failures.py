@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from deferred_runner import DeferredRunner, defer, use_runner
+from deferred_runner import DeferredRunner, Overlapping, defer, use_runner
 from overlap_scenes import TIGHT, Ask, Client, alone, check_answers, engine_of, greedy, sampled
 
 from morphserve.runtime.parts import DeviceLost, Launched, Sampled
@@ -14,10 +14,8 @@ from morphserve.runtime.scheduler import Batch
 COUNT = 12
 
 
-class Failing:
+class Failing(Overlapping):
     """Fails to launch from the `nth` launch on, if one of these requests is in the batch."""
-
-    overlaps = True
 
     def __init__(self, runner: DeferredRunner, nth: int, guilty: set[str], error: Exception):
         self._runner, self._nth, self._guilty, self._error = runner, nth, guilty, error
@@ -30,10 +28,8 @@ class Failing:
         return self._runner.launch(batch)
 
 
-class Altering:
+class Altering(Overlapping):
     """Changes what the requests get from the `nth` step."""
-
-    overlaps = True
 
     def __init__(
         self, runner: DeferredRunner, nth: int, change: Callable[[list[Sampled]], list[Sampled]]
@@ -98,10 +94,8 @@ def test_a_failure_does_not_bring_back_who_ends_in_the_step_before_it(
     assert event.numbers == {"requests": 1, "lost": 0}
 
 
-class Flaky:
+class Flaky(Overlapping):
     """Fails now and then, for several requests at once."""
-
-    overlaps = True
 
     def __init__(self, runner: DeferredRunner, draw: random.Random) -> None:
         self._runner, self._draw = runner, draw

@@ -40,15 +40,22 @@ class DeferredStep:
         self.sampled = runner.launch(self.batch).result()
 
 
-class DeferredRunner:
+class Overlapping:
+    """What runners that compute beside the host have in common."""
+
+    overlaps = True
+
+    def prepare(self) -> bool:
+        return False
+
+
+class DeferredRunner(Overlapping):
     """Hands each step to another runner when somebody waits for it, strictly in launch order.
 
     Sees to what a device relies on: one step is unread at most when the next is launched, and an
     unknown token is the only one of its slice, and was sampled by the launch before. Where it is
     not so the device is lost, as engines get over all other errors of a launch.
     """
-
-    overlaps = True
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner

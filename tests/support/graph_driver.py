@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from deferred_runner import Overlapping
 from step_kernels import StepKernels
 from swap_driver import ARCHITECTURE, BLOCK_TOKENS, Driver, tiny_model
 from tape_graphs import TapeGpu
@@ -39,10 +40,8 @@ class GreedySampler:
         return Drawn(tokens)
 
 
-class Spoiling:
+class Spoiling(Overlapping):
     """A runner in the shape that the driver wants, which spoils what is left of the last step."""
-
-    overlaps = True
 
     def __init__(self, runner: CudaRunner) -> None:
         self.runner = runner

@@ -68,11 +68,11 @@ def test_idle_time_makes_pieces_whole() -> None:
     gpu = TapeGpu()
     driver = small_driver(gpu)
     runner = runner_of(driver)
-    assert not runner.idle()
+    assert not runner.prepare()
     settle_in(driver, [(1, Variant.INT4)])
     assert steps_taken(driver, 5) == {"pieces": 5}
     captured = gpu.captures
-    assert runner.idle() and not runner.idle()
+    assert runner.prepare() and not runner.prepare()
     assert gpu.captures == captured + 1
     assert steps_taken(driver, 5) == {"whole": 5}
 
@@ -93,7 +93,7 @@ def test_few_graphs_are_kept_beside_those_of_the_start(monkeypatch: pytest.Monke
     settle_in(driver, [(1, Variant.INT4)])
     for layer in (0, 2, 3):
         steps_taken(driver, 3)
-        assert runner.idle()
+        assert runner.prepare()
         settle_in(driver, [(layer, Variant.INT4)], num_requests=0)
         assert runner.tally.whole <= at_start + 2
     assert runner.tally.whole == at_start + 2

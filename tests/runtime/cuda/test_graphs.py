@@ -135,4 +135,4 @@ def test_a_failed_capture_costs_time_and_nothing_else(
     assert tally.whole + tally.pieces <= gpu.captures == num_captures
     assert "RuntimeError: operation not permitted" in tally.failure
     assert sum("could not be captured" in record.message for record in caplog.records) == 1
-    assert not runner_of(driver).idle()
+    assert not runner_of(driver).prepare()
