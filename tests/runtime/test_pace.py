@@ -59,7 +59,7 @@ def test_steps_that_are_far_too_slow_for_a_while_are_told_of_once_a_minute() -> 
     serving = Serving()
     assert not serving.run(30, pace=1.5)
     assert not serving.run(8, pace=5.0), "not long enough"
-    assert [event.numbers["pace"] > 4 for event in serving.run(50, pace=5.0)] == [True]
+    assert len(serving.run(50, pace=5.0)) == 1
     assert len(serving.run(60, pace=5.0)) == 1
 
 
