@@ -15,7 +15,7 @@ from serving import Served, serve
 
 from morphserve.morphcli.traces.readers import read_trace
 from morphserve.runtime.loader import LoadedModel
-from morphserve.runtime.messages import Submit
+from morphserve.runtime.messages import Submit, TokenOutput
 from morphserve.runtime.request import SamplingParams
 
 TRACE = Path(__file__).resolve().parents[3] / "morphcli" / "bench" / "azure2023_burst.csv"
@@ -32,7 +32,7 @@ POLICIES = {
 
 
 @dataclass(slots=True)
-class Served1:
+class Life:
     """One request's life."""
 
     due_s: float
@@ -55,7 +55,7 @@ class Served1:
 
 @dataclass(slots=True)
 class Run:
-    requests: list[Served1]
+    requests: list[Life]
     wall_s: float = 0.0
     most_blocks: int = 0
     rungs: list[int] = field(default_factory=list)
@@ -72,14 +72,14 @@ def run(bench: Bench) -> None:
             torch.cuda.empty_cache()
 
 
-def _load(bench: Bench) -> list[Served1]:
+def _load(bench: Bench) -> list[Life]:
     arrivals = read_trace(TRACE).arrivals
     if bench.dry:
-        return [Served1(0.01 * i, 9 + i, 4) for i in range(6)]
+        return [Life(0.01 * i, 9 + i, 4) for i in range(6)]
     begin, end = WINDOW_S
     longest = bench.sizes.architecture.max_position
     return [
-        Served1(a.time_s - begin, a.prompt_tokens, min(a.output_tokens, longest - a.prompt_tokens))
+        Life(a.time_s - begin, a.prompt_tokens, min(a.output_tokens, longest - a.prompt_tokens))
         for a in arrivals
         if begin <= a.time_s < end
     ]
@@ -120,14 +120,14 @@ def _replay(bench: Bench, model: LoadedModel, policy: str) -> tuple[Served, Run]
     return served, done
 
 
-def _note(request: Served1, output: object, now_s: float) -> bool:
+def _note(request: Life, output: TokenOutput, now_s: float) -> bool:
     """Whether it ended."""
-    if output.tokens:  # type: ignore[attr-defined]
+    if output.tokens:
         request.last_s = now_s - request.due_s
         if not request.tokens:
             request.first_s = request.last_s
-        request.tokens += len(output.tokens)  # type: ignore[attr-defined]
-    return output.finish_reason is not None  # type: ignore[attr-defined]
+        request.tokens += len(output.tokens)
+    return output.finish_reason is not None
 
 
 def _submit(served: Served, index: int, prompt: list[int], output: int) -> None:

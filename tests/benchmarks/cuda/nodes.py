@@ -1,5 +1,6 @@
 """What a disabled node of a CUDA graph costs: cudaGraphNodeSetEnabled."""
 
+import time
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def measure(bench: Bench) -> None:
     alone_s = bench.replays(alone.replay)
     both_s = bench.replays(both.replay)
     nodes = _nodes(both)[1::2]
-    call_s = _disable(bench, both, nodes)
+    call_s = _disable(both, nodes)
     half_s = bench.replays(both.replay)
     add("disabled nodes", f"{NODES} enabled", alone_s * 1e6, "us")
     add("disabled nodes", f"{2 * NODES} enabled", both_s * 1e6, "us")
@@ -49,10 +50,8 @@ def _nodes(graph: torch.cuda.CUDAGraph) -> list[Any]:
     return list(nodes)
 
 
-def _disable(bench: Bench, graph: torch.cuda.CUDAGraph, nodes: list[Any]) -> float:
+def _disable(graph: torch.cuda.CUDAGraph, nodes: list[Any]) -> float:
     """Seconds of one call."""
-    import time
-
     from cuda.bindings import runtime
 
     executable = runtime.cudaGraphExec_t(init_value=graph.raw_cuda_graph_exec())
