@@ -99,7 +99,8 @@ def load_model(
 
 def _load_kernels(name: str, device: Device) -> Kernels:
     if name not in ("auto", "reference"):
-        raise ConfigError(f"there are no kernels {name!r}: use auto or reference")
+        hint = "; --device cpu has the CPU compute" if name == "cpu" else ""
+        raise ConfigError(f"there are no kernels {name!r}: use auto or reference{hint}")
     return load_kernels(device.kind if name == "auto" else name)
 
 

@@ -19,7 +19,7 @@ from morphserve.quantize.costs import AttentionTime, Curve, DeviceCosts, LayerTi
 from morphserve.quantize.manifest import Variant
 from morphserve.quantize.modules import linear_shapes
 from morphserve.runtime.build import DeviceParts
-from morphserve.runtime.device import open_device
+from morphserve.runtime.device import Device, open_device
 from morphserve.runtime.kernels import BatchMeta, load_kernels
 from morphserve.runtime.loader import choose_dtype
 from morphserve.runtime.model import Model
@@ -49,15 +49,16 @@ def measure_costs(
     kernels_name: str,
     threads: int,
     show: Callable[[str], None] = lambda _: None,
+    device: Device | None = None,
 ) -> DeviceCosts:
     """What the cost model needs. `show` is told what goes on.
 
-    kernels_name: as `load_kernels` knows them; those for cuda are timed on the first GPU, where
-    `threads` do not matter. Takes about ten seconds for a small model; a large one is loaded in
+    kernels_name: as `load_kernels` knows them. `device` is one that they compute on; without one
+    those for cuda are timed on the first GPU, where `threads` do not matter. Takes about ten seconds for a small model; a large one is loaded in
     part, and a turn is then as long as its run.
     """
     arch = checkpoint.architecture
-    device = open_device("cuda" if kernels_name == "cuda" else "cpu")
+    device = device or open_device("cuda" if kernels_name == "cuda" else "cpu")
     kernels, points = load_kernels(kernels_name), points_of(device.kind)
     dtype = choose_dtype("auto", arch.dtype, kernels)
     with num_threads(threads), torch.inference_mode():

@@ -1,5 +1,6 @@
 """Tiny random models of every family, saved as transformers saves them, and their bundles."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,18 @@ from morphserve.quantize.build import QuantizeSettings, build_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 
 interpret_without_gpu()  # before a test imports kernels
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# What imports CUDA's kernels; where there is no triton it is left out, and the header says so.
+collect_ignore_glob = (
+    []
+    if HAS_TRITON
+    else [
+        "runtime/cuda/*",
+        "runtime/kernels/cuda/*",
+        "runtime/device/test_c*.py",
+        "runtime/test_rehearsal.py",
+    ]
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 264,
@@ -49,6 +62,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 settings.register_profile("whatever the machine's speed", deadline=None)
 settings.load_profile("whatever the machine's speed")
+
+
+def pytest_report_header() -> str | None:
+    return None if HAS_TRITON else "no triton here: the tests of CUDA's kernels are left out"
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ PRESETS = ("accuracy", "balanced", "performance", "off")
 PAGES = (
     *("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md"),
     *("docs/bundle-format.md", "docs/configuration.md", "docs/controller.md", "docs/formats.md"),
-    *("docs/bench.md", "docs/limits.md", "docs/quality.md", "docs/simulator.md", "docs/traces.md"),
+    *("docs/bench.md", "docs/gpu.md", "docs/limits.md", "docs/quality.md", "docs/simulator.md", "docs/traces.md"),
 )
 
 
@@ -81,7 +81,7 @@ def test_readme_shows_the_way_from_a_checkpoint_to_a_comparison() -> None:
     assert shown >= {"quantize", "profile", "serve", "bench"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/traces.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/bench.md", "docs/gpu.md", "docs/traces.md"])
 def test_commands_and_options_that_are_shown_exist(page: str) -> None:
     assert commands(page)
     for line in commands(page):

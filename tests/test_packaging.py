@@ -1,6 +1,7 @@
 """What is installed: every folder and data file, nothing under bare names, imports that hold."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -30,6 +31,7 @@ CONTROL_PLANE = (
     "runtime.request",
     "runtime.scheduler",
 )
+OPTIONAL = {"triton"}  # torch for CUDA brings it; `open_device` tells where it is not
 HTTP_PROCESS = ("runtime.engine_client", "runtime.metrics", "runtime.server.lifetime")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
@@ -110,18 +112,19 @@ def assert_without_torch(names: tuple[str, ...]) -> None:
 
 
 def test_every_module_imports() -> None:
-    names = (name_of(path) for path in SOURCES if path.name != "__main__.py")
+    names = [name_of(path) for path in SOURCES if path.name != "__main__.py"]
+    if importlib.util.find_spec("triton") is None:
+        names = [name for name in names if "cuda" not in name.split(".")]
     run_python("\n".join(f"import morphserve.{name}" for name in names))
 
 
 def test_third_party_imports_are_declared_dependencies() -> None:
     declared = {re.match(r"[\w-]+", text)[0] for text in PYPROJECT["project"]["dependencies"]}  # type: ignore[index]
     declared = {normalise(name) for name in declared}
-    declared.add("triton")  # torch for CUDA brings it; `load_kernels` says so where it is not
     distributions = packages_distributions()
     for source in SOURCES:
         for top in {module.split(".")[0] for module in imported_modules(source)}:
-            if top != "morphserve" and top not in sys.stdlib_module_names:
+            if top not in {"morphserve", *OPTIONAL, *sys.stdlib_module_names}:
                 provided_by = {normalise(name) for name in distributions.get(top, ())}
                 assert provided_by & declared, f"{source} imports {top}"
 

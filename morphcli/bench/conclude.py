@@ -69,6 +69,14 @@ def conclude(
         created=now(),
         runs=each if len(runs) > len(told) else [],
         curve=curve,
+        served_by=sorted(
+            {
+                f"{state.kernels} kernels on {state.device}"
+                for run in runs
+                for state in run.states
+                if state.device
+            }
+        ),
         notes=list(
             dict.fromkeys([*(n for r in runs for n in r.notes), *invalid_loads(curve, main)])
         ),
@@ -118,6 +126,7 @@ def settings_of(request: BenchRequest, simulated: Simulated | None = None) -> Se
         timeout_s=request.timeout_s,
         repeat=request.repeat,
         rates=request.rates,
+        device=request.device,
         simulated=simulated,
         reading=request.reading,
     )

@@ -51,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True):
     timeout_s: float
     repeat: int = 1  # runs of each policy
     rates: tuple[float, ...] = (1.0,)  # loads of a sweep, over that of the shape
+    device: str = "auto"  # of the servers that were started
     references: str | None = None  # file of prompts with answers
     simulated: Simulated | None = None  # None: servers were measured
     reading: Reading = Reading()  # of the trace, beyond what its header tells
@@ -118,6 +119,7 @@ class Summary(msgspec.Struct):
     created: str
     runs: list[PolicySummary] = []  # each repeat alone, in the order in which they ran
     curve: list[LoadPoint] = []  # of a sweep over load
+    served_by: list[str] = []  # devices and kernels that servers computed with, as they tell
     notes: list[str] = []  # sentences that a reader of the timelines must know
     schema_version: int = SCHEMA_VERSION
 

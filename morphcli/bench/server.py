@@ -73,6 +73,8 @@ class State(msgspec.Struct):
     swaps: int
     swapping: dict[int, Variant] = {}  # layer -> the variant it is on its way to
     ladder: list[Rung] = []  # steps of demotion, the first taken first
+    device: str = ""  # that computes, as its maker calls it; empty: not told
+    kernels: str = ""  # that it computes with
 
     @property
     def num_generated(self) -> int:

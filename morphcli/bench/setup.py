@@ -91,11 +91,13 @@ def _servers(summary: Summary) -> str:
     settings = summary.settings
     if settings.simulated is not None:
         return _simulated(settings, settings.simulated)
+    served_by = f"; computing with {', '.join(summary.served_by)}" if summary.served_by else ""
     if settings.url is not None:
-        return f"already running at {settings.url}"
+        return f"already running at {settings.url}{served_by}"
     order = [run.policy for run in summary.runs] or list(settings.policies)
     return (
         f"a fresh one per run, in the order {', '.join(order)}, each with "
         f"{settings.memory_budget or 'the default amount'} of memory for weights and KV cache; "
         f"bundle {settings.bundle or 'none'}; answers given up after {settings.timeout_s:g} s"
+        f"{served_by}"
     )

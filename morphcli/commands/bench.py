@@ -175,6 +175,8 @@ def bench(
         raise ConfigError(
             "name a model and a trace, as `morph bench MODEL --trace FILE`, or give --kernels"
         )
+    if is_on_command_line(ctx, "device") and (url is not None or simulate is not None):
+        raise ConfigError("--device is of servers that `morph bench` starts: leave it out")
     if url is not None and compare is not None:
         raise ConfigError("--compare starts servers of its own: leave it out with --url")
     simulation: dict[str, Any] = {

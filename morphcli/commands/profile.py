@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from morphserve.quantize.checkpoint import Checkpoint
     from morphserve.quantize.costs import DeviceCosts
     from morphserve.quantize.manifest import LisSettings, RankedOrder, Ranking
+    from morphserve.runtime.device import Device
 
 
 def profile(
@@ -54,13 +55,16 @@ def profile(
             help="Threads that serving has. [default: OMP_NUM_THREADS, else one per core it gets]",
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="To time layers on: auto, cpu, cuda, cuda:1, as for morph serve.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Order the layers by how little INT4 changes the model.
 
     Layers are scored on the first half of the text; the third quarter chooses the order that
     stays closest to full precision, which the bundle keeps; the last quarter is what the report
-    tells of. Times layers on this machine too. Writes profile.html, .svg, .png and .json.
+    tells of. Times layers on the device that serves too. Writes profile.html, .svg, .png and .json.
     """
     import msgspec
 
@@ -70,6 +74,7 @@ def profile(
     from morphserve.profile.result import Study
     from morphserve.quantize.bundle import open_bundle
     from morphserve.quantize.checkpoint import open_checkpoint
+    from morphserve.runtime.device import open_device
 
     names = [name for entry in orders.split(",") if (name := entry.strip())]
     settings = RankSettings(names, seeds, _lis_settings(lis_weights, distance))
@@ -78,10 +83,11 @@ def profile(
     opened = open_bundle(str(bundle), checkpoint)
     texts = draw_texts(checkpoint, calibration, samples, length, seed)
     studies = [study for study in Study if wanted[study]]
+    serves = open_device(device)
     make_folder(report or opened.path)  # before all the measuring
     found = _measure(checkpoint, opened, texts, settings, studies, quiet=json)
     page = _keep(found, opened, report)
-    costs = _time(checkpoint, opened, threads, quiet=json)
+    costs = _time(checkpoint, opened, serves, threads, quiet=json)
     opened.with_costs(costs)
     if json:
         typer.echo(msgspec.json.encode(found).decode())
@@ -123,19 +129,20 @@ def _keep(found: "Profile", bundle: "Bundle", report: Path | None) -> Path:
 
 
 def _time(
-    checkpoint: "Checkpoint", bundle: "Bundle", threads: int | None, quiet: bool
+    checkpoint: "Checkpoint",
+    bundle: "Bundle",
+    device: "Device",
+    threads: int | None,
+    quiet: bool,
 ) -> "DeviceCosts":
     import torch
     from rich.console import Console
 
-    from morphserve.runtime.device import open_device
     from morphserve.runtime.measure import measure_costs
 
-    kernels = open_device("auto").kind
+    count = threads or torch.get_num_threads()
     with Console(stderr=True, quiet=quiet).status("timing layers") as status:
-        return measure_costs(
-            checkpoint, bundle, kernels, threads or torch.get_num_threads(), status.update
-        )
+        return measure_costs(checkpoint, bundle, device.kind, count, status.update, device)
 
 
 def _lis_settings(weights: str, distance: str) -> "LisSettings":

@@ -27,7 +27,7 @@ def this_machine(model: str, bundle: Path, cache: CacheConfig) -> Target:
     if costs is None:
         raise ConfigError(
             f"{bundle} holds no times that were measured on this machine: run "
-            f"`morph profile {model} --bundle {bundle}`"
+            f"`morph profile {model} --bundle {bundle} --device cpu`"
         )
     return Target(
         device=found.device.name,
