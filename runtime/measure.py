@@ -54,8 +54,9 @@ def measure_costs(
     """What the cost model needs. `show` is told what goes on.
 
     kernels_name: as `load_kernels` knows them. `device` is one that they compute on; without one
-    those for cuda are timed on the first GPU, where `threads` do not matter. Takes about ten seconds for a small model; a large one is loaded in
-    part, and a turn is then as long as its run.
+    those for cuda are timed on the first GPU, where `threads` do not matter. Takes about ten
+    seconds for a small model; a large one is loaded in part, and a turn is then as long as its
+    run.
     """
     arch = checkpoint.architecture
     device = device or open_device("cuda" if kernels_name == "cuda" else "cpu")

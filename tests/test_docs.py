@@ -23,7 +23,14 @@ PRESETS = ("accuracy", "balanced", "performance", "off")
 PAGES = (
     *("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md"),
     *("docs/bundle-format.md", "docs/configuration.md", "docs/controller.md", "docs/formats.md"),
-    *("docs/bench.md", "docs/gpu.md", "docs/limits.md", "docs/quality.md", "docs/simulator.md", "docs/traces.md"),
+    *(
+        "docs/bench.md",
+        "docs/gpu.md",
+        "docs/limits.md",
+        "docs/quality.md",
+        "docs/simulator.md",
+        "docs/traces.md",
+    ),
 )
 
 
