@@ -10,6 +10,7 @@ from tape_graphs import TapeGpu
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.cuda.sampler import DeviceSampler
 from morphserve.runtime.kernels.cuda.kernels import CudaKernels
+from morphserve.runtime.kernels.cuda.scratch import scratch_of
 from morphserve.runtime.kernels.reference import ReferenceKernels
 from morphserve.runtime.request import SamplingParams
 
@@ -27,6 +28,7 @@ def outputs(driver: Driver) -> list[list[int]]:
 # What a padded sequence attends to is nothing; what comes of that is thrown away.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 def test_graphs_of_the_cuda_kernels_give_the_tokens_of_the_reference() -> None:
+    scratch_of(torch.device("cpu"))  # before the first capture, as a rehearsal sees to
     driver = graph_driver(
         TapeGpu(rehearses=False),
         200,
