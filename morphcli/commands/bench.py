@@ -77,13 +77,13 @@ def bench(
     max_num_seqs: Annotated[
         int | None,
         typer.Option(
-            help="Most requests running at once. [default: a server's]",
+            help="Most requests running at once. [default: 64]",
             rich_help_panel=_SIMULATION,
         ),
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens in a step.", rich_help_panel=_SIMULATION),
+        typer.Option(help="Most tokens in a step. [default: 512]", rich_help_panel=_SIMULATION),
     ] = None,
     slowdown: Annotated[
         float | None,

@@ -76,6 +76,7 @@ def profile(
     from morphserve.quantize.checkpoint import open_checkpoint
     from morphserve.runtime.device import open_device
 
+    serves = open_device(device)
     names = [name for entry in orders.split(",") if (name := entry.strip())]
     settings = RankSettings(names, seeds, _lis_settings(lis_weights, distance))
     wanted = {Study.INDEPENDENCE: independence, Study.POSITIONS: positions}
@@ -83,7 +84,6 @@ def profile(
     opened = open_bundle(str(bundle), checkpoint)
     texts = draw_texts(checkpoint, calibration, samples, length, seed)
     studies = [study for study in Study if wanted[study]]
-    serves = open_device(device)
     make_folder(report or opened.path)  # before all the measuring
     found = _measure(checkpoint, opened, texts, settings, studies, quiet=json)
     page = _keep(found, opened, report)

@@ -49,8 +49,8 @@ class Setup:
     router: str = "least-loaded"
     slowdown: float = 1.0  # of steps, by what else runs on the machine
     tensor_parallel: int = 1  # devices of a replica
-    max_num_seqs: int | None = None  # requests running at once; None: as a server's default
-    max_num_batched_tokens: int | None = None  # in one step; None: as a server's default
+    max_num_seqs: int | None = None  # requests running at once; None: as on a CPU
+    max_num_batched_tokens: int | None = None  # in one step; None: as on a CPU
 
     def limits(self, max_model_len: int | None) -> SchedulerConfig:
         """Of a replica's steps."""

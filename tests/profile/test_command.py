@@ -129,6 +129,7 @@ def test_a_bundle_keeps_its_order_if_the_report_cannot_be_written(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        (["--device", "sofa"], "there is no device 'sofa'"),
         (["--lis-weights", "1,2"], "must be three numbers"),
         (["--lis-weights", "1,nan,1"], "of at least 0, not all 0"),
         (["--lis-weights", "nan,1,1"], "of at least 0, not all 0"),

@@ -223,7 +223,7 @@ def test_a_running_server_is_benched_from_trace_to_report(tmp_path: Path) -> Non
     rows = [f"2023-11-16 18:15:46.{i}00,{5 + i},{3 + i}" for i in range(5)]
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows, "x"]))
     with fake_server() as (url, server):
-        server.state = STATE
+        server.state = STATE | {"device": "a card", "kernels": "fast"}
         console = Console(file=(tmp_path / "out").open("w"))
         request = BenchRequest(
             "demo", trace, Shape(), ("server",), Slo(60.0, 60.0), tmp_path / "run", url=url
@@ -238,6 +238,8 @@ def test_a_running_server_is_benched_from_trace_to_report(tmp_path: Path) -> Non
     assert [body["max_tokens"] for body in sent] == [3, 4, 5, 6, 7]
     assert len({body["prompt"] for body in sent}) == 5
     assert "skipped 1 of 6 rows" in (tmp_path / "out").read_text().replace("\n", " ")
+    assert summary.served_by == ["fast kernels on a card"]
+    assert "fast kernels on a card" in (tmp_path / "run" / "report.html").read_text()
     assert summary.perplexities == []  # nobody knows which weights it serves
     files = {path.name for path in (tmp_path / "run").iterdir()}
     recorded = {"config.json", "summary.json", "requests.jsonl", "timeline.jsonl"}

@@ -63,6 +63,8 @@ def test_every_policy_has_the_same_memory(trace: Path) -> None:
         (["--simulate", "h100", "--slowdown", "0"], "--slowdown must be above 0"),
         (["--simulate", "h100", "--repeat", "2"], "leave out --repeat"),
         (["--simulate", "h100", "--url", "http://x"], "stands in for servers: leave out --url"),
+        (["--simulate", "h100", "--device", "cuda"], "--device is of servers that"),
+        (["--url", "http://x", "--device", "cuda"], "--device is of servers that"),
         (["--simulate", "here", "--memory-budget", "9GiB"], "timed by `morph profile`"),
         (["--replicas", "2"], "--replicas is for --simulate"),
     ],
