@@ -2,7 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -76,16 +77,31 @@ class CudaDevice:
         return found
 
     def measure(self, run: Callable[[], None]) -> int | None:
-        """At its highest; without what `allocate` gave, and with what graphs will take."""
+        """At its highest; without what `allocate` gave, and with what graphs will take.
+
+        Raises OutOfBudget if it does not get it.
+        """
         self._give_back()
         before, allocated = torch.cuda.memory_reserved(), self._allocated
         torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
+        with self._told("lower --max-num-batched-tokens or --max-num-seqs"):
+            run()
+            torch.cuda.synchronize()
         peak = torch.cuda.max_memory_reserved() - (self._allocated - allocated)
         self._give_back()
         # What is kept from now on, workspaces of cuBLAS, `memory` finds in use.
         return max(0, peak - max(before, torch.cuda.memory_reserved())) + GRAPH_BYTES
+
+    @contextmanager
+    def _told(self, advice: str) -> Iterator[None]:
+        """Says what to do where a step finds no memory."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfBudget(
+                f"{self.name} has too little memory for the largest step: stop what else uses it, "
+                f"or {advice} ({error})"
+            ) from error
 
     def _give_back(self) -> None:
         """Memory that torch keeps and nobody uses."""
@@ -128,7 +144,9 @@ class CudaDevice:
 
     def warm_up(self, runner: Runner, layers: Layers) -> None:
         if isinstance(runner, CudaRunner):
-            runner.warm_up(layers.views, layers.stage)
+            with self._told("lower --gpu-memory-utilization or --memory-budget"):
+                runner.warm_up(layers.views, layers.stage)
+            self._give_back()  # what rehearsals took is no use to other streams
 
 
 class CudaStream:
