@@ -28,10 +28,11 @@ from morphserve.runtime.parts import Runner
 from morphserve.runtime.runner import Runner as PlainRunner
 
 UTILIZATION = 0.9  # of the device's memory, for everything, unless settings say otherwise
-# Of graphs, which are captured when the arena is there: a graph of a few hundred nodes takes a few
-# MiB of the driver's memory, and the smallest ones, of a layer each, a thousand of which are kept,
-# some hundred KiB.
-GRAPH_BYTES = 512 * 2**20
+# Of graphs, which are captured when the arena is there. Estimates, of an 8B model with 256 requests:
+# a graph of a whole step takes some 4 MiB of the driver's memory, of which there are up to 67, one
+# of a layer some 0.2 MiB, of which there are 1200 with three variants; the stream of captures keeps
+# memory of its own, 100 MiB to rehearse in, 100 for the graphs to work in, and cuBLAS's 32.
+GRAPH_BYTES = 768 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,6 @@ class CudaDevice:
         if isinstance(runner, CudaRunner):
             with self._told("lower --gpu-memory-utilization or --memory-budget"):
                 runner.warm_up(layers.views, layers.stage)
-            self._give_back()  # what rehearsals took is no use to other streams
 
 
 class CudaStream:
