@@ -28,11 +28,12 @@ from morphserve.runtime.parts import Runner
 from morphserve.runtime.runner import Runner as PlainRunner
 
 UTILIZATION = 0.9  # of the device's memory, for everything, unless settings say otherwise
-# Of graphs, which are captured when the arena is there. Estimates, of an 8B model with 256 requests:
-# a graph of a whole step takes some 4 MiB of the driver's memory, of which there are up to 67, one
-# of a layer some 0.2 MiB, of which there are 1200 with three variants; the stream of captures keeps
-# memory of its own, 100 MiB to rehearse in, 100 for the graphs to work in, and cuBLAS's 32.
-GRAPH_BYTES = 768 * 2**20
+# Of graphs, which are captured when the arena is there. Estimates: a kernel in a graph takes some 25
+# KB of the driver's memory (what vLLM logs of its graphs comes to 20 to 100). For an 8B model with
+# 256 requests that is 8 MiB for each of up to 67 whole steps and 0.25 MiB for each of 860 layers in
+# two variants. The stream of captures keeps memory of its own: 100 MiB to rehearse in, 100 that
+# graphs work in, and cuBLAS's 32. The log tells at each start what it was.
+GRAPH_BYTES = 2**30
 
 logger = logging.getLogger(__name__)
 
