@@ -48,8 +48,9 @@ class Gpu(Protocol):
         """Whether the device computes nothing any more; waits for what it is at."""
 
 
-# Graphs whose capture failed at any point: until one has ended well, torch's allocators keep a
-# pointer to it and ask it, at each allocation, whether the stream is capturing.
+# Graphs whose capture failed at any point: torch's allocators keep a pointer to one that has not
+# ended well and ask it, at each allocation, whether the stream is capturing. Until torch 2.12 they
+# also take it for under way for ever, and torch.cuda.empty_cache() raises.
 _broken: list[torch.cuda.CUDAGraph] = []
 
 

@@ -28,11 +28,11 @@ from morphserve.runtime.parts import Runner
 from morphserve.runtime.runner import Runner as PlainRunner
 
 UTILIZATION = 0.9  # of the device's memory, for everything, unless settings say otherwise
-# Of graphs, which are captured when the arena is there. Estimates: a kernel in a graph takes some 25
-# KB of the driver's memory (what vLLM logs of its graphs comes to 20 to 100). For an 8B model with
-# 256 requests that is 8 MiB for each of up to 67 whole steps and 0.25 MiB for each of 860 layers in
-# two variants. The stream of captures keeps memory of its own: 100 MiB to rehearse in, 100 that
-# graphs work in, and cuBLAS's 32. The log tells at each start what it was.
+# Of graphs, which are captured when the arena is there. Estimates: a kernel in a graph takes some
+# 25 KB of the driver's memory (what vLLM logs of its graphs comes to 20 to 100). For an 8B model
+# with 256 requests that is 8 MiB for each of up to 67 whole steps and 0.25 MiB for each of 860
+# layers in two variants. The stream of captures keeps memory of its own: 100 MiB to rehearse in,
+# 100 that graphs work in, and cuBLAS's 32. The log tells at each start what it was.
 GRAPH_BYTES = 2**30
 
 logger = logging.getLogger(__name__)
