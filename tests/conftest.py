@@ -1,5 +1,6 @@
 """Tiny random models of every family, saved as transformers saves them, and their bundles."""
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,10 @@ settings.load_profile("whatever the machine's speed")
 
 def pytest_report_header() -> str | None:
     return None if HAS_TRITON else "no triton here: the tests of CUDA's kernels are left out"
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what engines in this process froze: Triton tells at the exit what was not freed
 
 
 @pytest.fixture(autouse=True)
