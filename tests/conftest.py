@@ -25,6 +25,7 @@ collect_ignore_glob = (
         "runtime/kernels/cuda/*",
         "runtime/device/test_c*.py",
         "runtime/test_rehearsal.py",
+        "benchmarks/test_cuda_script.py",
     ]
 )
 
