@@ -105,7 +105,8 @@ def main(heads: int, kv_heads: int, max_seqs: int = 256) -> None:
     def step(counts: list[int]) -> None:
         batch = []
         for i, count in enumerate(counts):
-            sampled = SamplingParams(9, temperature=i % 2, top_p=0.9, top_k=i % 3)
+            bias = {7: 1.0} if i == 1 else {}
+            sampled = SamplingParams(9, i % 2, top_p=0.9, top_k=i % 3, logit_bias=bias)
             blocks = [0] * -(-count // shape.block_tokens)
             request = Request("", [0] * count, sampled, 0.0, blocks=blocks)
             batch.append(Slice(request, 0, count))
