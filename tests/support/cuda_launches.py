@@ -3,7 +3,7 @@
 python tests/support/offline_compile.py cuda_launches:decode_step --arch 80 90
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ def every_kernel() -> None:
         _linears(EIGHT_B, LONG, bits)
     _linears(ODD, MANY, 4)
     _sampler(EIGHT_B)
+    _sampler(replace(EIGHT_B, vocab=1))  # a size that Triton takes for a constant
 
 
 def decode_step() -> None:
@@ -142,7 +143,7 @@ def _quantised(outputs: int, inputs: int, bits: int, group: int) -> Linear:
 
 def _sampler(shape: Shape) -> None:
     rows = 8
-    logits = _meta(rows, shape.vocab, dtype=torch.float32)
+    logits = _meta(rows, max(16, shape.vocab), dtype=torch.float32)[:, : shape.vocab]
     columns = [_meta(rows, dtype=torch.float32) for _ in range(4)]
     KERNELS.choose(logits, None)
     names = ("temperature", "min_p", "top_p", "uniform")
