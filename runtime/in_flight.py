@@ -57,7 +57,7 @@ class Steps:
         following = self._launch(batch, precision, started_s) if batch else None
         self._settle()
         if following is None:
-            if self._parts.runner.overlaps:
+            if self._settled is None and not self._outputs:  # else somebody waits to be told
                 self._parts.runner.prepare()
             return
         self._parts.scheduler.launched(following.batch)

@@ -297,10 +297,9 @@ def test_time_with_nothing_to_do_is_given_to_the_runner() -> None:
     client.submit(Ask(0, 4, SamplingParams(3, temperature=0.0)))
     while client.engine.has_work:
         client.step()
-    rests = runner.rests
-    assert rests <= 2, "it had to rest while somebody waited"
+    assert runner.rests == 1, "it had to rest while somebody waited for a token"
     client.step()
-    assert runner.rests == rests + 1
+    assert runner.rests == 2
 
 
 class Resting(Overlapping):
