@@ -58,13 +58,11 @@ class StreamedRunner(DeferredRunner):
         self._active[:] = now
 
 
-def put_on_streams(engine: Engine, streams: Streams) -> StreamedRunner:
+def put_on_streams(engine: Engine, streams: Streams, *, is_pinned: bool = True) -> None:
     """Gives an engine's steps, swaps and moves of blocks to these."""
     parts = engine._parts
     assert isinstance(parts, DeviceParts)
-    runner = StreamedRunner(parts.runner, streams, parts.layers.active)
-    use_runner(engine, runner)
+    use_runner(engine, StreamedRunner(parts.runner, streams, parts.layers.active))
     swapper = parts.swapper
-    swapper._link = StreamLink(streams.compute, streams.side, is_pinned=True)
+    swapper._link = StreamLink(streams.compute, streams.side, is_pinned=is_pinned)
     swapper._arena = SimulatedMemory(swapper._arena, streams.compute)
-    return runner
