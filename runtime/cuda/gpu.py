@@ -48,7 +48,9 @@ class Gpu(Protocol):
         """Whether the device computes nothing any more; waits for what it is at."""
 
 
-# Graphs whose capture failed: torch's allocator may go on asking them about streams.
+# Graphs whose capture failed at any point: torch's allocators keep a pointer to one that has not
+# ended well and ask it, at each allocation, whether the stream is capturing. Until torch 2.12 they
+# also take it for under way for ever, and torch.cuda.empty_cache() raises.
 _broken: list[torch.cuda.CUDAGraph] = []
 
 
@@ -81,16 +83,16 @@ class CudaGpu:
         # gives torch's reserves back, which the next steps would have to ask for again.
         graph = torch.cuda.CUDAGraph()
         with _no_garbage_collection(), torch.cuda.stream(self._stream):
-            # "thread_local": only this thread's calls are held to the rules of a capture.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                # "thread_local": only this thread's calls are held to the rules of a capture.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 run()
+                graph.capture_end()
             except BaseException:
                 _broken.append(graph)
                 with suppress(RuntimeError):
                     graph.capture_end()
                 raise
-            graph.capture_end()
         return graph.replay
 
     def free_bytes(self) -> int:

@@ -23,7 +23,7 @@ Mix = tuple[LayerWeights, ...]  # the weights that each layer computes with
 # A graph of a whole step saves some 0.03 to 0.1 ms of a step in pieces, and capturing it holds the
 # engine up for some 20 to 40 ms (both estimated: 33 gaps between graphs; 320 launches).
 PAYS_AFTER = 500  # steps of one mix and size
-MAX_EXTRA = 32  # graphs of whole steps beside those of the mix at the start; a few MiB each
+MAX_EXTRA = 32  # graphs of whole steps beside those of the mix at the start; some 8 MiB each
 _MAX_SEEN = 256  # mixes and sizes that are counted
 
 

@@ -2,7 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -27,10 +28,12 @@ from morphserve.runtime.parts import Runner
 from morphserve.runtime.runner import Runner as PlainRunner
 
 UTILIZATION = 0.9  # of the device's memory, for everything, unless settings say otherwise
-# Of graphs, which are captured when the arena is there: a graph of a few hundred nodes takes a few
-# MiB of the driver's memory, and the smallest ones, of a layer each, a thousand of which are kept,
-# some hundred KiB.
-GRAPH_BYTES = 512 * 2**20
+# Of graphs, which are captured when the arena is there. Estimates: a kernel in a graph takes some
+# 25 KB of the driver's memory (what vLLM logs of its graphs comes to 20 to 100). For an 8B model
+# with 256 requests that is 8 MiB for each of up to 67 whole steps and 0.25 MiB for each of 860
+# layers in two variants. The stream of captures keeps memory of its own: 100 MiB to rehearse in,
+# 100 that graphs work in, and cuBLAS's 32. The log tells at each start what it was.
+GRAPH_BYTES = 2**30
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +79,31 @@ class CudaDevice:
         return found
 
     def measure(self, run: Callable[[], None]) -> int | None:
-        """At its highest; without what `allocate` gave, and with what graphs will take."""
+        """At its highest; without what `allocate` gave, and with what graphs will take.
+
+        Raises OutOfBudget if it does not get it.
+        """
         self._give_back()
         before, allocated = torch.cuda.memory_reserved(), self._allocated
         torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
+        with self._told("lower --max-num-batched-tokens or --max-num-seqs"):
+            run()
+            torch.cuda.synchronize()
         peak = torch.cuda.max_memory_reserved() - (self._allocated - allocated)
         self._give_back()
         # What is kept from now on, workspaces of cuBLAS, `memory` finds in use.
         return max(0, peak - max(before, torch.cuda.memory_reserved())) + GRAPH_BYTES
+
+    @contextmanager
+    def _told(self, advice: str) -> Iterator[None]:
+        """Says what to do where a step finds no memory."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfBudget(
+                f"{self.name} has too little memory for the largest step: stop what else uses it, "
+                f"or {advice} ({error})"
+            ) from error
 
     def _give_back(self) -> None:
         """Memory that torch keeps and nobody uses."""
@@ -128,7 +146,8 @@ class CudaDevice:
 
     def warm_up(self, runner: Runner, layers: Layers) -> None:
         if isinstance(runner, CudaRunner):
-            runner.warm_up(layers.views, layers.stage)
+            with self._told("lower --gpu-memory-utilization or --memory-budget"):
+                runner.warm_up(layers.views, layers.stage)
 
 
 class CudaStream:

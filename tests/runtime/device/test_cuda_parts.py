@@ -96,6 +96,15 @@ def test_memory_that_is_not_there_is_refused_with_numbers(
         device.allocate(2 * GIB)
 
 
+def test_a_step_that_finds_no_memory_is_told_with_what_to_change(cuda: Cuda) -> None:
+    def run() -> None:
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    device = CudaDevice(0)
+    with pytest.raises(OutOfBudget, match="--max-num-batched-tokens .*tried to allocate 3 GiB"):
+        device.measure(run)
+
+
 def test_a_stream_gives_its_work_to_torch_in_order() -> None:
     calls: list[object] = []
     own = SimpleNamespace(
