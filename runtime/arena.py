@@ -42,6 +42,7 @@ class Arena:
         One copy per run of adjacent blocks: it takes no memory, and on a GPU nothing is uploaded
         and nobody waits.
         """
+        assert moves.keys().isdisjoint(moves.values())
         for old, new, count in _runs(moves):
             self._blocks(new, count).copy_(self._blocks(old, count))
 

@@ -57,7 +57,7 @@ class Steps:
         following = self._launch(batch, precision, started_s) if batch else None
         self._settle()
         if following is None:
-            if self._parts.runner.overlaps:
+            if self._is_at_rest:
                 self._parts.runner.prepare()
             return
         self._parts.scheduler.launched(following.batch)
@@ -76,6 +76,11 @@ class Steps:
             return None
         self._settled, self._outputs = None, []
         return Step(settled or precision, outputs)
+
+    @property
+    def _is_at_rest(self) -> bool:
+        """Whether nobody waits to be told of something, and no swap for its commit."""
+        return self._settled is None and not self._outputs and not self._parts.swapper.in_flight
 
     def _launch(self, batch: Batch, precision: Variant, started_s: float) -> _InFlight | None:
         """Starts a step; None if no request of it can be computed."""

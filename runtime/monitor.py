@@ -51,7 +51,7 @@ class Monitor:
         self._made = Rolling(policy.quality_window_s)  # tokens
         self._made_int4 = Rolling(policy.quality_window_s)  # of these, with an INT4 layer
         self._arrived_s = NEVER
-        self._in_time_s = clock.now_s()  # when steps last took about as long as predicted
+        self._slow_since_s: float | None = None  # when steps began to take far too long
         self._told_slow_s = NEVER
         self._expected: float | None = None  # slowdown of steps that are skipped
         self._latest: Batch = []
@@ -217,8 +217,11 @@ class Monitor:
 
     def _watch_pace(self, pace: float, now_s: float) -> None:
         if pace < SLOW:
-            self._in_time_s = now_s
-        elif now_s - self._in_time_s >= _SLOW_FOR_S and now_s - self._told_slow_s >= _TELL_SLOW_S:
+            self._slow_since_s = None
+            return
+        if self._slow_since_s is None:
+            self._slow_since_s = now_s
+        if now_s - self._slow_since_s >= _SLOW_FOR_S and now_s - self._told_slow_s >= _TELL_SLOW_S:
             self._told_slow_s = now_s
             text = f"steps take {pace:.1f} times what was measured on this device: look for what "
             self.event("slow", text + "else it does, and at the log of its start", {"pace": pace})

@@ -297,10 +297,22 @@ def test_time_with_nothing_to_do_is_given_to_the_runner() -> None:
     client.submit(Ask(0, 4, SamplingParams(3, temperature=0.0)))
     while client.engine.has_work:
         client.step()
-    rests = runner.rests
-    assert rests <= 2, "it had to rest while somebody waited"
+    assert runner.rests == 1, "it had to rest while somebody waited for a token"
     client.step()
-    assert runner.rests == rests + 1
+    assert runner.rests == 2
+
+
+def test_swaps_have_the_time_with_nothing_else_to_do_first() -> None:
+    client = Client(engine_of(2000))
+    runner = Resting(client)
+    client.engine.pin(10)
+    turns = 0
+    while client.engine.snapshot().rung != 10 or client.engine.snapshot().swapping:
+        client.step()
+        turns += 1
+    assert turns > 2 and runner.rests <= 1
+    client.step()
+    assert runner.rests > 0
 
 
 class Resting(Overlapping):

@@ -68,3 +68,10 @@ def test_a_few_slow_steps_are_nothing_to_tell() -> None:
     for _ in range(5):
         assert not serving.run(2, pace=10.0)
         assert not serving.run(20, pace=1.0)
+
+
+def test_a_slow_step_after_hours_without_any_is_nothing_to_tell() -> None:
+    serving = Serving()
+    assert not serving.run(5, pace=1.0)
+    serving.clock.seconds += 3600
+    assert not serving.run(1, pace=100.0)

@@ -100,6 +100,20 @@ def test_blocks_are_found_once_what_they_hold_is_known_to_be_sound() -> None:
     assert not s.reuse.find(Request("again", request.prompt, request.params, 0.0), 0).blocks
 
 
+def test_blocks_have_the_rung_of_their_step_whatever_is_committed_before_it_is_read() -> None:
+    s = scheduler()
+    request = add(s, prompt=8)
+    batch = launch(s, rung=0)
+    for token in (50, 51, 52, 53, 54):
+        following = s.schedule(rung=3)
+        s.computed(batch, [token])
+        s.launched(following)
+        batch = following
+    again = Request("again", [*request.prompt, 50, 51, 52, 53, 54], SamplingParams(1), 0.0)
+    assert (s.reuse.find(again, 0).rung, len(s.reuse.find(again, 0).blocks)) == (0, 2)
+    assert (s.reuse.find(again, 3).rung, len(s.reuse.find(again, 3).blocks)) == (3, 3)
+
+
 @pytest.mark.parametrize(
     "params", [{"presence_penalty": 1.0}, {"frequency_penalty": -1.0}, {"repetition_penalty": 1.1}]
 )

@@ -3,7 +3,7 @@
 python tests/support/offline_compile.py cuda_launches:decode_step --arch 80 90
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import AttentionShape, BatchMeta, FullLinear, LayerWeights, Linear
 from morphserve.runtime.kernels.cuda.kernels import CudaKernels
 from morphserve.runtime.kernels.cuda.sampling import DeviceDraws
+from morphserve.runtime.kernels.cuda.upload import unpack
 
 KERNELS = CudaKernels()
 FEW, MANY = 1, 32  # rows of a decode step
@@ -51,6 +52,7 @@ def every_kernel() -> None:
         _linears(EIGHT_B, LONG, bits)
     _linears(ODD, MANY, 4)
     _sampler(EIGHT_B)
+    _sampler(replace(EIGHT_B, vocab=1))  # a size that Triton takes for a constant
 
 
 def decode_step() -> None:
@@ -85,7 +87,7 @@ def _numbers(*shape: int) -> Tensor:
 
 
 def _step(shape: Shape, tokens: int, sequences: int) -> None:
-    """A forward pass through one layer at full precision."""
+    """A forward pass through one layer at full precision, from inputs on the host."""
     attention = shape.attention
     page = 2 * shape.kv_heads * shape.head_dim * shape.block_tokens
     meta = BatchMeta(
@@ -95,6 +97,14 @@ def _step(shape: Shape, tokens: int, sequences: int) -> None:
         query_start=_numbers(sequences + 1),
         context_len=_numbers(sequences),
         block_table=_numbers(sequences, 256),
+    )
+    ids, rows = _numbers(tokens), _numbers(sequences)
+    unpack(
+        *(_numbers(9 * tokens), _numbers(sequences), ids, rows, meta, shape.block_tokens),
+        num_tokens=tokens,
+        num_seqs=sequences,
+        num_rows=sequences,
+        longest=tokens,
     )
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     layer = LayerWeights(
@@ -107,9 +117,9 @@ def _step(shape: Shape, tokens: int, sequences: int) -> None:
         down=_full(shape.hidden, shape.inner),
     )
     KERNELS.forward(
-        *(_meta(tokens, dtype=torch.int64), _full(shape.vocab, shape.hidden), [layer]),
+        *(ids, _full(shape.vocab, shape.hidden), [layer]),
         *([_meta(1000, page)], meta, attention, _meta(8192, shape.head_dim, dtype=torch.float32)),
-        *(_meta(sequences, dtype=torch.int64), _meta(shape.hidden)),
+        *(rows, _meta(shape.hidden)),
         _full(shape.vocab, shape.hidden),
     )
 
@@ -133,7 +143,7 @@ def _quantised(outputs: int, inputs: int, bits: int, group: int) -> Linear:
 
 def _sampler(shape: Shape) -> None:
     rows = 8
-    logits = _meta(rows, shape.vocab)
+    logits = _meta(rows, max(16, shape.vocab), dtype=torch.float32)[:, : shape.vocab]
     columns = [_meta(rows, dtype=torch.float32) for _ in range(4)]
     KERNELS.choose(logits, None)
     names = ("temperature", "min_p", "top_p", "uniform")

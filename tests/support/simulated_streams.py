@@ -96,7 +96,7 @@ class _Layers:
         self.variants[layer] = variant
 
 
-class _Memory:
+class SimulatedMemory:
     """The arena; it moves blocks on the compute stream."""
 
     def __init__(self, arena: Arena, compute: SimulatedStream) -> None:
@@ -126,7 +126,7 @@ class Engine:
             self.arena.span(slab.offsets[Variant.FULL], len(image.host)).copy_(image.host)
         self.pool = BlockPool(self.plan.base_blocks)
         link = StreamLink(self.compute, self.side, is_pinned=is_pinned)
-        memory = _Memory(self.arena, self.compute)
+        memory = SimulatedMemory(self.arena, self.compute)
         self.swapper = Swapper(memory, self.plan, self.layers, self.pool, self._relocate, link)
         self.held: dict[int, int] = {}  # block in use -> what it holds
         self._new: list[int] = []  # of these, those that no step has written

@@ -47,7 +47,7 @@ def unpack(words, BITS: tl.constexpr):
     if BITS == 4:
         return tl.inline_asm_elementwise(
             UNPACK_INT4,
-            "=r,=r,=r,=r,r",
+            "=&r,=&r,=&r,=&r,r",
             [words],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True,
@@ -56,7 +56,7 @@ def unpack(words, BITS: tl.constexpr):
     else:
         return tl.inline_asm_elementwise(
             UNPACK_INT8,
-            "=r,=r,r",
+            "=&r,=&r,r",
             [words],
             dtype=(tl.bfloat16, tl.bfloat16),
             is_pure=True,

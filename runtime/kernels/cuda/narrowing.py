@@ -102,7 +102,7 @@ def next_state(
                     hi, above, goal = greatest + 1, 0.0, _UNKNOWN
                 else:
                     few = (goal - above) / weigh(logit_of(lo << SHIFT), top, rate, min_p)
-                    few = tl.ceil(tl.minimum(tl.maximum(few, 1.0), vocab.to(tl.float32)))
+                    few = tl.ceil(tl.minimum(tl.maximum(few, 1.0), 1.0 * vocab))
                     few = few.to(tl.int32)
                     equals = tl.where(lo == base, tl.minimum(few, equals), few)
                     base, phase = lo, _DONE

@@ -50,7 +50,7 @@ def plan_splits(meta: BatchMeta, shape: AttentionShape) -> SplitPlan:
         full_runs,
         SHORTEST=SHORTEST,
         SEQUENCES=width,
-        RUNS=triton.next_power_of_2(num_runs),
+        RUNS=triton.next_power_of_2(width + full_runs),  # at least num_runs, and few values
         num_warps=max(1, min(16, width // 128)),
     )
     return SplitPlan(runs, splits)

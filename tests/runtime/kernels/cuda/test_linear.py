@@ -208,6 +208,18 @@ def test_layers_of_an_8b_model(rows: int, n: int, k: int) -> None:
 
 @pytest.mark.cuda
 @NEEDS_GPU
+@pytest.mark.parametrize("rows", [1, 32, 64, 128])
+def test_programs_that_share_a_block_see_all_of_each_other_s_sums(rows: int) -> None:
+    weights = [_pack(random_weight(4096, 4096, 128), "cuda") for _ in range(2)]
+    x = torch.randn(rows, 4096, device="cuda").to(BF16)
+    first = [linear(x, weight) for weight in weights]
+    for _ in range(200):  # what is left of the other product would show
+        again = [linear(x, weight) for weight in weights]
+        assert all(map(torch.equal, again, first))
+
+
+@pytest.mark.cuda
+@NEEDS_GPU
 @pytest.mark.parametrize("rows", [8, 300])
 def test_a_captured_graph_computes_with_new_activations(rows: int) -> None:
     packed = _pack(random_weight(512, 4096, 128), "cuda")

@@ -86,12 +86,13 @@ def test_padding_is_written_nowhere_and_pages_may_lie_apart(device: str) -> None
     )
     meta.token_page[[1, 4]] = -1
     qkv = torch.randn(5, 8 * 16, device=device)
-    apart = torch.full((6, 2 * page_items(shape)), torch.nan, device=device)
+    memory = torch.full((7, 2 * page_items(shape)), torch.nan, device=device)
+    before, apart = memory[0], memory[1:]
     cache = apart[:, : page_items(shape)]
     table = rotations(20, 16).to(device)
     q = rope_write_kv(qkv, cache, meta, shape, table, None)
     assert cache.isnan().logical_not().sum() == 3 * 2 * 2 * 16  # tokens, k and v, heads, channels
-    assert apart[:, page_items(shape) :].isnan().all()
+    assert before.isnan().all() and apart[:, page_items(shape) :].isnan().all()
     used = torch.tensor([0, 2, 3], device=device)
     wanted = torch.full_like(cache, torch.nan, memory_format=torch.contiguous_format)
     kept = dataclasses.replace(

@@ -159,6 +159,11 @@ def test_awkward_rows_keep_what_the_reference_keeps(
     check_places(torch.stack(rows), draws, tokens)
 
 
+def test_a_number_between_two_tokens_draws_the_latter(device: str) -> None:
+    halves = [PLAIN._replace(uniform=uniform) for uniform in (0.0, 0.5 - 2**-20, 0.5)]
+    assert drawn(torch.zeros(3, 2), halves, device) == [0, 0, 1]
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e30])
 def test_no_temperature_makes_a_token_that_is_not_there(temperature: float, device: str) -> None:
     draw = PLAIN._replace(temperature=temperature, uniform=1 - 2**-24)
