@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from morphserve.configs.errors import MorphError
+from morphserve.configs.version import version
 from morphserve.morphcli.commands.bench import bench
 from morphserve.morphcli.commands.chat import chat
 from morphserve.morphcli.commands.complete import complete
@@ -44,9 +45,7 @@ app.add_typer(trace)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"morph {version('morphserve')}")
+        typer.echo(f"morph {version()}")
         raise typer.Exit
 
 

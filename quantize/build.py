@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +10,7 @@ import msgspec
 import torch
 
 from morphserve.configs.errors import ConfigError
+from morphserve.configs.version import version
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.calibration import Windows
 from morphserve.quantize.checkpoint import Checkpoint
@@ -168,7 +168,7 @@ def _plan(checkpoint: Checkpoint, quantizations: Mapping[Variant, Quantization])
     return Manifest(
         format=FORMAT,
         schema=SCHEMA,
-        tool=f"morphserve {version('morphserve')}",
+        tool=f"morphserve {version()}",
         base=Base(checkpoint.path.name, checkpoint.fingerprint()),
         architecture=checkpoint.architecture,
         variants={variant: VariantFiles(how, []) for variant, how in quantizations.items()},

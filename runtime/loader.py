@@ -1,5 +1,6 @@
 """A checkpoint and its bundle, read into host memory in the layout that the kernels want."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from morphserve.runtime.ladder import Ladder, steps_of
 from morphserve.runtime.layers import Image, full_image, quantized_image
 from morphserve.runtime.memory import ModelSizes
 from morphserve.runtime.model import StaticWeights, pack_statics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ def load_model(
     ready = time.monotonic()
     _require_head_dim(architecture, kernels)
     dtype = choose_dtype(config.dtype, architecture.dtype, kernels)
+    warn_of_float32(device.kind, dtype)
     layers = range(architecture.num_layers)
     statics = pack_statics(checkpoint.static(), kernels, dtype)
     images = {Variant.FULL: [full_image(checkpoint.layer(i), kernels, dtype) for i in layers]}
@@ -122,6 +126,16 @@ def choose_dtype(asked: str, checkpoint: str, kernels: Kernels) -> torch.dtype:
     if asked not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {asked!r} is not known: use auto, float32 or bfloat16")
     return dtypes[asked]
+
+
+def warn_of_float32(kind: str, dtype: torch.dtype) -> None:
+    """Says in the log if a GPU is to compute without what makes it fast."""
+    if kind == "cuda" and dtype is torch.float32:
+        logger.warning(
+            "float32 on a GPU takes twice the memory, uses no tensor cores, and dequantises "
+            "layers for every product: --dtype bfloat16 is many times faster, and rounds a "
+            "float32 or float16 checkpoint to 8 significant bits"
+        )
 
 
 def served_ladder(config: EngineConfig, num_layers: int, bundle: Bundle | None) -> Ladder:

@@ -6,13 +6,14 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
 from morphserve.configs.errors import ConfigError, MorphError
 from morphserve.configs.schema import Slo
+from morphserve.configs.version import version
 from morphserve.morphcli.bench.figures import PolicySummary
 from morphserve.morphcli.bench.summary import Run
 from morphserve.morphcli.traces.readers import Reading
@@ -149,10 +150,10 @@ def now() -> str:
 def environment() -> Environment:
     """Of this process."""
     return Environment(
-        morphserve=version("morphserve"),
+        morphserve=version(),
         commit=_commit(),
         python=platform.python_version(),
-        torch=version("torch"),
+        torch=metadata.version("torch"),
         platform=platform.platform(terse=True),
         cpu=_cpu(),
         cores=len(os.sched_getaffinity(0))

@@ -4,7 +4,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from morphserve.configs.errors import ConfigError
+from morphserve.configs.version import version
 from morphserve.quantize import modules
 from morphserve.quantize.architecture import Architecture
 from morphserve.quantize.bundle import Bundle
@@ -130,7 +130,7 @@ def _settings(how: Quantization, desc_act: bool) -> dict[str, Any]:
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if how.symmetric else "gptq_v2",
         "pack_dtype": "int32",
-        "meta": {"quantizer": [f"morphserve:{version('morphserve')}"], "method": how.method},
+        "meta": {"quantizer": [f"morphserve:{version()}"], "method": how.method},
     }
 
 

@@ -27,6 +27,9 @@ _WAYS_TO_SAMPLE = (
     SamplingParams(1),
     SamplingParams(1, top_p=0.9, top_k=40),
     SamplingParams(1, temperature=0.0, logprobs=5),
+    SamplingParams(1, temperature=0.0, presence_penalty=0.1),  # from here on in float32
+    SamplingParams(1, presence_penalty=0.1),
+    SamplingParams(1, top_p=0.9, top_k=40, presence_penalty=0.1),
 )
 
 
@@ -43,7 +46,7 @@ class Drawn(Protocol):
 
 class Sampler(Protocol):
     def launch(self, logits: Tensor, requests: Sequence[Request]) -> Drawn:
-        """Draws the next token of each request from its row of float32 logits, overwriting them."""
+        """Draws the next token of each request from its row of logits, overwriting them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from morphserve.runtime.cuda.inputs import Inputs
 from morphserve.runtime.kernels import AttentionShape, BatchMeta, FullLinear, LayerWeights
+from morphserve.runtime.memory import align
 from morphserve.runtime.model import Model
 
 Plan = Any  # what the kernels at hand make of it
@@ -59,7 +60,8 @@ class ModelStep:
         # Of the right dtypes, whatever those are.
         self._delta, self._residual = kernels.enter(inputs.tokens[:max_seqs], self._embedding)
         vocab = model.static.head.num_outputs
-        self.logits = torch.empty(max_seqs, vocab, device=inputs.tokens.device)  # float32
+        # Rows 16 numbers apart or a multiple of that, whatever the vocabulary: for wide loads.
+        self.logits = self._delta.new_empty(max_seqs, align(vocab, 16))[:, :vocab]
 
     @property
     def active(self) -> Sequence[LayerWeights]:

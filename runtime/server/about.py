@@ -1,12 +1,12 @@
 """What a server says of itself: its model, its health, its numbers, its state."""
 
-from importlib.metadata import version
 from typing import Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from morphserve.configs.version import version
 from morphserve.runtime.server.endpoint import json_answer
 from morphserve.runtime.server.errors import unavailable
 from morphserve.runtime.server.responses import Model, ModelList
@@ -60,7 +60,7 @@ class About:
         return Response(self._serving.exposition(), media_type=PROMETHEUS)
 
     async def version(self, _request: Request) -> Response:
-        return json_answer(Version(version("morphserve")))
+        return json_answer(Version(version()))
 
     async def state(self, _request: Request) -> Response:
         return json_answer(state_of(self._serving))

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import resources
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -11,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import Response
 
+from morphserve.configs.version import version
 from morphserve.runtime.server.endpoint import JSON, Endpoint
 from morphserve.runtime.server.openapi import document
 
@@ -37,7 +37,7 @@ class Documentation:
 
     @cached_property
     def _document(self) -> dict[str, Any]:
-        return document(self.table, version("morphserve"), keys_wanted=self._keys_wanted)
+        return document(self.table, version(), keys_wanted=self._keys_wanted)
 
     @cached_property
     def _html(self) -> str:

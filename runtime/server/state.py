@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from morphserve.configs.version import version
 from morphserve.quantize.manifest import Rung
 from morphserve.runtime.latency import FinishedRequest, Latency, Rates, recent_rates
 from morphserve.runtime.messages import Event, MemoryBytes, Snapshot
@@ -51,7 +50,7 @@ def state_of(serving: "Serving") -> State:
     hits, queries = snapshot.prefix_hits, snapshot.prefix_queries
     return State(
         **msgspec.structs.asdict(snapshot),
-        version=_version(),
+        version=version(),
         model=serving.model_name,
         url=serving.url,
         status=_status(serving),
@@ -78,8 +77,3 @@ def _status(serving: "Serving") -> str:
     if serving.engine.died.is_set():
         return "engine down"
     return "draining" if serving.draining else "ready"
-
-
-@cache
-def _version() -> str:
-    return version("morphserve")

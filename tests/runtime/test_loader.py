@@ -14,6 +14,7 @@ from morphserve.quantize.bundle import open_bundle
 from morphserve.quantize.checkpoint import open_checkpoint
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime.build import build_engine
+from morphserve.runtime.loader import warn_of_float32
 from morphserve.runtime.messages import Submit
 from morphserve.runtime.request import SamplingParams
 
@@ -68,3 +69,11 @@ def test_an_engine_tells_how_long_each_part_of_its_start_took(
     phases = engine.hello().startup_s
     assert list(phases) == ["kernels", "checkpoint", "bundle", "arena"]
     assert all(seconds > 0 for seconds in phases.values())
+
+
+def test_float32_on_a_gpu_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_float32("cpu", torch.float32)
+    warn_of_float32("cuda", torch.bfloat16)
+    assert not caplog.records
+    warn_of_float32("cuda", torch.float32)
+    assert "--dtype bfloat16" in caplog.text

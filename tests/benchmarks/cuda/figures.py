@@ -1,6 +1,7 @@
 """What a section finds: figures, written as they are found and shown as one compact table."""
 
 import json
+import math
 import operator
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -41,12 +42,19 @@ class Figure:
         return self.gate.holds(self.value)
 
     def encode(self) -> str:
-        return json.dumps(asdict(self) | {"holds": self.holds})
+        return json.dumps(asdict(self))
+
+
+def plain(figure: Figure) -> dict[str, object]:
+    """For a file. JSON knows no infinity: it is told in words."""
+    fields = asdict(figure) | {"holds": figure.holds}
+    if not isinstance(figure.value, str) and not math.isfinite(figure.value):
+        fields["value"] = str(figure.value)
+    return fields
 
 
 def decode(line: str) -> Figure:
     fields = json.loads(line)
-    fields.pop("holds")
     gate = fields.pop("gate")
     return Figure(**fields, gate=None if gate is None else Gate(**gate))
 

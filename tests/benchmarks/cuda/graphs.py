@@ -26,6 +26,7 @@ def run(bench: Bench) -> None:
         max_model_len=sizes.context + 400,
     )
     served.fill()
+    served.pin(0)
     graphs: Any = getattr(served.runner.runner, "_graphs", None)
     if graphs is None:
         return bench.figures.add("ways", "", "this device has no graphs")

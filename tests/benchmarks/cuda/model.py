@@ -31,8 +31,9 @@ class SharedImages:
     def pin(self, images: Iterable[Tensor]) -> None:
         given = {image.data_ptr(): image for image in images}
         new = {place: image for place, image in given.items() if place not in self._pinned}
-        self._pinned |= new
-        self._device.pin(new.values())
+        if new:  # that nothing could not be pinned would say nothing
+            self._pinned |= new
+            self._device.pin(new.values())
 
 
 def random_model(bench: Bench) -> LoadedModel:

@@ -1,6 +1,11 @@
-"""Measures the CUDA runtime on the GPU of this machine: one JSON, and one table at the end.
+"""Measures the CUDA runtime on the GPU of this machine: one JSON, and a table per section.
 
     python tests/benchmarks/cuda/run.py --output cuda.json
+
+The sections that matter most, where four minutes have to do:
+
+    python tests/benchmarks/cuda/run.py --output cuda.json --minutes 4 \\
+        --sections correct steps linears swaps burst
 
 Nothing needs to be installed beside torch, triton, numpy, safetensors, transformers and msgspec.
 Where msgspec is missing, its wheel on the path will do, unpacked as the archive that it is:
@@ -9,8 +14,9 @@ Where msgspec is missing, its wheel on the path will do, unpacked as the archive
 
 Random weights in the shape of an 8B model, made on the device. Each section runs in a process of
 its own, so that a fault of one, even an illegal access, costs only that section; what it had found
-is kept. Sections in order of importance, with the seconds that each may take; about 8 minutes are
-expected of all (--minutes cuts the whole short, --sections chooses):
+is kept. The JSON is whole after every figure, whenever this is killed, and a section's table is
+printed when it ends. Sections in order of importance, with the seconds that each may take; about
+six minutes are expected of all (--minutes cuts the whole short, --sections chooses):
 
 SECTIONS
 
@@ -19,24 +25,26 @@ proves the script, no more.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from figures import Figure, Figures, decode, table
+from figures import Figure, Figures, decode, plain, table
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
 SUPPORT = ROOT / "tests" / "support"
 DRY_FACTOR = 10  # by which a dry run may take longer: it asks for no speed
-MARK = "figure "  # begins the lines of a worker that hold one
+MARK = "\x1efigure "  # in a line of a worker, before a figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +54,16 @@ class Section:
 
 
 SECTIONS = {
-    "environment": Section("environment", 30),
+    "environment": Section("environment", 40),
     "correct": Section("correct", 90),
-    "steps": Section("steps", 90),
-    "attention": Section("attention", 60),
+    "steps": Section("steps", 110),
     "linears": Section("linears", 70),
     "swaps": Section("swaps", 60),
+    "burst": Section("burst", 170),
+    "attention": Section("attention", 60),
     "graphs": Section("graphs", 50),
-    "mapping": Section("mapping", 20),
-    "burst": Section("burst", 200),
     "yardsticks": Section("yardsticks", 90),
+    "mapping": Section("mapping", 20),
 }
 # Compiled at once by processes of their own: sections find most of their kernels in Triton's cache.
 COMPILED = ("decode_step", "prefill_step", "int4_linears", "int8_linears", "sampler")
@@ -65,24 +73,47 @@ def main() -> None:
     arguments = _arguments()
     if arguments.worker:
         return _work(arguments.worker, arguments.dry_run)
-    names = arguments.sections or list(SECTIONS)
     if arguments.dry_run:
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    started = time.monotonic()
+    # What the compiled kernels are kept under has it in it: all processes need the same.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    record = Record(arguments.output, arguments.commit, arguments.dry_run)
     most_s = 60 * arguments.minutes * (DRY_FACTOR if arguments.dry_run else 1)
-    figures = _run_all(names, arguments.dry_run, started + most_s)
-    result = {
-        "commit": arguments.commit,
-        "seconds": round(time.monotonic() - started, 1),
-        "dry_run": arguments.dry_run,
-        "figures": [asdict(figure) | {"holds": figure.holds} for figure in figures],
-    }
-    arguments.output.write_text(json.dumps(result, indent=1))
-    print(table(figures))
-    missed = sum(figure.holds is False for figure in figures)
-    print(f"{len(figures)} figures in {result['seconds']} s, {missed} gates missed")
+    _run_all(arguments.sections or list(SECTIONS), record, time.monotonic() + most_s)
+    missed = sum(figure.holds is False for figure in record.figures)
+    print(f"{len(record.figures)} figures in {record.seconds} s, {missed} gates missed")
     if arguments.dry_run:
         print("a dry run: all times are the interpreter's, and no gate means anything")
+
+
+class Record:
+    """The figures so far, in a file that is whole at any time."""
+
+    def __init__(self, path: Path, commit: str, dry: bool) -> None:
+        self.figures: list[Figure] = []
+        self.dry = dry
+        self._path, self._commit, self._started = path, commit, time.monotonic()
+        self._lock = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self._started, 1)
+
+    def add(self, figure: Figure) -> None:
+        with self._lock:
+            self.figures.append(figure)
+            self._write()
+
+    def _write(self) -> None:
+        result = {
+            "commit": self._commit,
+            "seconds": self.seconds,
+            "dry_run": self.dry,
+            "figures": [plain(figure) for figure in self.figures],
+        }
+        part = self._path.with_name(self._path.name + ".part")
+        part.write_text(json.dumps(result, indent=1, allow_nan=False))
+        part.replace(self._path)
 
 
 def _arguments() -> argparse.Namespace:
@@ -102,27 +133,36 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run_all(names: Sequence[str], dry: bool, ends_at: float) -> list[Figure]:
+def _run_all(names: Sequence[str], record: Record, ends_at: float) -> None:
     """Starts each worker while the one before it computes: importing takes seconds."""
-    figures: list[Figure] = []
+    dry, started = record.dry, [_start(names[0], record.dry)]
     compilers = [] if dry else [_compile(launches) for launches in COMPILED]
-    waiting = _start(names[0], dry)
-    for i, name in enumerate(names):
-        worker, following = waiting, names[i + 1 : i + 2]
-        waiting = _start(following[0], dry) if following else None
-        limit_s = SECTIONS[name].limit_s * (DRY_FACTOR if dry else 1)
-        limit_s = min(limit_s, ends_at - time.monotonic())
-        figures += _run_one(name, worker, limit_s)
-    for compiler in compilers:
-        compiler.kill()
-    return figures
+    try:
+        for i, name in enumerate(names):
+            started += [_start(following, dry) for following in names[i + 1 : i + 2]]
+            limit_s = SECTIONS[name].limit_s * (DRY_FACTOR if dry else 1)
+            _run_one(name, started[i], min(limit_s, ends_at - time.monotonic()), record)
+            print(table(f for f in record.figures if f.section == name), flush=True)
+    finally:
+        for process in [*started, *compilers]:
+            if process.poll() is None:
+                _end(process)
+
+
+def _end(process: "subprocess.Popen[Any]") -> None:
+    """It and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _compile(launches: str) -> "subprocess.Popen[bytes]":
     tool = SUPPORT / "offline_compile.py"
     command = [sys.executable, str(tool), f"cuda_launches:{launches}", "--arch", "90"]
     nothing = subprocess.DEVNULL
-    return subprocess.Popen(command, env=_environment(), stdout=nothing, stderr=nothing)
+    return subprocess.Popen(
+        command, env=_environment(), stdout=nothing, stderr=nothing, process_group=0
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -139,18 +179,17 @@ def _start(name: str, dry: bool) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        process_group=0,
     )
 
 
-def _run_one(name: str, worker: "subprocess.Popen[str]", limit_s: float) -> list[Figure]:
-    """What the worker tells until it ends or its time is over."""
-    figures: list[Figure] = []
-    says: list[str] = []
+def _run_one(name: str, worker: "subprocess.Popen[str]", limit_s: float, record: Record) -> None:
+    """Adds what the worker tells until it ends or its time is over."""
     if limit_s < 5:
-        worker.kill()
-        return [Figure(name, "left out", "no time was left", "")]
+        return record.add(Figure(name, "left out", "no time was left", ""))
+    says: list[str] = []
     started = time.monotonic()
-    reader = threading.Thread(target=_listen, args=(worker.stdout, figures, says), daemon=True)
+    reader = threading.Thread(target=_listen, args=(worker.stdout, record, says), daemon=True)
     reader.start()
     try:
         worker.stdin.write(f"{limit_s}\n")
@@ -158,24 +197,23 @@ def _run_one(name: str, worker: "subprocess.Popen[str]", limit_s: float) -> list
         code = worker.wait(limit_s)
         trouble = f"exit code {code}: {' / '.join(says[:-3:-1])}" if code else ""
     except (subprocess.TimeoutExpired, OSError):
-        worker.kill()
         trouble = f"stopped after {limit_s:.0f} s: {' / '.join(says[:-3:-1])}"
+    _end(worker)
     reader.join(5)
-    figures.append(
-        Figure(name, "took", "", time.monotonic() - started, "s", in_table=bool(trouble))
-    )
+    record.add(Figure(name, "took", "", time.monotonic() - started, "s"))
     if trouble:
-        figures.append(Figure(name, "FAILED", "", trouble))
-        print(f"{name}: " + "\n".join(says[-40:]), file=sys.stderr)
-    return figures
+        record.add(Figure(name, "FAILED", "", trouble[:400]))
+        print("\n".join([f"{name} FAILED", *says[-12:]]), flush=True)
 
 
-def _listen(lines: IO[str], figures: list[Figure], says: list[str]) -> None:
+def _listen(lines: IO[str], record: Record, says: list[str]) -> None:
+    """Others may have begun the line that holds a figure: a bar of progress, say."""
     for line in lines:
-        if line.startswith(MARK):
-            figures.append(decode(line.removeprefix(MARK)))
-        elif line.strip():
-            says.append(line.rstrip())
+        before, mark, figure = line.partition(MARK)
+        if mark:
+            record.add(decode(figure))
+        if before.strip():
+            says.append(before.rstrip()[:200])
 
 
 def _work(name: str, dry: bool) -> None:

@@ -72,6 +72,5 @@ def _decode(served: Served, batch: int, name: str) -> None:
 
 def capture_wanted(served: Served) -> None:
     """Graphs of whole steps that the runner would capture when idle."""
-    idle = getattr(served.runner.runner, "idle", None)
-    while idle is not None and idle():
+    while served.runner.prepare():
         pass

@@ -13,8 +13,8 @@ def measure(bench: Bench) -> None:
     add, size = bench.figures.add, 1 << 20 if bench.dry else 416 << 20
     started = time.perf_counter()
     host = torch.empty(size, dtype=torch.uint8, pin_memory=not bench.dry)
-    host.random_()
     add("host to device", "pinning", (time.perf_counter() - started) / (size / 2**30), "s/GiB")
+    host.random_()
     target = torch.empty(size, dtype=torch.uint8, device=bench.device)
 
     def whole() -> None:
