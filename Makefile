@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-tools
 FOLDERS := configs quantize profile runtime morphcli tests
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)
 ARGS :=
@@ -16,20 +17,20 @@ export OMP_WAIT_POLICY := PASSIVE
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## Set up .venv with MorphServe and its tools (again only if pyproject.toml changed)
+install: $(TOOLS) ## Set up .venv with MorphServe and its tools (again only if pyproject.toml changed)
 
 demo: $(STAMP) ## Morph the shipped model under a burst of requests; ARGS="--help" lists options
 	@$(BIN)/morph demo $(ARGS)
 
-test: $(STAMP) ## Run the tests; ARGS="-k blocks" picks some
+test: $(TOOLS) ## Run the tests; ARGS="-k blocks" picks some
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP) ## Check format, lint and types
+check: $(TOOLS) ## Check format, lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-format: $(STAMP) ## Format the code and mend what ruff can mend
+format: $(TOOLS) ## Format the code and mend what ruff can mend
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
 
@@ -50,6 +51,10 @@ clean: ## Remove .venv, caches and build outputs
 
 $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(make_venv); }
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(TOOLS): $(STAMP)
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@
 

@@ -101,7 +101,7 @@ def _lack_of_cuda(index: int) -> str | None:
     if not num_gpus():
         return "torch sees no GPU: look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES"
     if index >= num_gpus():
-        return f"torch sees {num_gpus()} GPUs, and the first is cuda:0"
+        return f"the last GPU that torch sees is cuda:{num_gpus() - 1}"
     capability = torch.cuda.get_device_capability(index)
     if capability < LEAST_CAPABILITY:
         has, needs = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))

@@ -29,6 +29,8 @@ class Scratch:
 @functools.cache
 def scratch_of(device: torch.device) -> Scratch:
     """The device's own; asked for once before a CUDA graph is captured."""
+    # A capture would only note that the counters are to be set to 0.
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
     return Scratch(
         torch.empty(NUM_BYTES, dtype=torch.uint8, device=device),
         torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device),

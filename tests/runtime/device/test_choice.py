@@ -70,7 +70,7 @@ def test_a_gpu_that_cannot_serve_is_told_of_once(
         ("gpu", {"gpus": 1}, "there is no device 'gpu': use auto, cpu, cuda, or cuda:1"),
         ("cuda:", {"gpus": 1}, "there is no device 'cuda:'"),
         ("cuda", {"gpus": 0}, "torch sees no GPU: look at `nvidia-smi`"),
-        ("cuda:3", {"gpus": 2}, "torch sees 2 GPUs, and the first is cuda:0"),
+        ("cuda:3", {"gpus": 2}, "the last GPU that torch sees is cuda:1"),
         ("cuda", {"gpus": 1, "triton": False}, "`pip install triton`; or serve with --device cpu"),
         ("cuda", {"gpus": 1, "capability": (7, 5)}, "its compute capability is 7.5, and the kerne"),
     ],
