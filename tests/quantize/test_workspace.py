@@ -148,7 +148,7 @@ def test_a_build_of_another_plan_is_not_resumed(
     assert "it was begun for int4" in refusal(checkpoint, target, BOTH, resume=True)
     other = open_checkpoint(str(tiny_model("mistral")))
     assert "begun with other weights" in refusal(other, target, RTN, resume=True)
-    monkeypatch.setattr(build, "version", lambda _: "9.9")
+    monkeypatch.setattr(build, "version", lambda: "9.9")
     message = refusal(checkpoint, target, RTN, resume=True)
     assert "begun by morphserve 0.1.0 and this is morphserve 9.9" in message
 
