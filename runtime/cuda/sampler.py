@@ -4,7 +4,6 @@ Everything is queued on the current stream and nothing waits for it: what goes u
 one copy each, from and to pinned memory. Drawn tokens are those of runtime/sampler.py.
 """
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,18 +11,13 @@ import torch
 from torch import Tensor
 
 from morphserve.runtime.adjustments import Adjustments
-from morphserve.runtime.kernels import Draw
-from morphserve.runtime.kernels.cuda.sampling import DeviceDraws, choose
+from morphserve.runtime.kernels import GREEDY
+from morphserve.runtime.kernels.cuda.draws import pack_draws
+from morphserve.runtime.kernels.cuda.sampling import choose
 from morphserve.runtime.messages import TokenLogprobs
 from morphserve.runtime.parts import Sampled
 from morphserve.runtime.request import Request
 from morphserve.runtime.sampler import next_draw
-from morphserve.runtime.uploads import on_device
-
-_GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
-_COLDEST, _HOTTEST = 1e-30, 1e30  # temperatures beyond act alike, and may not fit a float32
-_LAST = 1 - 2.0**-24  # the greatest float32 less than 1
-_ALIGNED = 4  # numbers in 16 bytes; kernels are compiled anew for tensors that start elsewhere
 
 
 class DeviceSampler:
@@ -46,7 +40,8 @@ class DeviceSampler:
         if any(self._adjustments.concern(request) for request in requests):
             logits = logits.float()
         self._adjustments.adjust(logits, requests)
-        tokens = choose(logits, _pack_draws(requests, logits.shape[1], logits.device))
+        draws = [next_draw(r) if r.params.temperature > 0 else GREEDY for r in requests]
+        tokens = choose(logits, pack_draws(draws, logits.shape[1], logits.device))
         if raw is None:
             return Choice(tokens, _Readback(tokens), {}, 0)
         width = min(max(requests[i].params.logprobs or 0 for i in asking), raw.shape[1])
@@ -95,30 +90,6 @@ class _Readback:
         if self._done is not None:
             self._done.synchronize()
         return self._host
-
-
-def _pack_draws(
-    requests: Sequence[Request], vocab: int, device: torch.device
-) -> DeviceDraws | None:
-    """None if all are greedy. One upload of five rows, each padded to 16 bytes."""
-    if all(request.params.temperature == 0 for request in requests):
-        return None
-    draws = [next_draw(r) if r.params.temperature > 0 else _GREEDY for r in requests]
-    draws += [_GREEDY] * (-len(draws) % _ALIGNED)
-    numbers = array("f", [_float32_temperature(d.temperature) for d in draws])
-    numbers.extend(d.min_p for d in draws)
-    numbers.extend(d.top_p for d in draws)
-    numbers.extend(min(d.uniform, _LAST) for d in draws)
-    top_k = array("i", [d.top_k if 0 < d.top_k < vocab else 0 for d in draws])
-    host = torch.frombuffer(bytearray(numbers.tobytes() + top_k.tobytes()), dtype=torch.int32)
-    rows = on_device(host, device).view(5, len(draws))[:, : len(requests)]
-    temperature, min_p, top_p, uniform, _ = rows.view(torch.float32)
-    searches = max((k > 0) + (d.top_p < 1) for k, d in zip(top_k, draws, strict=True))
-    return DeviceDraws(temperature, min_p, top_p, uniform, rows[4], searches)
-
-
-def _float32_temperature(temperature: float) -> float:
-    return min(max(temperature, _COLDEST), _HOTTEST) if temperature else 0.0
 
 
 def _pack_logprobs(raw: Tensor, tokens: Tensor, asking: Sequence[int], width: int) -> Tensor:

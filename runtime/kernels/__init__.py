@@ -88,11 +88,14 @@ class BatchMeta:
 class Draw(NamedTuple):
     """How one row's token is drawn, in this order: temperature, min_p, top_k, top_p."""
 
-    temperature: float  # over 0; to the C sampler 0 is the likeliest token
+    temperature: float  # over 0; 0 is the likeliest token
     min_p: float  # least likelihood, as a share of the likeliest token's
     top_k: int  # 0: all
     top_p: float
     uniform: float  # in [0, 1): where in the mass of what is kept, by token id, the token lies
+
+
+GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)  # the likeliest token
 
 
 class Kernels(Protocol):

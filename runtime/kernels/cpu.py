@@ -19,6 +19,7 @@ from torch import Tensor
 from morphserve.configs.errors import ConfigError
 from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
+    GREEDY,
     AttentionShape,
     BatchMeta,
     Draw,
@@ -45,8 +46,6 @@ from morphserve.runtime.kernels.structs import (
 )
 
 log = logging.getLogger(__name__)
-
-_GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
 
 
 def cpu_kernels() -> Kernels:
@@ -221,7 +220,7 @@ class CpuKernels:
         rows, vocab = logits.shape
         tokens, table = array("q", bytes(8 * rows)), None
         if draws:
-            table = array("d", chain.from_iterable(draws.get(i, _GREEDY) for i in range(rows)))
+            table = array("d", chain.from_iterable(draws.get(i, GREEDY) for i in range(rows)))
         self._library.morph_sample(
             *(data_of(logits), table and table.buffer_info()[0], rows, vocab),
             *(tokens.buffer_info()[0], torch.get_num_threads()),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from morphserve.quantize.weights import QuantizedWeight
 from morphserve.runtime.kernels import (
+    GREEDY,
     AttentionShape,
     BatchMeta,
     Draw,
@@ -22,12 +23,10 @@ from morphserve.runtime.kernels import (
 )
 from morphserve.runtime.kernels.cuda import embed, packing, pointwise, rope, sampling
 from morphserve.runtime.kernels.cuda.attention import attention
+from morphserve.runtime.kernels.cuda.draws import pack_draws
 from morphserve.runtime.kernels.cuda.linear import linear
 from morphserve.runtime.kernels.cuda.sampling import DeviceDraws
 from morphserve.runtime.kernels.cuda.splits import SplitPlan, plan_splits
-
-_GREEDY = Draw(temperature=0.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
-_LAST = 1 - 2.0**-24  # the float32 before 1
 
 
 class CudaKernels:
@@ -111,7 +110,9 @@ class CudaKernels:
         return self.leave(delta, residual, rows, norm, shape.norm_eps, head)
 
     def sample(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int | None]:
-        chosen = self.choose(logits, _device_draws(draws, logits)).tolist()
+        of_rows = [draws.get(i, GREEDY) for i in range(len(logits))]
+        packed = pack_draws(of_rows, logits.shape[1], logits.device)
+        chosen = self.choose(logits, packed).tolist()
         return [None if token < 0 else token for token in chosen]
 
     def plan(self, meta: BatchMeta, shape: AttentionShape) -> SplitPlan:
@@ -173,23 +174,3 @@ class CudaKernels:
         plan = self.plan(meta, shape)
         for layer, cache in zip(layers, caches, strict=True):
             self.layer(delta, residual, layer, cache, meta, plan, shape, cos_sin)
-
-
-def _device_draws(draws: Mapping[int, Draw], logits: Tensor) -> DeviceDraws | None:
-    """Of each row of the logits, beside them."""
-    if not draws:
-        return None
-    temperature, min_p, top_k, top_p, uniform = zip(
-        *(draws.get(i, _GREEDY) for i in range(len(logits))), strict=True
-    )
-
-    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)
-
-    return DeviceDraws(
-        temperature=column(temperature),
-        min_p=column(min_p),
-        top_p=column(top_p),
-        uniform=column([min(number, _LAST) for number in uniform]),
-        top_k=column([k if k < logits.shape[1] else 0 for k in top_k], torch.int32),
-    )
