@@ -62,8 +62,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
 }
 
-settings.register_profile("whatever the machine's speed", deadline=None)
-settings.load_profile("whatever the machine's speed")
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)  # pytest --hypothesis-profile=explore
+settings.load_profile("repeatable")
 
 
 def pytest_report_header() -> str | None:
@@ -77,6 +78,11 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def the_same_random_numbers() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

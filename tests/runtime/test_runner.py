@@ -22,7 +22,7 @@ def slices(draw: st.DrawFn, block_tokens: int) -> Slice:
     return Slice(request, start, end)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.sampled_from([1, 3, 16]))
 def test_every_token_is_packed_with_its_place(data: st.DataObject, block_tokens: int) -> None:
     batch = data.draw(st.lists(slices(block_tokens), min_size=1, max_size=5))

@@ -17,7 +17,7 @@ from morphserve.runtime.kernels.cpu import CpuKernels
 from morphserve.runtime.kernels.portable import TorchKernels
 from morphserve.runtime.kernels.reference import ReferenceKernels
 
-EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None)
+EXAMPLES = settings(max_examples=25)
 QUANTIZED_EXAMPLES = settings(EXAMPLES, max_examples=80)  # of four kinds, ordered or not
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = ["float32", "bfloat16", "int4", "int4 with zeros", "int8 per row"]

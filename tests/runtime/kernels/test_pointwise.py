@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from morphserve.runtime.kernels.cpu import CpuKernels
 from morphserve.runtime.kernels.reference import ReferenceKernels
 
-EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None)
+EXAMPLES = settings(max_examples=25)
 CPU, REFERENCE = CpuKernels(), ReferenceKernels()
 
 

@@ -11,7 +11,7 @@ from morphserve.runtime.kernels.cpu import CpuKernels
 from morphserve.runtime.kernels.drawing import kept
 from morphserve.runtime.kernels.reference import ReferenceKernels
 
-EXAMPLES = settings(max_examples=100, derandomize=True, deadline=None)
+EXAMPLES = settings(max_examples=100)
 CPU, REFERENCE = CpuKernels(), ReferenceKernels()
 PLAIN = Draw(temperature=1.0, min_p=0.0, top_k=0, top_p=1.0, uniform=0.0)
 

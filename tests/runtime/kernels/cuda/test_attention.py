@@ -143,7 +143,7 @@ SEQUENCES = st.lists(
 )
 
 
-@settings(max_examples=12, derandomize=True, deadline=None)
+@settings(max_examples=12)
 @given(
     share=st.sampled_from([1, 2, 3, 5, 7, 16]),
     groups=st.integers(1, 2),
@@ -202,7 +202,7 @@ def test_pages_may_lie_gigabytes_apart() -> None:
     batch.check()
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=40)
 @given(
     sequences=st.lists(
         st.tuples(st.sampled_from([1, 1, 1, 5]), st.integers(0, 300) | st.integers(0, 20_000)),
