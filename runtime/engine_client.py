@@ -6,13 +6,12 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
 
 import msgspec
 
 from morphserve.configs.errors import MorphError
 from morphserve.configs.schema import EngineConfig
-from morphserve.quantize.manifest import Variant
+from morphserve.runtime.deliveries import Chunk, Deliveries
 from morphserve.runtime.frames import FrameSplitter, FrameTooLarge, encode_frame
 from morphserve.runtime.messages import (
     Abort,
@@ -28,8 +27,6 @@ from morphserve.runtime.messages import (
     Step,
     Submit,
     ToEngine,
-    TokenLogprobs,
-    TokenOutput,
 )
 from morphserve.runtime.request import Demands, FinishReason, SamplingParams
 
@@ -57,18 +54,6 @@ class RequestRefused(MorphError):
     """The engine cannot ever take this request; the message has the numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """New tokens of one request. The last chunk has a finish reason."""
-
-    tokens: list[int]
-    precision: Variant  # lowest of any layer in the step that made them
-    finish_reason: FinishReason | None = None
-    logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
-    cached_tokens: int = 0  # prompt tokens whose KV was there; told with the first token
-    queued_s: float = 0.0  # submitted to first scheduled; told with the first token
-
-
 class EngineClient:
     """Talks to one engine, and after its death to the next. Lives in one event loop.
 
@@ -93,7 +78,7 @@ class EngineClient:
         self.num_heard = 0  # messages from the engine
         self.retry_after_s = 1.0  # what a client should wait while the engine is dead
         self._num_events = 0
-        self._queues: dict[str, asyncio.Queue[Chunk | RequestRefused]] = {}
+        self._deliveries = Deliveries()
         self.attach(sock, exit_code)
 
     def attach(
@@ -120,7 +105,7 @@ class EngineClient:
     @property
     def num_requests(self) -> int:
         """Requests in flight."""
-        return len(self._queues)
+        return len(self._deliveries)
 
     async def start(self, config: EngineConfig) -> Hello:
         """Sends the config and waits until the engine serves.
@@ -140,33 +125,31 @@ class EngineClient:
         prompt: list[int],
         params: SamplingParams,
         demands: Demands = _NO_DEMANDS,
-    ) -> AsyncGenerator[Chunk]:
-        """The request's chunks as the engine makes them; leaving early aborts it.
+    ) -> AsyncGenerator[list[Chunk]]:
+        """The request's chunks, in lists of what came meanwhile; leaving early aborts it.
 
         Raises EngineDead, RequestRefused or QueueTimeout before the first token. If the engine
         dies later, the last chunk has finish reason `error`.
         """
         if self.died.is_set():
             raise EngineDead(self.failure)
-        queue: asyncio.Queue[Chunk | RequestRefused] = asyncio.Queue()
-        self._queues[request_id] = queue
+        mailbox = self._deliveries.open(request_id)
         try:
             self._send(Submit(request_id, prompt, params, demands))
             submitted, begun, finished = time.monotonic(), False, False
             while not finished:
-                chunk = await queue.get()
-                if isinstance(chunk, RequestRefused):
-                    raise chunk
-                if chunk.finish_reason is FinishReason.TIMEOUT:
+                chunks = await mailbox.take()
+                reason = chunks[-1].finish_reason
+                if reason is FinishReason.TIMEOUT:
                     wait_s = time.monotonic() - submitted
                     raise QueueTimeout(f"the request waited {wait_s:.1f} s in the queue")
-                begun = begun or bool(chunk.tokens)
-                if chunk.finish_reason is FinishReason.ERROR and self.died.is_set() and not begun:
+                begun = begun or any(chunk.tokens for chunk in chunks)
+                if reason is FinishReason.ERROR and self.died.is_set() and not begun:
                     raise EngineDead(self.failure)
-                finished = chunk.finish_reason is not None
-                yield chunk
+                finished = reason is not None
+                yield chunks
         finally:
-            if self._queues.pop(request_id, None) is not None:
+            if self._deliveries.close(request_id):
                 self._send(Abort(request_id))
 
     def pin(self, rung: int | None) -> None:
@@ -176,8 +159,8 @@ class EngineClient:
 
     def abort_all(self) -> None:
         """Ends every request in flight with finish reason `abort`."""
-        for request_id in list(self._queues):
-            self._finish(request_id, FinishReason.ABORT)
+        for request_id in self._deliveries:
+            self._deliveries.finish(request_id, FinishReason.ABORT)
             self._send(Abort(request_id))
 
     async def close(self) -> None:
@@ -238,8 +221,7 @@ class EngineClient:
     def _receive(self, message: FromEngine) -> None:
         match message:
             case Step():
-                for output in message.outputs:
-                    self._deliver(output, message.precision)
+                self._deliveries.deliver(message)
             case Snapshot():
                 self.snapshot = message
                 self.snapshots.append(message)
@@ -249,8 +231,7 @@ class EngineClient:
                 for event in message.events:
                     self._keep(event)
             case Refused():
-                if queue := self._queues.pop(message.request_id, None):
-                    queue.put_nowait(RequestRefused(message.message))
+                self._deliveries.fail(message.request_id, RequestRefused(message.message))
             case Hello():
                 self.hello = message
 
@@ -261,27 +242,6 @@ class EngineClient:
             self._send(Pin(self.held_rung))
         self.num_starts += 1
         self._greeted.set_result(None)
-
-    def _deliver(self, output: TokenOutput, precision: Variant) -> None:
-        queue = self._queues.get(output.request_id)
-        if queue is None:
-            return  # aborted here while the engine was still at it
-        reason = None if output.finish_reason is None else FinishReason(output.finish_reason)
-        if reason is not None:
-            del self._queues[output.request_id]
-        queue.put_nowait(
-            Chunk(
-                output.tokens,
-                precision,
-                reason,
-                output.logprobs,
-                output.cached_tokens,
-                output.queued_s,
-            )
-        )
-
-    def _finish(self, request_id: str, reason: FinishReason) -> None:
-        self._queues.pop(request_id).put_nowait(Chunk([], Variant.FULL, reason))
 
     def _end(self, failed: Failed | None) -> None:
         """The engine is gone: nobody may wait for it."""
@@ -298,8 +258,8 @@ class EngineClient:
             self.snapshot = _after_death(self.snapshot)
             self.snapshots.clear()
             self.snapshots.append(self.snapshot)
-        for request_id in list(self._queues):
-            self._finish(request_id, FinishReason.ERROR)
+        for request_id in self._deliveries:
+            self._deliveries.finish(request_id, FinishReason.ERROR)
 
 
 def _after_death(last: Snapshot) -> Snapshot:

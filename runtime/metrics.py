@@ -104,17 +104,22 @@ class RequestTimer:
         self._queued_s = 0.0
         self._num_tokens: Counter[Variant] = Counter()
 
-    def tokens(self, count: int, precision: Variant = Variant.FULL, queued_s: float = 0.0) -> None:
-        """`count` tokens have arrived; `queued_s` is told with the first."""
+    def tokens(
+        self,
+        count: int,
+        at_s: float,
+        precision: Variant = Variant.FULL,
+        queued_s: float = 0.0,
+    ) -> None:
+        """`count` tokens came, by the metrics' clock; `queued_s` is told with the first."""
         if count == 0:
             return
-        now = self._metrics.clock()
         if not self._num_tokens:
-            self._first, self._queued_s = now, queued_s
-            self._metrics.observe_first_token(now - self._received)
+            self._first, self._queued_s = at_s, queued_s
+            self._metrics.observe_first_token(at_s - self._received)
         else:
-            self._metrics.observe_gap(now - self._latest)
-        self._latest = now
+            self._metrics.observe_gap(at_s - self._latest)
+        self._latest = at_s
         self._num_tokens[precision] += count
 
     def finish(self, reason: str, request_id: str = "", prompt_tokens: int = 0) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from morphserve.runtime.metrics import RequestTimer
 from morphserve.runtime.server.demands import demands
 from morphserve.runtime.server.endpoint import JSON
-from morphserve.runtime.server.generation import Generator, Job, Piece, TextRules, joined
+from morphserve.runtime.server.generation import Generator, Job, Piece, TextRules, whole
 from morphserve.runtime.server.protocol import (
     DEFAULT_MAX_TOKENS,
     ChatRequest,
@@ -118,7 +118,7 @@ def _client_left() -> Response:
 
 
 async def _whole(pieces: AsyncGenerator[Piece], job: Job, reply: Reply) -> bytes:
-    return reply.whole(await joined(pieces, job.num_choices), job.usage())
+    return reply.whole(await whole(pieces, job.num_choices), job.usage())
 
 
 async def _events(

@@ -1,15 +1,16 @@
 """From prompts to pieces of text: the engine's tokens, detokenised, stopped, counted and timed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import msgspec
 
 from morphserve.quantize.manifest import Variant
+from morphserve.runtime.deliveries import Chunk
 from morphserve.runtime.engine_client import (
-    Chunk,
     EngineClient,
     EngineDead,
     QueueTimeout,
@@ -34,6 +35,11 @@ class Piece:
     finish_reason: str | None = None
     scored: Sequence[Scored] | None = None  # tokens since the last piece, if asked for
     told: TokenIds | None = None  # the same tokens as ids, if asked for
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing of an answer."""
+        return not (self.text or self.scored or self.told and self.told.ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +137,19 @@ class Generator:
         timer, text = job.timers[index], TextStream(self._tokenizer, job, index)
         reason: FinishReason | None = FinishReason.ABORT  # unless it comes to an end
         try:
-            async with aclosing(self._chunks(job, index)) as chunks:  # a stop string aborts, too
-                async for chunk in chunks:
-                    job.count(index, chunk)
+            async with aclosing(self._chunks(job, index)) as lists:  # a stop string aborts, too
+                async for chunks in lists:
                     job.on_first_token(index)
-                    timer.tokens(len(chunk.tokens), chunk.precision, chunk.queued_s)
-                    piece = text.add(chunk)
+                    piece = joined(list(_read(chunks, job, text, timer)))
                     if text.finish_reason is not None:
                         break
-                    if piece.text or piece.scored or piece.told:
+                    if not piece.is_empty:
                         yield piece
             reason = text.finish_reason
             assert reason is not None, "the engine client ends every request"
             if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+                if not piece.is_empty:
+                    yield replace(piece, finish_reason=None)  # of tokens that came before that
                 raise broken_off(reason)
             yield piece
         except (EngineDead, QueueTimeout, RequestRefused):
@@ -153,7 +159,7 @@ class Generator:
             if reason is not None:
                 timer.finish(reason.value, f"{job.id}-{index}", len(job.prompt_of(index)))
 
-    def _chunks(self, job: Job, index: int) -> AsyncGenerator[Chunk]:
+    def _chunks(self, job: Job, index: int) -> AsyncGenerator[list[Chunk]]:
         return self._engine.generate(
             f"{job.id}-{index}", job.prompt_of(index), job.params_of(index), job.demands
         )
@@ -163,7 +169,7 @@ class TextStream:
     """Text of one choice, cut at its stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, job: Job, index: int) -> None:
-        self._index = index
+        self.index = index
         self._tokenizer = tokenizer
         self._rules = job.rules
         self._detokenizer = tokenizer.detokenizer(
@@ -187,7 +193,7 @@ class TextStream:
             entries = zip(chunk.tokens, chunk.logprobs, offsets, strict=True)
             scored = [score(self._tokenizer, *entry) for entry in entries]
         told, self._prompt = token_ids(chunk, self._prompt) if self._tells_ids else None, None
-        return Piece(self._index, text, None if reason is None else reason.value, scored, told)
+        return Piece(self.index, text, None if reason is None else reason.value, scored, told)
 
     def _text(self, chunk: Chunk, offsets: list[int]) -> str:
         """Appends to `offsets` where in the text each token of the chunk begins."""
@@ -213,25 +219,41 @@ class TextStream:
         return text if reason is None else text + self._stop.finish()
 
 
-async def joined(pieces: AsyncGenerator[Piece], num_choices: int) -> list[Piece]:
+def _read(
+    chunks: Sequence[Chunk], job: Job, text: TextStream, timer: RequestTimer
+) -> Iterator[Piece]:
+    """A piece of each chunk up to the choice's end: nothing behind a stop string is answer."""
+    for chunk in chunks:
+        job.count(text.index, chunk)
+        timer.tokens(len(chunk.tokens), chunk.at_s, chunk.precision, chunk.queued_s)
+        yield text.add(chunk)
+        if text.finish_reason is not None:
+            break
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces of one choice, in their order, as one."""
+    first, *more = pieces
+    scored = [piece.scored for piece in pieces if piece.scored is not None]
+    for piece in more:
+        if first.told is not None and piece.told is not None:
+            first.told.add(piece.told)
+    return Piece(
+        first.index,
+        "".join([piece.text for piece in pieces]),
+        pieces[-1].finish_reason,
+        list(chain.from_iterable(scored)) if scored else None,
+        first.told,
+    )
+
+
+async def whole(pieces: AsyncGenerator[Piece], num_choices: int) -> list[Piece]:
     """All pieces of each choice as one."""
-    texts = [""] * num_choices
-    reasons: list[str | None] = [None] * num_choices
-    scored: list[list[Scored] | None] = [None] * num_choices
-    told: list[TokenIds | None] = [None] * num_choices
+    choices: list[list[Piece]] = [[] for _ in range(num_choices)]
     async with aclosing(pieces):
         async for piece in pieces:
-            texts[piece.index] += piece.text
-            reasons[piece.index] = piece.finish_reason
-            if piece.scored is not None:
-                scored[piece.index] = tokens = scored[piece.index] or []
-                tokens += piece.scored
-            if (before := told[piece.index]) is None:
-                told[piece.index] = piece.told
-            elif piece.told is not None:
-                before.add(piece.told)
-    choices = zip(texts, reasons, scored, told, strict=True)
-    return [Piece(i, *choice) for i, choice in enumerate(choices)]
+            choices[piece.index].append(piece)
+    return [joined(choice) for choice in choices]
 
 
 async def _merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from morphserve.quantize.manifest import Variant
-from morphserve.runtime.engine_client import Chunk
+from morphserve.runtime.deliveries import Chunk
 
 
 @dataclass(slots=True)

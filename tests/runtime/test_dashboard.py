@@ -23,7 +23,7 @@ def exported() -> dict[str, set[str]]:
     """Names of samples, with the labels each has."""
     metrics = Metrics(make_snapshot)
     timer = RequestTimer(metrics, received=0.0)
-    timer.tokens(1)
+    timer.tokens(1, at_s=0.5)
     timer.finish("stop", "cmpl-1-0", 3)
     text = metrics.exposition(Server("demo", {"load": 1.0}, {"queue_full": 1})).decode()
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]

@@ -39,12 +39,11 @@ def served_one() -> Metrics:
     clock = Clock()
     metrics = Metrics(make_snapshot, clock)
     timer = RequestTimer(metrics, received=99.5)
-    timer.tokens(0)
-    timer.tokens(1, Variant.FULL, queued_s=0.25)
-    for _ in range(4):
-        clock.now += 0.25
-        timer.tokens(2, Variant.INT4)
-    clock.now += 5
+    timer.tokens(0, 99.75)
+    timer.tokens(1, 100.0, Variant.FULL, queued_s=0.25)
+    for i in range(1, 5):
+        timer.tokens(2, 100 + i / 4, Variant.INT4)
+    clock.now += 6
     timer.finish("length", "cmpl-1-0", prompt_tokens=12)
     return metrics
 

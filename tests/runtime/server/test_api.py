@@ -91,7 +91,7 @@ async def test_a_stream_joins_to_the_whole(api: httpx.AsyncClient) -> None:
     assert answer.headers["content-type"].startswith("text/event-stream")
     chunks = events(answer.text)
     texts = [chunk["choices"][0]["text"] for chunk in chunks]
-    assert "".join(texts) == whole["choices"][0]["text"] and "🦉" in texts
+    assert "".join(texts) == whole["choices"][0]["text"] and "🦉" in "".join(texts)
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert reasons == [None] * (len(chunks) - 1) + ["length"]
     assert len({chunk["id"] for chunk in chunks}) == 1

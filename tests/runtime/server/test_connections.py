@@ -227,8 +227,8 @@ async def _nothing_runs(engine_thread: EngineThread) -> bool:
 async def test_a_reader_that_stalls_loses_connection_and_request(
     serving: Serving, engine_thread: EngineThread
 ) -> None:
-    prompts = b", ".join([b"[5]"] * 60)  # many chunks in little time
-    body = b'{"prompt": [%s], "max_tokens": 2000, "stream": true}' % prompts
+    prompts = b", ".join([b"[5]"] * 60)  # many bytes in little time
+    body = b'{"prompt": [%s], "max_tokens": 2000, "stream": true, "logprobs": 5}' % prompts
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     async with listening(serving, replace(PATIENT, stall_s=0.3)) as port:
         client = socket.socket()

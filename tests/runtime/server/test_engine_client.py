@@ -15,12 +15,8 @@ from morphserve.configs.errors import MorphError
 from morphserve.configs.schema import CacheConfig, EngineConfig
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime import engine_process
-from morphserve.runtime.engine_client import (
-    Chunk,
-    EngineClient,
-    EngineDead,
-    RequestRefused,
-)
+from morphserve.runtime.deliveries import Chunk
+from morphserve.runtime.engine_client import EngineClient, EngineDead, RequestRefused
 from morphserve.runtime.frames import FrameSplitter, FrameTooLarge, encode_frame
 from morphserve.runtime.messages import Submit
 from morphserve.runtime.request import FinishReason, SamplingParams
@@ -31,7 +27,8 @@ COMMAND = (sys.executable, str(Path(fake_engine.__file__)))
 
 
 async def collect(client: EngineClient, prompt: list[int], max_tokens: int) -> list[Chunk]:
-    return [chunk async for chunk in client.generate("a", prompt, SamplingParams(max_tokens))]
+    lists = client.generate("a", prompt, SamplingParams(max_tokens))
+    return [chunk async for chunks in lists for chunk in chunks]
 
 
 @given(st.lists(st.binary(max_size=300)), st.integers(1, 50))
@@ -128,7 +125,7 @@ async def test_a_failing_step_ends_requests_with_an_error_and_the_engine_with_1(
     await anext(other)
     with pytest.raises(EngineDead, match="told to crash"):  # it has no token yet
         await anext(client.generate("b", [fake_engine.CRASH], SamplingParams(3)))
-    assert [chunk async for chunk in other][-1].finish_reason is FinishReason.ERROR
+    assert [chunks async for chunks in other][-1][-1].finish_reason is FinishReason.ERROR
     assert client.died.is_set() and "told to crash" in client.failure
     while not engine_thread.exit_codes:
         await asyncio.sleep(0.001)
@@ -186,7 +183,7 @@ async def test_a_killed_engine_process_ends_requests_with_an_error(
     chunks = client.generate("a", [5], SamplingParams(100_000))
     await anext(chunks)
     process.process.kill()
-    assert [chunk async for chunk in chunks][-1].finish_reason is FinishReason.ERROR
+    assert [more async for more in chunks][-1][-1].finish_reason is FinishReason.ERROR
     await client.close()
     assert await process.wait(10) == -9
 

@@ -247,7 +247,7 @@ def test_usage_comes_last_or_with_every_chunk(client: openai.OpenAI) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = list(complete(client, stream=True, stream_options=options))  # type: ignore[arg-type]
     counts = [chunk.usage.completion_tokens for chunk in chunks]  # type: ignore[attr-defined]
-    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 12
+    assert counts == sorted(counts) and counts[0] > 0 and counts[-1] == 12
 
 
 def test_limits_of_a_chat_go_by_both_names(client: openai.OpenAI) -> None:

@@ -209,12 +209,13 @@ def test_a_client_that_leaves_takes_all_its_prompts_along(server: Server) -> Non
 
 
 def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server) -> None:
-    stream = server.post(prompt=[5], max_tokens=1000, stream=True)
+    wishes = {"include_usage": True}
+    stream = server.post(prompt=[5], max_tokens=1000, stream=True, stream_options=wishes)
     server.wait_for_running(1)
     server.process.send_signal(signal.SIGTERM)
     until(lambda: read_all(server.post(prompt="a")).startswith("HTTP/1.1 503"))
     text = read_all(stream)
-    assert text.count("data: ") == 1001 and "data: [DONE]" in text
+    assert '"completion_tokens":1000' in text and "data: [DONE]" in text
     assert server.wait() == 0
     assert server.process.stdout is not None
     assert server.process.stdout.read() == "torch imported: False\n"

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 async def finish(client: EngineClient, prompt: list[int]) -> FinishReason | None:
     params = SamplingParams(3)
-    return [chunk async for chunk in client.generate("a", prompt, params)][-1].finish_reason
+    return [chunks async for chunks in client.generate("a", prompt, params)][-1][-1].finish_reason
 
 
 async def crash(client: EngineClient) -> None:
