@@ -2,8 +2,9 @@
 
     python tests/benchmarks/http_process.py [--seconds N]
 
-Requests per second of short whole answers, streamed chunks per second of 64 streams, time to the
-first byte, and 1,000 streams at once. Clients run on the same machine, in processes of their own.
+Requests per second of short whole answers, tokens per second of 64 streams and the pieces that they
+come in, time to the first byte, and 1,000 streams at once. Clients run on the same machine, in
+processes of their own.
 """
 
 import argparse
@@ -32,7 +33,7 @@ class Seen:
 
     answers: int = 0
     failures: int = 0
-    chunks: int = 0
+    pieces: int = 0
     first_s: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -65,7 +66,7 @@ async def _ask(url: str, body: bytes, stream: bool, seen: Seen) -> None:
             seen.first_s.append(time.monotonic() - sent)
             if stream:
                 async for _ in ServerSentEvents(answer):
-                    seen.chunks += 1
+                    seen.pieces += 1
             else:
                 await answer.read()
             seen.answers += 1
@@ -83,7 +84,8 @@ def measure(
     return [
         name,
         f"{seen.answers / seen.seconds:.0f}",
-        f"{seen.chunks / seen.seconds:.0f}" if stream else "–",
+        f"{seen.answers * tokens / seen.seconds:.0f}",
+        f"{seen.pieces / seen.seconds:.0f}" if stream else "–",
         f"{p50:.1f} / {p99:.1f} ms",
         str(seen.failures),
     ]
@@ -98,7 +100,7 @@ def main() -> None:
     assert server.stderr is not None
     try:
         url = _address(server)
-        table = Table("case", "answers/s", "chunks/s", "first byte p50 / p99", "failed")
+        table = Table("case", "answers/s", "tokens/s", "pieces/s", "first byte p50 / p99", "failed")
         table.add_row(*measure(url, "1 client, whole, 1 token", 1, seconds, 1, False))
         table.add_row(*measure(url, "32 clients, whole, 1 token", 32, seconds, 1, False))
         table.add_row(*measure(url, "64 streams of 200 tokens", 64, seconds, 200, True))
