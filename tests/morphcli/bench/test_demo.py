@@ -53,5 +53,4 @@ def test_morphing_bears_the_load_and_full_precision_does_not(
         found = [o.ttft_s for o in run.outcomes]
         return sum(ttft_s is None or ttft_s > 1 for ttft_s in found) / len(found)
 
-    assert missed("balanced", 1.0) <= 0.02 < missed("off", 1.0)
-    assert missed("balanced", 1.1) <= 0.02 < missed("off", 0.9)  # it lies in the middle
+    assert missed("balanced", 1.15) <= 0.02 and missed("off", 1.0) > 0.05
