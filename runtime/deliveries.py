@@ -9,7 +9,7 @@ from morphserve.quantize.manifest import Variant
 from morphserve.runtime.messages import Step, TokenLogprobs, TokenOutput
 from morphserve.runtime.request import FinishReason
 
-PIECES_PER_S = 2000  # that all requests together are woken for, as each costs a piece of an answer
+PIECES_PER_S = 2000  # of all answers together: each costs the HTTP process and its client
 MAX_PACE_S = 0.04  # between two pieces of one answer, where the engine is faster
 
 
@@ -62,9 +62,10 @@ class Mailbox:
 class Deliveries:
     """The mailboxes of all requests in flight. Lives in one event loop.
 
-    A request's first token is handed on at once, and so is its end. What comes between waits until
-    `pace_s` after the last time: where steps are slower than that, nothing waits; where they are
-    faster, a piece of an answer holds several tokens, and the cores are left to the engine.
+    A request's first token is handed on at once, and so is what the engine ends it with. What comes
+    between waits until `pace_s` after the last time: where steps are slower than that, nothing
+    waits; where they are faster, a piece of an answer holds several tokens, and the cores are left
+    to the engine.
     """
 
     def __init__(self) -> None:
@@ -82,7 +83,8 @@ class Deliveries:
 
     @property
     def pace_s(self) -> float:
-        return min(len(self._boxes) / PIECES_PER_S, MAX_PACE_S)
+        num_answered = sum(not box.is_new for box in self._boxes.values())
+        return min(num_answered / PIECES_PER_S, MAX_PACE_S)
 
     def open(self, request_id: str) -> Mailbox:
         box = self._boxes[request_id] = Mailbox()
@@ -97,7 +99,7 @@ class Deliveries:
         for output in step.outputs:
             if box := self._boxes.get(output.request_id):  # else it was aborted meanwhile
                 self._put(box, output, step.precision, now_s)
-        if self._resting is None:
+        if self._sleeping and self._resting is None:
             self._wake()
 
     def finish(self, request_id: str, reason: FinishReason) -> None:

@@ -17,7 +17,10 @@ _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _REQUEST_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
 _HISTOGRAMS = {
-    "time_to_first_token_seconds": ("Request received to first token.", _TTFT_S),
+    "time_to_first_token_seconds": (
+        "Request received to its first token from the engine.",
+        _TTFT_S,
+    ),
     "inter_token_latency_seconds": ("Between two steps that gave a request tokens.", _TOKEN_S),
     "request_time_per_output_token_seconds": (
         "Mean time per token after the first, of finished requests.",
@@ -94,7 +97,7 @@ class Metrics:
 class RequestTimer:
     """Measures one request; a request with several prompts has one timer for each.
 
-    `received` is when the request reached this process, by the metrics' clock.
+    `received` is when the request reached this process; all times are by the metrics' clock.
     """
 
     def __init__(self, metrics: Metrics, received: float) -> None:
@@ -111,7 +114,7 @@ class RequestTimer:
         precision: Variant = Variant.FULL,
         queued_s: float = 0.0,
     ) -> None:
-        """`count` tokens came, by the metrics' clock; `queued_s` is told with the first."""
+        """`count` tokens came from the engine at `at_s`; `queued_s` is told with the first."""
         if count == 0:
             return
         if not self._num_tokens:

@@ -16,7 +16,7 @@ from morphserve.morphcli.bench.client import Outcome, Plan, PlannedRequest, Read
 
 _LEAD_S = 0.3  # from the start of all processes to the first possible send
 _WINDOW_S = 5  # over which the peak of a plan is averaged
-_TOKENS_PER_S = 2000  # that one process reads without lagging, each as a piece of its own
+_TOKENS_PER_S = 2000  # that one process reads without lagging, if each is a piece of its own
 _MOST_PROCESSES = 8
 
 

@@ -38,8 +38,8 @@ def demo(
     settings = fit_load(settings, bundle, budget)
     start_s, end_s = WINDOW_S
     console.print(
-        f"{end_s - start_s:g} seconds of real traffic, shortened and thinned to what this machine "
-        f"can bear, against three servers of {budget} each: full precision, INT4 all the time, and "
+        f"{end_s - start_s:g} seconds of real traffic, shortened and scaled until it presses this "
+        f"machine, against three servers of {budget} each: full precision, INT4 all the time, and "
         "morph"
     )
     summary = run_bench(demo_request(settings, output, bundle, budget), console)

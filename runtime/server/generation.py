@@ -25,6 +25,8 @@ from morphserve.runtime.server.stop import StopFinder
 from morphserve.runtime.server.token_ids import TokenIds, token_ids
 from morphserve.runtime.tokenizer import Tokenizer
 
+_SOUND_ENDS = FinishReason.STOP, FinishReason.LENGTH
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -73,7 +75,7 @@ class Job:
     echo: Sequence[str] = ()  # texts of the prompts, if each choice is to begin with its prompt's
     morph: MorphUsage = field(default_factory=MorphUsage)
     cached_tokens: int = 0
-    on_first_token: Callable[[int], None] = _nobody_asks  # told with each chunk of a choice
+    on_first_token: Callable[[int], None] = _nobody_asks  # told whenever tokens of a choice come
 
     @property
     def num_choices(self) -> int:
@@ -147,7 +149,7 @@ class Generator:
                         yield piece
             reason = text.finish_reason
             assert reason is not None, "the engine client ends every request"
-            if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            if reason not in _SOUND_ENDS:
                 if not piece.is_empty:
                     yield replace(piece, finish_reason=None)  # of tokens that came before that
                 raise broken_off(reason)
@@ -183,7 +185,13 @@ class TextStream:
         self.finish_reason: FinishReason | None = None
 
     def add(self, chunk: Chunk) -> Piece:
-        """What to send for this chunk; sets `finish_reason` when it is the last."""
+        """What to send for this chunk; sets `finish_reason` when it is the last.
+
+        Nothing, if the answer breaks off with it: no echo, and nothing that was held back.
+        """
+        if chunk.finish_reason is not None and chunk.finish_reason not in _SOUND_ENDS:
+            self.finish_reason = chunk.finish_reason
+            return Piece(self.index, "", chunk.finish_reason.value)
         offsets: list[int] = []
         text = self._opening + self._text(chunk, offsets)
         self._opening = ""

@@ -31,7 +31,7 @@ class Answer:
     first_s: float | None = None  # to the status of a refusal, or to the first token
     total_s: float = 0.0
     num_chunks: int = 0
-    gaps_s: list[float] = field(default_factory=list)  # between tokens
+    gaps_s: list[float] = field(default_factory=list)  # between pieces
     finished: bool = False  # to the end, or refused in full
     error: str | None = None
     retry_after: str | None = None

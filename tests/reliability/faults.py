@@ -174,7 +174,7 @@ def _burn(stop: "multiprocessing.synchronize.Event") -> None:
 def _throughput(server: Server, seconds: float) -> float:
     """Tokens per second of 16 streams in a closed loop."""
     seen = closed_loop(server.url, 16, seconds, prompt=[9] * 32, max_tokens=64, ignore_eos=True)
-    return sum(answer.num_chunks for answer in seen.answers) / seen.seconds
+    return sum(64 * answer.done for answer in seen.answers) / seen.seconds
 
 
 def watchers(rules: Rules, given: Given) -> None:
@@ -206,12 +206,9 @@ def _scrape(server: Server, stop: threading.Event) -> None:
 
 
 async def _gaps(server: Server, seconds: float) -> list[float]:
+    """Of one stream, whose tokens are handed on one by one."""
     deadline, gaps = time.monotonic() + seconds, []
     while time.monotonic() < deadline:
-        works = [
-            complete(server.url, prompt=[9 + i] * 32, max_tokens=64, ignore_eos=True)
-            for i in range(4)
-        ]
-        for answer in await gather(*works):
-            gaps += answer.gaps_s
+        answer = await complete(server.url, prompt=[9] * 32, max_tokens=64, ignore_eos=True)
+        gaps += answer.gaps_s
     return gaps

@@ -37,8 +37,8 @@ def fitted(monkeypatch: pytest.MonkeyPatch, step_s: float) -> DemoSettings:
 
 
 def test_a_faster_machine_is_given_more_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, fast = fitted(monkeypatch, 2e-2), fitted(monkeypatch, 2e-3)
-    assert 2 * slow.shape.rate_scale < fast.shape.rate_scale
+    slow, fast = fitted(monkeypatch, 5e-2), fitted(monkeypatch, 2e-3)
+    assert 10 * slow.shape.rate_scale < fast.shape.rate_scale
 
 
 def test_morphing_bears_the_load_and_full_precision_does_not(

@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import fake_engine
 import httpx
 import pytest
+import uvloop
+from engine_thread import EngineThread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morphserve.quantize.manifest import Variant
 from morphserve.runtime import deliveries
 from morphserve.runtime.deliveries import Chunk, Deliveries, Mailbox
+from morphserve.runtime.engine_client import EngineClient
 from morphserve.runtime.messages import Step, TokenOutput
 from morphserve.runtime.request import FinishReason
 
@@ -51,26 +56,40 @@ async def test_the_first_token_and_the_end_are_handed_on_at_once() -> None:
     a, b = under_test.open("a"), under_test.open("b")
     under_test.deliver(step(1, "a"))
     assert tokens(await a.take()) == [1]
-    under_test.deliver(step(2, "a", "b"))
-    assert tokens(await b.take()) == [2] and await is_asleep(a)
+    under_test.deliver(step(2, "a"))  # nobody was woken lately who would rest now
+    assert tokens(await a.take()) == [2]
     under_test.deliver(step(3, "a", "b"))
-    under_test.deliver(step(4, "a", end="stop"))
-    assert tokens(await a.take()) == [2, 3, 4] and await is_asleep(b)
+    assert tokens(await b.take()) == [3] and await is_asleep(a)
+    under_test.deliver(step(4, "a", "b"))
+    under_test.deliver(step(5, "a", end="stop"))
+    assert tokens(await a.take()) == [3, 4, 5] and await is_asleep(b)
     assert list(under_test) == ["b"]
     under_test.finish("b", FinishReason.ABORT)
     chunks = await b.take()
-    assert tokens(chunks) == [3] and chunks[-1].finish_reason is FinishReason.ABORT
+    assert tokens(chunks) == [4] and chunks[-1].finish_reason is FinishReason.ABORT
     assert len(under_test) == 0
 
 
 async def test_a_step_after_the_rest_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deliveries, "PIECES_PER_S", NO_PACE)
+    monkeypatch.setattr(deliveries, "PIECES_PER_S", 1 / 0.02)
     under_test = Deliveries()
     box = under_test.open("a")
-    for token in range(5):
+    for token in range(3):
         under_test.deliver(step(token, "a"))
-        assert tokens(await box.take()) == [token]
-        await asyncio.sleep(0.001)
+        async with asyncio.timeout(0):  # there is no waiting in it
+            assert tokens(await box.take()) == [token]
+        await asyncio.sleep(0.03)
+
+
+@pytest.mark.usefixtures("slow")
+async def test_first_tokens_let_nobody_wait() -> None:
+    under_test = Deliveries()
+    a, b = under_test.open("a"), under_test.open("b")
+    for box, name in ((a, "a"), (b, "b")):
+        under_test.deliver(step(1, name))
+        await box.take()
+    under_test.deliver(step(2, "a"))
+    assert tokens(await a.take()) == [2]
 
 
 async def test_what_came_meanwhile_is_handed_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,14 +106,15 @@ async def test_what_came_meanwhile_is_handed_on_together(monkeypatch: pytest.Mon
     assert [tokens(await box.take()) for box in boxes] == [[4, 5], [4, 5]]
 
 
-def test_the_pace_follows_the_number_of_requests_up_to_a_limit() -> None:
+async def test_the_pace_follows_the_number_of_answers_up_to_a_limit() -> None:
     under_test = Deliveries()
-    assert under_test.pace_s == 0
-    for i in range(10):
-        under_test.open(str(i))
+    names = [str(i) for i in range(1000)]
+    for name in names:
+        under_test.open(name)
+    assert under_test.pace_s == 0  # they wait for their first token
+    under_test.deliver(step(1, *names[:10]))
     assert under_test.pace_s == 10 / deliveries.PIECES_PER_S
-    for i in range(1000):
-        under_test.open(str(i))
+    under_test.deliver(step(1, *names))
     assert under_test.pace_s == deliveries.MAX_PACE_S
 
 
@@ -113,8 +133,11 @@ async def test_a_failure_ends_the_wait() -> None:
 @given(
     st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=20),
     st.sampled_from([NO_PACE, 3000, 300]),
+    st.sampled_from([asyncio.new_event_loop, uvloop.new_event_loop]),
 )
-def test_every_token_arrives_once_and_in_order(bursts: list[list[int]], pace: float) -> None:
+def test_every_token_arrives_once_and_in_order(
+    bursts: list[list[int]], pace: float, make_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
     """Steps come in bursts, each with a token for the requests up to a number."""
 
     async def read(box: Mailbox, taken: list[int]) -> None:
@@ -144,7 +167,8 @@ def test_every_token_arrives_once_and_in_order(bursts: list[list[int]], pace: fl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deliveries, "PIECES_PER_S", pace)
-        asyncio.run(run())
+        with asyncio.Runner(loop_factory=make_loop) as runner:
+            runner.run(run())
 
 
 FIELDS: list[dict[str, Any]] = [
@@ -176,6 +200,33 @@ async def test_a_stream_has_fewer_pieces_than_tokens(api: httpx.AsyncClient) -> 
     *lines, done, _ = answer.text.split("\n\n")
     assert done == "data: [DONE]"
     pieces = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
-    assert len(pieces) <= 2 and pieces[-1]["finish_reason"] == "length"
+    assert len(pieces) <= 3 and pieces[-1]["finish_reason"] == "length"
     whole = (await api.post("/v1/completions", json=fields | {"stream": False})).json()
     assert "".join(piece["text"] for piece in pieces) == whole["choices"][0]["text"]
+
+
+@pytest.mark.usefixtures("slow")
+async def test_what_was_made_is_sent_before_the_answer_breaks_off(
+    api: httpx.AsyncClient, client: EngineClient, engine_thread: EngineThread
+) -> None:
+    fields = {"prompt": "import os\n", "max_tokens": 2000, "stream": True}
+    running = asyncio.create_task(api.post("/v1/completions", json=fields))
+    while not engine_thread.engines or engine_thread.engine.generated < 50:
+        assert not running.done()
+        await asyncio.sleep(0.001)
+    client.abort_all()
+    first, *lines, error, _ = (await running).text.split("\n\n")
+    texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines]
+    assert len("".join(texts)) > 50 and '"error"' in error
+
+
+async def test_an_echo_is_no_answer(
+    api: httpx.AsyncClient, client: EngineClient, engine_thread: EngineThread
+) -> None:
+    fields = {"prompt": [fake_engine.MUTE], "echo": True, "stream": True}
+    running = asyncio.create_task(api.post("/v1/completions", json=fields))
+    while not engine_thread.engines or not engine_thread.engine.requests:
+        assert not running.done()
+        await asyncio.sleep(0.001)
+    client.abort_all()
+    assert (await running).status_code == 503

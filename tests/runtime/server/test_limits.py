@@ -10,6 +10,7 @@ import typer.main
 
 from morphserve.configs import schema
 from morphserve.morphcli.app import app
+from morphserve.runtime import deliveries
 from morphserve.runtime.server import (
     admission,
     body,
@@ -29,7 +30,8 @@ def value_in_code(place: str, name: str) -> object:
     if place.endswith("Config"):
         fields = {field.name: field for field in dataclasses.fields(getattr(schema, place))}
         return fields[name].default
-    package = "morphserve.runtime" if place == "engine_client" else "morphserve.runtime.server"
+    beside = place in ("engine_client", "deliveries")
+    package = "morphserve.runtime" if beside else "morphserve.runtime.server"
     return getattr(import_module(f"{package}.{place}"), name)
 
 
@@ -40,14 +42,23 @@ def test_a_documented_limit_is_the_codes(
     if value in ("none", "the model's"):
         assert value_in_code(place, name) is None
     else:
-        number, unit = re.fullmatch(r"(\d+)(.*)", value, re.ASCII).groups()  # type: ignore[union-attr]
-        assert int(number) * UNITS[unit] == value_in_code(place, name)
+        number, unit = re.fullmatch(r"([\d.]+)(.*)", value, re.ASCII).groups()  # type: ignore[union-attr]
+        assert float(number) * UNITS[unit] == value_in_code(place, name)
 
 
 def test_every_limit_of_the_server_is_documented() -> None:
     constants = {
         name
-        for module in (admission, body, connections, keys, middleware, protocol, sampling)
+        for module in (
+            admission,
+            body,
+            connections,
+            deliveries,
+            keys,
+            middleware,
+            protocol,
+            sampling,
+        )
         for name in vars(module)
         if re.match(r"MAX_|DEFAULT_|KEEP_ALIVE_S|\w+_TIMEOUT_S|ADMIN_CALLS|QUEUED_", name)
     }
